@@ -1,0 +1,40 @@
+# make train | test | lint | bench: each makes the environment that it needs, once, from constraints.txt
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test lint bench clean
+.DEFAULT_GOAL := test
+
+train: $(VENV)/ready
+	$(BIN)/python train_enwik8.py $(ARGS)
+
+# one thread a test process: the models are tiny, and two processes use two cores better
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready .venv-peer/ready
+	$(BIN)/python -m benchmarks.write_init
+	$(BIN)/python -m benchmarks.rmt_training
+
+clean:
+	rm -rf $(VENV) .venv-peer build dist *.egg-info
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
+	  { echo 'setting up $(VENV) failed: the packages of pyproject.toml, extra dev, in the versions of constraints.txt, are needed from an index or from PIP_FIND_LINKS' >&2; exit 1; }
+	touch $@
+
+# the published packages have our import names: they live in an environment of their own, for comparison only
+.venv-peer/ready: constraints.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy packaging \
+	  recurrent-memory-transformer-pytorch==0.7.0 infini-transformer-pytorch==0.2.1
+	touch $@

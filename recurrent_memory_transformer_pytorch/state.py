@@ -1,0 +1,69 @@
+"""What the Recurrent Memory Transformer carries from one segment to the next.
+
+Letters: b batch, m memory tokens, l XL positions, g key/value heads, d features of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class XLMemory(NamedTuple):
+    """Detached keys (before rotation) and values of the last text positions, newest last."""
+
+    keys: Tensor  # (b, depth, g, l, d)
+    values: Tensor  # (b, depth, g, l, d)
+    count: Tensor | None  # (b,) valid entries of a row, the newest ones; None: all l, in every row
+
+    @property
+    def length(self) -> int:
+        """Number of entries, valid or not."""
+        return self.keys.shape[3]
+
+    def counted(self) -> XLMemory:
+        """The same with an explicit count: needed where rows differ in length."""
+        if self.count is not None:
+            return self
+        batch = self.keys.shape[0]
+        return self._replace(count=torch.full((batch,), self.length, device=self.keys.device))
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None, max_length: int) -> XLMemory:
+        """With the text's keys and values (b, depth, g, n, d) behind it, of which the last max_length are kept.
+        mask (b, n): padded positions are left out, and valid ones move up to close the gap."""
+        if mask is None and self.count is None:
+            # cut before joining: a slice of the joined tensor would keep all of it alive
+            drop = max(0, self.length + keys.shape[3] - max_length)
+            new = [
+                torch.cat((old[:, :, :, drop:], fresh[:, :, :, max(0, drop - self.length) :].detach()), dim=3)
+                for old, fresh in ((self.keys, keys), (self.values, values))
+            ]
+            return XLMemory(new[0], new[1], None)
+        text_valid = keys.new_ones(keys.shape[0], keys.shape[3], dtype=torch.bool) if mask is None else mask
+        valid = torch.cat((self.valid(), text_valid), dim=1)
+        # a stable sort moves what is not valid to the front and keeps the order of the rest
+        order = valid.int().argsort(dim=1, stable=True)[:, -max_length:]
+        kept = valid.gather(1, order)
+        index = order[:, None, None, :, None]
+        new = []
+        for old, fresh in ((self.keys, keys), (self.values, values)):
+            both = torch.cat((old, fresh.detach()), dim=3)
+            both = both.gather(3, index.expand(*both.shape[:3], -1, both.shape[4]))
+            new.append(both.masked_fill(~kept[:, None, None, :, None], 0))
+        return XLMemory(new[0], new[1], kept.sum(dim=1))
+
+    def valid(self) -> Tensor:
+        """(b, l) bool: which entries are valid."""
+        batch, device = self.keys.shape[0], self.keys.device
+        if self.count is None:
+            return torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        return torch.arange(self.length, device=device) >= self.length - self.count[:, None]
+
+
+class RMTState(NamedTuple):
+    """The memory, and the XL memories where the model has them."""
+
+    memory: Tensor  # (b, m, dim)
+    xl: XLMemory | None = None

@@ -1,0 +1,260 @@
+"""Back-propagation through segments, for any model that keeps the contract and any state.
+
+Windows (one or more segments that are held at once) are read in order; the state carries the gradient back.
+
+    full        one graph over all windows
+    checkpoint  each window is recomputed during the caller's `loss.backward()`: only states are kept
+    replay      the same gradients from a call that runs backward itself, last window first
+                (memory replay back-propagation, arXiv 2010.06891): one window is held at a time
+
+Truncation cuts the state entering a window from the graph. All random numbers (dropout) are drawn as one
+forward pass would draw them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+from segment_recurrence_pytorch.loss import target_nll
+from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.state import State, detach, leaves, map_state
+
+BackwardFn = Callable[[Tensor], Any]
+
+
+class Window(NamedTuple):
+    """Columns [start, stop) of a sequence, read in segments of segment_length columns.
+    truncate: the state entering it is cut from the graph."""
+
+    start: int
+    stop: int
+    segment_length: int
+    truncate: bool
+
+
+class Batch(NamedTuple):
+    """One call's columns: tokens (b, n) or (b, n, dim), targets (b, n) with IGNORE, mask (b, n) or None."""
+
+    tokens: Tensor
+    targets: Tensor | None
+    mask: Tensor | None
+
+    def columns(self, window: Window) -> Batch:
+        """The columns of one window."""
+        at = slice(window.start, window.stop)
+        return Batch(*(None if part is None else part[:, at] for part in self))
+
+
+def plan_windows(
+    length: int,
+    segment_length: int,
+    *,
+    align: str = 'left',
+    segments_per_pass: int | None = 1,
+    backprop_segments: int | None = None,
+) -> list[Window]:
+    """Cuts `length` columns into segments (align='left': a short one comes last, 'right': first), and those into
+    windows of `segments_per_pass` (None: as many as possible). The state entering segment i is cut if i > 0 and
+    i % backprop_segments == 0; no window crosses such a cut, and a short first segment is a window of its own."""
+    first = length % segment_length if align == 'right' else 0
+    borders = [0] if length else []
+    if first:
+        borders.append(first)
+    borders += range(first + segment_length, length, segment_length)
+    count = len(borders)
+    borders.append(length)
+    windows, i = [], 0
+    while i < count:
+        stop = count if segments_per_pass is None else min(count, i + segments_per_pass)
+        if backprop_segments is not None:
+            stop = min(stop, i - i % backprop_segments + backprop_segments)
+        if first and i == 0:
+            stop = 1
+        truncate = backprop_segments is not None and i > 0 and i % backprop_segments == 0
+        windows.append(Window(borders[i], borders[stop], segment_length, truncate))
+        i = stop
+    return windows
+
+
+def read_window(
+    model: SegmentModel,
+    tokens: Tensor,
+    state: State,
+    mask: Tensor | None,
+    segment_length: int,
+    need_hidden: bool = True,
+) -> tuple[Tensor | None, State]:
+    """`advance` over the segments of one window: at once where the model can, else one after the other."""
+    if model.parallel_segments or tokens.shape[1] <= segment_length:
+        return model.advance(tokens, state, segment_length=segment_length, mask=mask, need_hidden=need_hidden)
+    pieces = tokens.split(segment_length, dim=1)
+    masks = [None] * len(pieces) if mask is None else mask.split(segment_length, dim=1)
+    hiddens = []
+    for piece, piece_mask in zip(pieces, masks, strict=True):
+        hidden, state = model.advance(piece, state, mask=piece_mask, need_hidden=need_hidden)
+        hiddens.append(hidden)
+    return (torch.cat(hiddens, dim=1) if need_hidden else None), state
+
+
+def window_nll(
+    model: SegmentModel, batch: Batch, state: State, segment_length: int, per_token: bool = False
+) -> tuple[Tensor, State]:
+    """Summed (or per token, (b, n)) negative log likelihood of one window's targets, and the next state."""
+    hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length)
+    nll = target_nll(model.to_logits(hidden), batch.targets)
+    return (nll if per_token else nll.sum()), state
+
+
+def sequence_nll(
+    model: SegmentModel,
+    batch: Batch,
+    windows: list[Window],
+    state: State,
+    *,
+    per_token: bool = False,
+    recompute: bool = False,
+) -> tuple[Tensor, State]:
+    """Negative log likelihood of all windows as one graph, for the caller's `backward`; `recompute`: checkpointed."""
+    losses = [_zero_loss(model)]
+    for window in windows:
+        if window.truncate:
+            state = detach(state)
+        arguments = (model, batch.columns(window), state, window.segment_length, per_token)
+        if recompute and torch.is_grad_enabled():
+            loss, state = checkpoint(window_nll, *arguments, use_reentrant=False)
+        else:
+            loss, state = window_nll(*arguments)
+        losses.append(loss)
+    if per_token:
+        return (torch.cat(losses[1:], dim=1) if windows else losses[0].expand(batch.tokens.shape[:2])), state
+    return torch.stack(losses).sum(), state
+
+
+def replay(
+    model: SegmentModel,
+    batch: Batch,
+    windows: list[Window],
+    state: State,
+    *,
+    scale: Tensor,
+    backward_fn: BackwardFn | None = None,
+) -> tuple[Tensor, State]:
+    """Runs backward on scale * (summed negative log likelihood) with one window held at a time.
+
+    backward_fn: called once a window with a scalar instead of `Tensor.backward`; it may scale it.
+    Returns the negative log likelihood and the next state, both without a graph. The state given is not touched.
+    """
+    backward_fn = backward_fn or Tensor.backward
+    total = _zero_loss(model)
+    state = detach(state)
+    if not windows:
+        return total, state
+    starts = [i for i, window in enumerate(windows) if i == 0 or window.truncate]
+    for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
+        loss, state = _replay_block(model, batch, windows[start:stop], state, scale, backward_fn)
+        total = total + loss
+    return total, state
+
+
+def _replay_block(
+    model: SegmentModel, batch: Batch, windows: list[Window], state: State, scale: Tensor, backward_fn: BackwardFn
+) -> tuple[Tensor, State]:
+    entering, random_states = [state], [_random_state(model)]
+    with torch.no_grad():
+        for window in windows[:-1]:
+            tokens, _, mask = batch.columns(window)
+            _, state = read_window(model, tokens, state, mask, window.segment_length, need_hidden=False)
+            entering.append(state)
+            random_states.append(_random_state(model))
+    # autocast would hand the weights that it cast without a graph to the pass that needs one
+    torch.clear_autocast_cache()
+
+    losses, gradients, final_state, final_random = [], None, state, None
+    for window in reversed(windows):
+        state, random_state = entering.pop(), random_states.pop()
+        if final_random is not None:
+            _set_random_state(random_state)
+        state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point()), state)
+        with torch.enable_grad():
+            loss, next_state = window_nll(model, batch.columns(window), state, window.segment_length)
+            if final_random is None:
+                final_state, final_random = detach(next_state), _random_state(model)
+            losses.append(loss.detach())
+            backward_fn(_joined(loss * scale, next_state, gradients))
+        gradients = [leaf.grad for leaf in leaves(state)]
+    _set_random_state(final_random)
+    return torch.stack(losses).sum(), final_state
+
+
+class _Join(torch.autograd.Function):
+    """The loss, with the states' own gradients beside it: one backward a window. A backward_fn that scales the loss
+    scales the loss alone, since the states' gradients come from a window behind and are scaled already."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        gradients = ctx.saved_tensors
+        return grad_outputs[0], None, *gradients, *[None] * len(gradients)
+
+
+def _joined(loss: Tensor, next_state: State, gradients: list[Tensor | None] | None) -> Tensor:
+    if gradients is None:
+        return loss
+    pairs = [
+        (leaf, gradient)
+        for leaf, gradient in zip(leaves(next_state), gradients, strict=True)
+        if gradient is not None and leaf.requires_grad
+    ]
+    if not pairs:
+        return loss
+    tensors, kept = zip(*pairs, strict=True)
+    return _Join.apply(loss, len(tensors), *tensors, *kept)
+
+
+def _zero_loss(model: SegmentModel) -> Tensor:
+    return torch.zeros((), dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters]
+        return grad_outputs[0], *zeros
+
+
+def touch_parameters(model: SegmentModel, loss: Tensor) -> Tensor:
+    """The same loss, whose backward gives every trainable parameter a gradient: zeros if it had no influence."""
+    if not torch.is_grad_enabled():
+        return loss
+    return _Touch.apply(loss, *[p for p in model.parameters() if p.requires_grad])
+
+
+def fill_gradients(model: SegmentModel) -> None:
+    """Gives every trainable parameter without a gradient zeros: `touch_parameters` after backward."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _random_state(model: SegmentModel) -> tuple[Tensor, list[int], list[Tensor]]:
+    return torch.get_rng_state(), *get_device_states(*model.parameters())
+
+
+def _set_random_state(random_state: tuple[Tensor, list[int], list[Tensor]]) -> None:
+    cpu, devices, states = random_state
+    torch.set_rng_state(cpu)
+    set_device_states(devices, states)

@@ -1,0 +1,42 @@
+"""Layers that both models use: GEGLU feed-forward (arXiv 2002.05202) and rotary positions (arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class FeedForward(nn.Module):
+    """GEGLU: (b, n, dim) -> (b, n, dim), with int(dim * mult * 2 / 3) inner features."""
+
+    def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0):
+        super().__init__()
+        inner = int(dim * mult * 2 / 3)
+        self.proj_in = nn.Linear(dim, inner * 2)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gates = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(self.dropout(F.gelu(gates) * x))
+
+
+def rotary_angles(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
+    """Angles (n, dim_head / 2) of positions (n,), in float32 at least: at position 10000 half types cannot
+    tell neighbours apart. Nothing is stored on the module, so `.half()` cannot round the frequencies."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
+    return positions.to(dtype)[:, None] * theta**-exponents
+
+
+def rotate(t: Tensor, angles: Tensor) -> Tensor:
+    """Rotates the pairs (2i, 2i + 1) of t (b, h, n, d) by angles (n, d / 2); computed in the angles' dtype."""
+    with torch.autocast(t.device.type, enabled=False):
+        x, y = rearrange(t.to(angles.dtype), '... (d pair) -> pair ... d', pair=2).unbind(0)
+        cos, sin = angles.cos(), angles.sin()
+        turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
+        return turned.flatten(-2).to(t.dtype)

@@ -1,0 +1,85 @@
+"""The contract that a segment-recurrent model keeps with the wrapper, with back-propagation and with generation.
+
+A model reads a long sequence segment by segment and carries a small state from each segment to the
+next. Nothing outside a model needs to know which model it is: subclass `SegmentModel` to add a third.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segment_recurrence_pytorch.state import State, where_rows
+
+
+class SegmentModel(nn.Module, ABC):
+    """A transformer that reads segments and carries a state (`segment_recurrence_pytorch.state`).
+
+    num_tokens: size of the vocabulary.
+    causal: whether position i sees no later position, so that the next token can be learned.
+    max_segment_length: the longest segment that it can read, None if there is no limit.
+    parallel_segments: whether one `advance` can take many segments (`segment_length` tells the borders).
+    """
+
+    num_tokens: int
+    dim: int
+    causal: bool
+    max_segment_length: int | None
+    parallel_segments: bool
+
+    @abstractmethod
+    def initial_state(self, batch_size: int) -> State:
+        """The state before the first segment: what None as a state means."""
+
+    @abstractmethod
+    def advance(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        *,
+        segment_length: int | None = None,
+        mask: Tensor | None = None,
+        need_hidden: bool = True,
+    ) -> tuple[Tensor | None, State]:
+        """Reads the next segment, or the next segments if `parallel_segments`.
+
+        tokens: ids (b, n) or embeddings (b, n, d); one segment unless `segment_length` is given.
+        mask: (b, n) bool, True = valid. Rows without a valid token keep their state.
+        need_hidden=False: None instead of the hidden states, and only the work that the state needs.
+        Returns hidden states (b, n, d) and the next state. Checks no values: see `checks`.
+        """
+
+    @abstractmethod
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, num_tokens)."""
+
+    @abstractmethod
+    def check_state(self, state: State, batch_size: int) -> None:
+        """Raises ValueError if `state` is not one that `advance` can take for this batch."""
+
+    def reset(self, state: State, rows: Tensor) -> State:
+        """The state with the rows where `rows` (b,) is True back at the initial state."""
+        return where_rows(rows, self.initial_state(rows.shape[0]), state)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: weight decay for the matrices of the layers, none for embeddings, gains and biases."""
+        decayed, others = [], []
+        for name, parameter in self.named_parameters():
+            (decayed if parameter.ndim == 2 and name.startswith('layers.') else others).append(parameter)
+        return [
+            {'params': decayed, 'lr': lr, 'weight_decay': weight_decay},
+            {'params': others, 'lr': lr, 'weight_decay': 0.0},
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype

@@ -1,0 +1,23 @@
+"""Choosing the next token from logits, in float32 at least: sampling in half types is biased."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+
+def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """Keeps the ceil((1 - thres) * vocabulary) largest logits (b, v), the others become -inf."""
+    k = max(1, ceil((1 - thres) * logits.shape[-1]))
+    smallest = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest, float('-inf'))
+
+
+def sample(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Token ids (b,) drawn from softmax(logits / temperature), logits (b, v); temperature 0: the largest."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1).squeeze(-1)

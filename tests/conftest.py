@@ -1,0 +1,64 @@
+"""Small models, in float64 where a claim is exact; one thread; tests marked cuda skip where there is no device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker('cuda'):
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def make_rmt(**options) -> RecurrentMemoryTransformer:
+    """A small model in float64; its memory tokens are of the size that trained ones have, so that they matter."""
+    sizes = dict(dim=16, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=8)
+    model = RecurrentMemoryTransformer(**{**sizes, **options}).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith('layers') and name != 'norm.weight':
+                parameter.normal_(std=0.5)
+            elif name.endswith('norm.weight'):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+# every option that changes what a segment computes, each at least once beside the plain model
+RMT_OPTIONS = {
+    'plain': {},
+    'causal': {'memory_mask': 'causal'},
+    'mixed': {'memory_mask': 'mixed'},
+    'learned': {'write_init': 'learned'},
+    'previous': {'write_init': 'previous'},
+    'rotary': {'rotary_pos_emb': True, 'abs_pos_emb': False},
+    'gqa': {'heads': 4, 'kv_heads': 2, 'qk_norm': True},
+    'tied': {'tie_embeddings': True},
+    'no memory': {'num_memory_tokens': 0},
+    'encoder': {'causal': False},
+    'xl': {'use_xl_memories': True},
+    'xl causal': {'use_xl_memories': True, 'memory_mask': 'causal', 'xl_mem_len': 4},
+    'xl mixed': {'use_xl_memories': True, 'memory_mask': 'mixed', 'rotary_pos_emb': True},
+    'xl long': {'use_xl_memories': True, 'xl_mem_len': 14, 'rotary_pos_emb': True},
+    'xl enhanced': {'use_xl_memories': True, 'enhanced_xl_recurrence': True, 'depth': 3},
+    'xl only': {'use_xl_memories': True, 'num_memory_tokens': 0, 'xl_mem_len': 9},
+    'xl encoder': {'use_xl_memories': True, 'causal': False},
+    'deep': {'depth': 3, 'ff_mult': 2},
+}
+DROPOUT = {'attn_dropout': 0.2, 'ff_dropout': 0.3}
+
+
+def close(actual, expected, tolerance=1e-9):
+    """Same values to an absolute and relative tolerance, same dtype and shape."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,125 @@
+"""The executable definition of what the fast code must compute: one row, one position, one loop at a time.
+
+Nothing here is shared with the library but the weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+
+def rotated(vector: Tensor, position: int, theta: float) -> Tensor:
+    """One head's vector (d,), its pairs (2i, 2i + 1) turned as complex numbers."""
+    pairs = torch.view_as_complex(vector.view(-1, 2).contiguous())
+    exponents = torch.arange(0, len(vector), 2, dtype=torch.float64) / len(vector)
+    turn = torch.polar(torch.ones_like(exponents), position * theta**-exponents)
+    return torch.view_as_real(pairs * turn).flatten().to(vector.dtype)
+
+
+def rmt_may_attend(model, query: tuple[str, int], key: tuple[str, int]) -> bool:
+    """The table of arms: query and key are (kind, index in its kind)."""
+    (kind, i), (key_kind, j) = query, key
+    if not model.causal:
+        return True
+    if kind == 'read':
+        return key_kind == 'read' and (j <= i or model.memory_mask != 'causal')
+    if kind == 'text':
+        return key_kind in ('xl', 'read') or (key_kind == 'text' and j <= i)
+    return key_kind != 'write' or j <= i or model.memory_mask == 'block'
+
+
+def rmt_segment(model, text: Tensor, positions: list[int], memory: Tensor, xl: list):
+    """One row's segment, its padding left out. text: ids (n,) or embeddings (n, dim); positions: their columns.
+    xl: for each layer a list of (keys (g, d), values (g, d)), one a past token.
+    Returns hidden states (n, dim), memory (m, dim), xl."""
+    m, n = model.num_memory_tokens, len(positions)
+    x = model.token_emb.weight[text] if text.ndim == 1 else text
+    if model.pos_emb is not None:
+        x = x + model.pos_emb.weight[positions]
+    if m:
+        write = {'learned': lambda: model.memory_tokens, 'previous': lambda: memory,
+                 'sum': lambda: memory + model.memory_tokens}[model.write_init]()  # fmt: skip
+        x = torch.cat((memory + model.read_memory_emb, x, write))
+    rows = [('read', i) for i in range(m)] + [('text', i) for i in positions] + [('write', i) for i in range(m)]
+    depth, new_xl = len(model.layers), []
+    for index, block in enumerate(model.layers):
+        attn = block.attn
+        past = xl[min(index + 1, depth - 1) if model.enhanced_xl_recurrence else index]
+        normed = rms_norm(x, block.attn_norm.weight)
+        q = (normed @ attn.to_q.weight.T).view(len(rows), attn.heads, -1)
+        k, v = (normed @ attn.to_kv.weight.T).view(len(rows), 2, -1, q.shape[-1]).unbind(1)
+        if hasattr(attn.q_norm, 'weight'):
+            q, k = rms_norm(q, attn.q_norm.weight), rms_norm(k, attn.k_norm.weight)
+        new_xl.append((list(xl[index]) + [(k[m + i].detach(), v[m + i].detach()) for i in range(n)])
+                      [-model.xl_mem_len:] if model.xl_mem_len else [])  # fmt: skip
+        keys = [('xl', i) for i in range(len(past))] + rows
+        all_k, all_v = [p[0] for p in past] + list(k), [p[1] for p in past] + list(v)
+
+        def place(kind: str, i: int, length: int = len(past)) -> int:
+            return {'xl': 10000 + i - length, 'text': 10000 + i}.get(kind, 0)
+
+        out = torch.zeros_like(q)
+        for row, query in enumerate(rows):
+            seen = [j for j, key in enumerate(keys) if rmt_may_attend(model, query, key)]
+            for head in range(attn.heads):
+                group = head * k.shape[1] // attn.heads
+                head_q, head_k = q[row, head], [all_k[j][group] for j in seen]
+                if model.rotary_pos_emb:
+                    head_q = rotated(head_q, place(*query), 32768.0)
+                    head_k = [rotated(each, place(*keys[j]), 32768.0) for each, j in zip(head_k, seen, strict=True)]
+                weights = (torch.stack(head_k) @ head_q / math.sqrt(len(head_q))).softmax(0)
+                out[row, head] = weights @ torch.stack([all_v[j][group] for j in seen])
+        x = x + out.flatten(1) @ attn.to_out.weight.T
+        normed = rms_norm(x, block.ff_norm.weight)
+        a, gates = F.linear(normed, block.ff.proj_in.weight, block.ff.proj_in.bias).chunk(2, -1)
+        x = x + F.linear(a * F.gelu(gates), block.ff.proj_out.weight, block.ff.proj_out.bias)
+    x = rms_norm(x, model.norm.weight)
+    return x[m : m + n], x[m + n :], new_xl
+
+
+def rmt_row(model, text: Tensor, valid: Tensor | None = None, memory: Tensor | None = None, xl: list | None = None):
+    """One row of any length through the segment loop. Padded columns are left out, a segment without a valid one
+    does not happen. Returns hidden states at the valid columns (n, dim), memory (m, dim), xl."""
+    valid = torch.ones(len(text), dtype=torch.bool) if valid is None else valid
+    if memory is None:
+        memory = model.initial_memory if model.num_memory_tokens else torch.zeros(0, model.dim, dtype=model.dtype)
+    xl = [[] for _ in model.layers] if xl is None else xl
+    hiddens = []
+    for start in range(0, len(text), model.seq_len):
+        columns = [c for c in range(start, min(start + model.seq_len, len(text))) if valid[c]]
+        if columns:
+            hidden, memory, xl = rmt_segment(model, text[columns], [c - start for c in columns], memory, xl)
+            hiddens.append(hidden)
+    return torch.cat(hiddens) if hiddens else torch.zeros(0, model.dim, dtype=model.dtype), memory, xl
+
+
+def mean_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, 0 if there is none; logits (b, n, v), targets (b, n)."""
+    losses = [
+        -row.log_softmax(-1)[target]
+        for row, target in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True)
+        if target != -100
+    ]
+    return torch.stack(losses).mean() if losses else logits.sum() * 0
+
+
+def truncated_loss(model, tokens: Tensor, segment_length: int, k: int | None, forward) -> Tensor:
+    """Next-token loss by a hand-written loop over segments; the state entering every k-th one is detached.
+    forward(segment, state) -> (logits, state)."""
+    from torch.utils._pytree import tree_map_only
+
+    inputs, targets, state, logits = tokens[:, :-1], tokens[:, 1:], None, []
+    for i, start in enumerate(range(0, inputs.shape[1], segment_length)):
+        if k is not None and i > 0 and i % k == 0:
+            state = tree_map_only(Tensor, Tensor.detach, state)
+        segment_logits, state = forward(inputs[:, start : start + segment_length], state)
+        logits.append(segment_logits)
+    return mean_nll(torch.cat(logits, 1), targets)

@@ -1,0 +1,337 @@
+"""The Recurrent Memory Transformer against its definition in `reference`, and what its options promise."""
+
+import pytest
+import torch
+from torch import nn
+
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper, RMTState
+from segment_recurrence_pytorch import record_attention
+from segment_recurrence_pytorch.layers import rotary_angles
+from segment_recurrence_pytorch.state import detach, leaves
+from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt
+from tests.reference import rmt_row, rmt_segment
+
+
+def ids(*shape):
+    return torch.randint(0, 20, shape)
+
+
+def segments(model, x, mask=None, state=None):
+    """Hidden states and state of the segment loop of `advance`."""
+    hiddens = []
+    for start in range(0, x.shape[1], model.seq_len):
+        at = slice(start, start + model.seq_len)
+        hidden, state = model.advance(x[:, at], state, mask=None if mask is None else mask[:, at])
+        hiddens.append(hidden)
+    return torch.cat(hiddens, 1), state
+
+
+def xl_entries(state, row):
+    """The valid XL entries of one row, as the reference lists them."""
+    if state.xl is None:
+        return None
+    count = state.xl.length if state.xl.count is None else int(state.xl.count[row])
+    first = state.xl.length - count
+    return [
+        [(state.xl.keys[row, layer, :, i], state.xl.values[row, layer, :, i]) for i in range(first, state.xl.length)]
+        for layer in range(state.xl.keys.shape[1])
+    ]
+
+
+def same_xl(state, row, expected):
+    entries = xl_entries(state, row)
+    if entries is None:
+        assert not any(expected)
+        return
+    for have, want in zip(entries, expected, strict=True):
+        assert len(have) == len(want)
+        for (k, v), (want_k, want_v) in zip(have, want, strict=True):
+            close(k, want_k)
+            close(v, want_v)
+
+
+@pytest.mark.parametrize('options', RMT_OPTIONS.values(), ids=RMT_OPTIONS.keys())
+def test_equals_the_definition(options):
+    model, x = make_rmt(**options), ids(2, 20)
+    hidden, state = segments(model, x)
+    for row in range(2):
+        expected, memory, xl = rmt_row(model, x[row])
+        close(hidden[row], expected)
+        close(state.memory[row], memory)
+        same_xl(state, row, xl)
+
+
+@pytest.mark.parametrize('options', RMT_OPTIONS.values(), ids=RMT_OPTIONS.keys())
+def test_padded_rows_equal_the_row_alone(options):
+    """Prefixes, holes, and rows that are over before the others; the state goes on from there."""
+    model, x = make_rmt(**options), ids(5, 20)
+    mask = torch.ones(5, 20, dtype=torch.bool)
+    mask[1, 15:] = False
+    mask[2, 4:] = False
+    mask[3, [2, 7, 8, 13]] = False
+    mask[4] = False
+    hidden, state = segments(model, x, mask)
+    for row in range(5):
+        expected, memory, xl = rmt_row(model, x[row], mask[row])
+        close(hidden[row, mask[row]], expected)
+        close(state.memory[row], memory)
+        same_xl(state, row, xl)
+    y = ids(5, 6)
+    hidden, after = segments(model, y, state=state)
+    for row in range(5):
+        _, memory, xl = rmt_row(model, x[row], mask[row])
+        expected, memory, xl = rmt_segment(model, y[row], list(range(6)), memory, xl)
+        close(hidden[row], expected)
+        close(after.memory[row], memory)
+        same_xl(after, row, xl)
+
+
+@pytest.mark.parametrize('options', [RMT_OPTIONS['plain'], RMT_OPTIONS['xl']], ids=['plain', 'xl'])
+def test_a_row_without_a_valid_token_keeps_its_state_bit_for_bit(options):
+    model = make_rmt(**options)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1] = False
+    _, state = model.advance(ids(3, 6), None, mask=mask)
+    assert torch.equal(state.memory[1], model.initial_memory)
+    if state.xl is not None:
+        assert state.xl.count.tolist() == [6, 0, 6]
+        assert not state.xl.keys[1].any()
+    _, state = model.advance(ids(3, 6), state)
+    _, after = model.advance(ids(3, 6), state, mask=mask)
+    for old, new in zip(leaves(state), leaves(after), strict=True):
+        assert torch.equal(old[1], new[1])
+        assert not torch.equal(old[0], new[0]) or old.ndim == 1
+
+
+@pytest.mark.parametrize('options', RMT_OPTIONS.values(), ids=RMT_OPTIONS.keys())
+def test_only_the_state_needs_less_work_and_is_the_same(options):
+    model, x = make_rmt(**options), ids(2, 6)
+    hidden, state = model.advance(x)
+    nothing, same = model.advance(x, need_hidden=False)
+    assert hidden is not None
+    assert nothing is None
+    for a, b in zip(leaves(state), leaves(same), strict=True):
+        close(a, b, 1e-12)
+
+
+def test_changing_a_token_changes_no_earlier_logit():
+    for options in RMT_OPTIONS.values():
+        model = make_rmt(**options)
+        if not model.causal:
+            continue
+        wrapper, x = RecurrentMemoryTransformerWrapper(model), ids(1, 20)
+        before = wrapper(x)[0]
+        for at in (0, 3, 6, 11, 12, 19):
+            changed = x.clone()
+            changed[0, at] = (changed[0, at] + 1) % 20
+            after = wrapper(changed)[0]
+            assert torch.equal(before[:, :at], after[:, :at])
+            assert not torch.equal(before[:, at], after[:, at])
+            if model.num_memory_tokens and at < 12:
+                assert not torch.allclose(before[:, 12:], after[:, 12:])  # it is remembered
+
+
+def test_padding_changes_no_neighbour():
+    for options in RMT_OPTIONS.values():
+        model = make_rmt(**options)
+        x, mask = ids(2, 18), torch.ones(2, 18, dtype=torch.bool)
+        mask[1, 8:] = False
+        alone, state = segments(model, x[:1])
+        together, both = segments(model, x, mask)
+        close(together[:1], alone)
+        close(both.memory[:1], state.memory)
+        other = x.clone()
+        other[1, 8:] = ids(10)
+        assert torch.equal(segments(model, other, mask)[0][mask], together[mask])
+
+
+def test_attention_takes_no_mask_tensor_without_padding():
+    for options in RMT_OPTIONS.values():
+        model, x = make_rmt(**options), ids(2, 20)
+        with record_attention() as calls:
+            segments(model, x)
+        assert calls
+        assert not any(call.masked for call in calls)
+        with record_attention() as calls:
+            model.advance(x[:, :6], mask=torch.rand(2, 6) < 0.7)
+        assert len(calls) == len(model.layers)
+        assert all(call.masked for call in calls)
+
+
+def test_xl_memories_hold_text_only_and_as_much_as_asked_for():
+    for length in (1, 4, 6, 14, 40):
+        model = make_rmt(use_xl_memories=True, xl_mem_len=length)
+        _, state = segments(model, ids(1, 20))
+        assert state.xl.length == min(length, 20)
+        assert state.xl.keys.untyped_storage().nbytes() == state.xl.keys.numel() * 8
+        assert not state.xl.keys.requires_grad
+    off = make_rmt(use_xl_memories=True, xl_mem_len=0)
+    assert off.advance(ids(1, 6))[1].xl is None
+
+
+def test_xl_memories_and_enhanced_recurrence_have_an_effect():
+    x, logits = ids(1, 18), []
+    for options in ({}, {'use_xl_memories': True}, {'use_xl_memories': True, 'enhanced_xl_recurrence': True}):
+        torch.manual_seed(1)
+        logits.append(RecurrentMemoryTransformerWrapper(make_rmt(**options))(x)[0])
+    assert torch.equal(logits[0][:, :6], logits[1][:, :6])
+    assert not torch.allclose(logits[0][:, 6:], logits[1][:, 6:])
+    assert not torch.allclose(logits[1][:, 6:], logits[2][:, 6:])
+
+
+def test_forward_returns_two_values_and_takes_them_back():
+    model, x = make_rmt(), ids(2, 6)
+    logits, memory = model(x)
+    assert logits.shape == (2, 6, 20)
+    assert memory.shape == (2, 3, 16)
+    close(model(x, memory)[0], model.to_logits(model.advance(x, RMTState(memory))[0]))
+    close(model(x[:1], memory[0])[0], model(x[:1], memory[:1])[0])
+    xl_model = make_rmt(use_xl_memories=True)
+    _, state = xl_model(x)
+    assert isinstance(state, RMTState)
+    assert xl_model(x, state)[1].xl.length == 6
+    assert xl_model(x, memory)[0].shape == (2, 6, 20)  # a tensor: no XL memories yet
+    assert make_rmt(num_memory_tokens=0)(x)[1].shape == (2, 0, 16)
+
+
+def test_embeddings_in_and_out_and_labels():
+    model, x = make_rmt(), ids(2, 6)
+    logits, memory = model(x)
+    embeddings, same = model(model.token_emb(x), return_embeddings=True)
+    close(model.to_logits(embeddings), logits)
+    close(same, memory)
+    labels = ids(2, 6)
+    labels[0, :2], labels[1, 3] = -100, model.ignore_index
+    loss, _ = model(x, labels=labels)
+    kept = (labels >= 0).flatten()
+    close(loss, nn.functional.cross_entropy(logits.flatten(0, 1)[kept], labels.flatten()[kept]))
+    assert model(x, labels=torch.full_like(x, -100))[0] == 0
+
+
+def test_masked_out_memories_are_those_of_a_first_segment():
+    for options in RMT_OPTIONS.values():
+        model, x = make_rmt(**options), ids(2, 6)
+        memory = torch.randn(2, model.num_memory_tokens, 16, dtype=torch.float64)
+        close(model(x, memory, mask_out_read_memories=True)[0], model(x)[0])
+        if model.num_memory_tokens:
+            assert not torch.allclose(model(x, memory)[0], model(x)[0])
+
+
+def test_published_name_of_the_memory_mask():
+    assert make_rmt().memory_mask == 'block'
+    assert make_rmt(memory_not_causal=True).memory_mask == 'block'
+    assert make_rmt(memory_not_causal=False).memory_mask == 'causal'
+    with pytest.raises(ValueError, match='give only memory_mask'):
+        make_rmt(memory_not_causal=True, memory_mask='block')
+
+
+def test_reset_rows_start_again():
+    for options in (RMT_OPTIONS['plain'], RMT_OPTIONS['xl long'], RMT_OPTIONS['no memory']):
+        model, x, y = make_rmt(**options), ids(3, 12), ids(3, 12)
+        _, state = segments(model, x)
+        before = [leaf.clone() for leaf in leaves(state)]
+        reset = model.reset(state, torch.tensor([True, False, True]))
+        assert all(map(torch.equal, leaves(state), before))
+        after, _ = segments(model, y, state=reset)
+        close(after[[0, 2]], segments(model, y[[0, 2]])[0])
+        close(after[1:2], segments(model, y[1:2], state=segments(model, x[1:2])[1])[0])
+
+
+def test_half_types_keep_their_positions():
+    angles = rotary_angles(torch.arange(10000, 10008), 16, theta=32768.0, dtype=torch.bfloat16)
+    assert angles.dtype == torch.float32
+    assert angles[:, 0].unique().numel() == 8
+    torch.manual_seed(1)
+    model = RecurrentMemoryTransformer(
+        32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=8, heads=2, dim_head=16,
+        rotary_pos_emb=True, abs_pos_emb=False, use_xl_memories=True,
+    )  # fmt: skip
+    x = ids(2, 24)
+    exact, state = segments(model, x)
+    half, half_state = segments(model.bfloat16(), x)
+    assert half_state.memory.dtype == torch.bfloat16
+    assert half.dtype == torch.bfloat16
+    error = (half - exact).norm() / exact.norm()
+    assert error < 0.05
+    assert (half_state.memory - state.memory).norm() / state.memory.norm() < 0.05
+
+
+@pytest.mark.parametrize('options', [{}, RMT_OPTIONS['xl mixed']], ids=['plain', 'xl mixed'])
+def test_compiles_without_a_graph_break(options):
+    model, x = make_rmt(**options), ids(2, 6)
+    _, state = model.advance(x)
+    state = detach(state)
+    compiled = torch.compile(model.advance, fullgraph=True, backend='aot_eager')
+    hidden, after = model.advance(x, state)
+    compiled_hidden, compiled_after = compiled(x, state)
+    close(compiled_hidden, hidden)
+    close(compiled_after.memory, after.memory)
+    close(torch.compile(model, fullgraph=True, backend='aot_eager')(x)[0], model(x)[0])
+
+
+def test_initial_weights():
+    model = RecurrentMemoryTransformer(64, num_tokens=256, depth=4, num_memory_tokens=8, seq_len=32)
+    assert model.initial_memory.unique(dim=0).shape[0] == 8
+    for name in ('initial_memory', 'memory_tokens', 'read_memory_emb', 'token_emb.weight'):
+        assert 0.015 < model.get_parameter(name).std() < 0.025
+    logits, _ = model(torch.randint(0, 256, (2, 32)))
+    assert abs(nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 256, (64,))) - 5.55) < 0.2
+
+
+def test_dropout_is_drawn_with_and_without_hidden_states():
+    model, x = make_rmt(**DROPOUT), ids(2, 6)
+    states = []
+    for need_hidden in (True, False):
+        torch.manual_seed(3)
+        states.append((model.advance(x, need_hidden=need_hidden)[1].memory, torch.rand(1)))
+    close(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+
+
+BAD_CONSTRUCTION = [
+    ({'xl_mem_len': -1, 'use_xl_memories': True}, 'xl_mem_len is -1'),
+    ({'xl_mem_len': 4}, 'need use_xl_memories'),
+    ({'enhanced_xl_recurrence': True}, 'need use_xl_memories'),
+    ({'kv_heads': 3, 'heads': 4}, 'does not divide'),
+    ({'num_memory_tokens': -2}, 'num_memory_tokens is -2'),
+    ({'dim_head': 7, 'rotary_pos_emb': True}, 'dim_head=7 must be even'),
+    ({'attn_dropout': 1.0}, 'attn_dropout is 1'),
+    ({'seq_len': 0}, 'seq_len is 0'),
+    ({'causal': False, 'memory_mask': 'mixed'}, 'needs causal=True'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), BAD_CONSTRUCTION)
+def test_bad_construction_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_rmt(**options)
+
+
+def bad_calls():
+    memory = torch.zeros(2, 3, 16, dtype=torch.float64)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    yield {'x': ids(2, 7)}, 'at most seq_len=6'
+    yield {'x': ids(2, 6) + 15}, r'token id is outside \[0, 20\)'
+    yield {'x': ids(2, 6) - 1 - ids(2, 6)}, r'token id is outside'
+    yield {'x': torch.randn(2, 6)}, 'embeddings have shape'
+    yield {'x': torch.full((2, 6, 16), torch.nan, dtype=torch.float64)}, 'NaN'
+    yield {'x': ids(12)}, 'give token ids'
+    yield {'read_memories': memory[:, :2]}, 'shape'
+    yield {'read_memories': memory[:1]}, 'shape'
+    yield {'read_memories': memory.float()}, 'float32'
+    yield {'read_memories': memory.to('meta')}, 'meta'
+    yield {'read_memories': memory + torch.nan}, 'NaN'
+    yield {'read_memories': (memory,)}, 'tuple'
+    yield {'mask': mask[:, :5]}, 'mask has shape'
+    yield {'mask': mask.long()}, 'mask is torch.int64'
+    yield {'labels': ids(2, 5)}, 'labels have shape'
+    yield {'labels': ids(2, 6) + 20}, 'label is outside'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
+def test_bad_calls_are_refused(call, message):
+    model = make_rmt()
+    with pytest.raises(ValueError, match=message):
+        model(**{'x': ids(2, 6), **call})
+    with pytest.raises(ValueError, match='no XL memories'):
+        make_rmt(use_xl_memories=True)(ids(2, 6), RMTState(torch.zeros(2, 3, 16, dtype=torch.float64)))

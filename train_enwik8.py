@@ -1,0 +1,356 @@
+"""Trains a segment-recurrent transformer on bytes, and says in bits per byte what it learned.
+
+    python train_enwik8.py                                    # laptop CPU, about 3 minutes
+    python train_enwik8.py --data enwik8.gz --preset base     # one GPU
+    python train_enwik8.py --steps 500 --memory off           # the twin to compare with --steps 500
+    python train_enwik8.py --resume runs/NAME                 # goes on where it stopped
+
+Each row of a batch reads its documents in order; its state is carried from step to step and reset where a
+document starts. What is written to runs/NAME: metrics.jsonl, loss.png, config.json, model.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+from segment_recurrence_pytorch import LossReturn, SegmentWrapper
+from segment_recurrence_pytorch.checkpoint import load_training_state, load_weights, save_training_state, save_weights
+from segment_recurrence_pytorch.data import Piece, Streams, baselines, load_corpus
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.state import State, detach, from_list, map_state, to_list
+
+# model arguments, and how it is trained: segments a step, batch, learning rate, steps or minutes
+PRESETS: dict[str, dict[str, Any]] = {
+    'small': {
+        'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
+        'training': dict(segments=4, batch_size=32, lr=3e-3, minutes=2.5),
+    },
+    'base': {
+        'rmt': dict(dim=512, depth=8, heads=8, seq_len=256, num_memory_tokens=16, rotary_pos_emb=True),
+        'training': dict(segments=4, batch_size=32, lr=1e-3, steps=20_000),
+    },
+    # arXiv 2207.06881, enwik8: 12 layers, segment 128, 10 memory tokens, gradients through 2 segments, 400k steps
+    'paper': {
+        'rmt': dict(dim=512, depth=12, heads=8, seq_len=128, num_memory_tokens=10, rotary_pos_emb=True),
+        'training': dict(segments=3, batch_size=22, lr=2.5e-4, steps=400_000),
+    },
+}
+WARMUP, LAST_LR, WEIGHT_DECAY, CLIP = 0.05, 0.05, 0.01, 1.0
+SAMPLE_BYTES = 256
+VALIDATED = {'on': 'carried', 'off': 'reset'}  # each twin is validated as it was trained
+
+
+def main() -> None:
+    """One run, from the corpus to the sample."""
+    args = parse_arguments()
+    run, folder = open_run(args)
+    preset = PRESETS[run['preset']]
+    training = preset['training']
+    steps, minutes = args.steps, args.minutes
+    if steps is None and minutes is None:
+        steps, minutes = training.get('steps'), training.get('minutes')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    corpus = load_corpus(run['data'], download=args.download)
+    print(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes, sha256 {corpus.sha256[:16]}')
+    torch.manual_seed(run['seed'])
+    device = torch.device(args.device)
+    wrapper = build_model(run['model'], preset[run['model']]).to(device)
+    model = wrapper.model
+    length = wrapper.segment_length * training['segments']
+    order = torch.randperm(len(corpus.train)).tolist()
+    streams = Streams([corpus.train[i] for i in order], training['batch_size'], length, loop=True)
+    valid = first_bytes(corpus.valid, args.valid_bytes)
+    valid_streams(valid, length)  # a corpus that is too small is refused now, not after the training
+    optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    print(
+        f'model       {run["model"]}, memory {run["memory"]}, {sum(p.numel() for p in model.parameters()):,} parameters,'
+        f' {device.type}, {"bfloat16" if has_bfloat16(device) else "float32"}, attention {model.attention_backend}'
+    )
+
+    state, step, seconds = None, 0, 0.0
+    if args.resume:
+        saved = load_training_state(folder / 'training.pt')
+        if saved['sha256'] != corpus.sha256:
+            raise ValueError(f'{folder} was trained on other bytes (sha256 {saved["sha256"][:16]}): give its --data')
+        load_weights(model, folder / 'model.safetensors')
+        optimizer.load_state_dict(saved['optimizer'])
+        streams.load_state_dict(saved['streams'])
+        step, seconds = saved['step'], saved['seconds']
+        if saved['state'] is not None:
+            state = map_state(lambda t: t.to(device), from_list(saved['state'], model.initial_state(1)))
+    else:
+        folder.mkdir(parents=True)
+        config = {'run': run, **preset, 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
+        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    print(f'run         {folder}{f", from step {step:,} on" if step else ""}')
+    reference = baselines(corpus.train, valid)
+    for name, bits in reference.items():
+        print(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
+
+    def progress() -> float:
+        return max(step / steps if steps else 0, seconds / (60 * minutes) if minutes else 0)
+
+    wrapper.train()
+    with (
+        open(folder / 'metrics.jsonl', 'a', buffering=1) as metrics,
+        tqdm(total=steps or round(60 * minutes), initial=step if steps else round(seconds), unit='step' if steps else 's',
+             desc='training', disable=None) as bar,
+        StopRequest() as stop,
+    ):  # fmt: skip
+        while progress() < 1 and not stop.requested:
+            start = time.perf_counter()
+            lr = training['lr'] * schedule(progress())
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            with precision:
+                loss, num_targets, state = train_loss(wrapper, next(streams), state, run['memory'] == 'on', device)
+            optimizer.zero_grad()
+            loss.backward()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+            optimizer.step()
+            step += 1
+            taken = time.perf_counter() - start
+            seconds += taken
+            bits = loss.item() / math.log(2)
+            line = {'step': step, 'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm, 'bytes': int(num_targets)}
+            metrics.write(json.dumps(line | {'seconds': round(seconds, 2)}) + '\n')
+            bar.update(1 if steps else min(taken, bar.total - bar.n))
+            bar.set_postfix_str(f'step {step}, {bits:.3f} bits per byte')
+            if bar.disable and step & (step - 1) == 0:
+                print(f'step {step:6} {bits:7.3f} bits per byte {seconds:6.0f} s', flush=True)
+
+        save_weights(model, folder / 'model.safetensors')
+        save_training_state(
+            {
+                'optimizer': optimizer.state_dict(),
+                'streams': streams.state_dict(),
+                'state': None if state is None else to_list(state),
+                'step': step,
+                'seconds': seconds,
+                'sha256': corpus.sha256,
+            },
+            folder / 'training.pt',
+        )
+        if stop.requested:
+            print(f'stopped at step {step:,} and saved; to go on: python train_enwik8.py --resume {folder}')
+            return
+        scores = {}
+        for name, memory in (('carried', True), ('reset', False)):
+            with precision:
+                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), memory, device)
+        metrics.write(json.dumps({'step': step, 'valid': scores, **reference}) + '\n')
+
+    report(scores, run['memory'], step, seconds)
+    draw(folder, scores[VALIDATED[run['memory']]], reference)
+    print(f'plot        {folder / "loss.png"}')
+    prompt = valid[0][: wrapper.segment_length // 2].long()[None].to(device)
+    sample = wrapper.generate(prompt, length=prompt.shape[1] + SAMPLE_BYTES)
+    print(f'sample      the model goes on after the first bytes of the validation text, {text_of(prompt)!r}:')
+    print(text_of(sample))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. What a run fixes is absent unless given, so that --resume can tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group('what to train (fixed for a run)')
+    what.add_argument('--model', choices=['rmt'], default=argparse.SUPPRESS, help='default rmt')
+    what.add_argument('--preset', choices=list(PRESETS), default=argparse.SUPPRESS, help='sizes; default small')
+    what.add_argument('--memory', choices=['on', 'off'], default=argparse.SUPPRESS, help='off: reset at every segment')
+    what.add_argument('--seed', type=int, default=argparse.SUPPRESS, help='default 0')
+    what.add_argument('--data', metavar='PATH', default=argparse.SUPPRESS,
+                      help='raw, .gz or .zip; default data/enwik8*, else the standard library of Python')  # fmt: skip
+    how_long = parser.add_argument_group('how long')
+    how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
+    how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
+    how_long.add_argument('--valid-bytes', type=int, default=131_072, help='validation bytes to score; 0: all')
+    where = parser.add_argument_group('where')
+    where.add_argument('--out', default='runs', help='folder of the runs, default runs')
+    where.add_argument('--name', help='folder of this run in --out; default MODEL-PRESET-TIME')
+    where.add_argument('--resume', metavar='FOLDER', help='go on with the run in this folder')
+    where.add_argument('--download', action='store_true', help='fetch enwik8 into data/ if it is not there')
+    where.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    where.add_argument('--threads', type=int, help='CPU threads')
+    args = parser.parse_args()
+    if (args.steps or 1) < 1 or (args.minutes or 1) <= 0 or args.valid_bytes < 0:
+        parser.error('--steps and --minutes must be above 0, --valid-bytes 0 or more')
+    return args
+
+
+def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """What this run fixes, and its folder: one to go on with, or one that can be made. Changes nothing."""
+    defaults = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
+    given = {name: value for name, value in vars(args).items() if name in defaults}
+    if args.resume:
+        folder = Path(args.resume)
+        try:
+            saved = json.loads((folder / 'config.json').read_text())['run']
+        except OSError as error:
+            raise ValueError(f'{folder} is no run to go on with: {error}') from error
+        for name, value in given.items():
+            if saved[name] != value:
+                raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {value}: leave --{name} out')
+        check_writable(folder)
+        return saved, folder
+    run = defaults | given
+    twin = '' if run['memory'] == 'on' else '-memory-off'
+    folder = Path(args.out) / (args.name or f'{run["model"]}-{run["preset"]}{twin}-{time.strftime("%Y%m%d-%H%M%S")}')
+    if folder.exists():
+        raise ValueError(f'{folder} is there already: give another --name, or --resume {folder}')
+    check_writable(next(parent for parent in folder.parents if parent.exists()))
+    return run, folder
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError if no file can be made in the folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be written to ({error.strerror}): give another --out') from error
+
+
+def build_model(name: str, sizes: dict[str, Any]) -> RecurrentMemoryTransformerWrapper:
+    """A model over bytes, in its wrapper."""
+    assert name == 'rmt'
+    return RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(num_tokens=256, use_flash_attn=True, **sizes))
+
+
+def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool, device: torch.device) -> LossReturn:
+    """The loss of one piece of the streams, and the detached state to start the next piece with."""
+    tokens = piece.tokens.to(device)
+    if not memory:
+        # every segment a row of its own, with its next token as the last target: no state is carried
+        rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
+        return wrapper.loss(rows)._replace(state=None)
+    returned = wrapper.loss(tokens, wrapper.reset(state, piece.starts.to(device)))
+    return returned._replace(state=detach(returned.state))
+
+
+@torch.no_grad()
+def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool, device: torch.device) -> float:
+    """Bits per byte of all bytes but each text's first, the state carried through a text or reset at every segment."""
+    nats = targets = 0.0
+    state = None
+    with evaluating(wrapper):
+        for piece in streams:
+            loss, num_targets, state = train_loss(wrapper, piece, state, memory, device)
+            nats += loss.item() * num_targets.item()
+            targets += num_targets.item()
+    return nats / targets / math.log(2)
+
+
+def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
+    """The first `limit` bytes of the documents; 0: all."""
+    kept, total = [], 0
+    for document in documents:
+        kept.append(document[: limit - total] if limit else document)
+        total += len(kept[-1])
+        if total == limit:
+            break
+    return kept
+
+
+def valid_streams(documents: list[Tensor], length: int) -> Streams:
+    """Streams over the validation text: up to 16 rows of at least four pieces each."""
+    rows = sum(map(len, documents)) // (4 * length)
+    return Streams(documents, max(1, min(16, rows)), length, loop=False)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is fast here: a GPU or CPU with instructions for it."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+
+
+def schedule(progress: float) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine to LAST_LR."""
+    if progress < WARMUP:
+        return max(progress, 1e-3) / WARMUP
+    cosine = (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))) / 2
+    return LAST_LR + (1 - LAST_LR) * cosine
+
+
+class StopRequest:
+    """Ctrl-C asks for a stop after this step; a second one interrupts as usual."""
+
+    requested = False
+
+    def __enter__(self) -> StopRequest:
+        self.before = signal.signal(signal.SIGINT, self.request)
+        return self
+
+    def request(self, *_: object) -> None:
+        """Notes the wish and leaves the next Ctrl-C to Python."""
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+def report(scores: dict[str, float], memory: str, step: int, seconds: float) -> None:
+    """Prints the validation."""
+    print(f'trained     {step:,} steps in {seconds:.0f} s')
+    for name, bits in scores.items():
+        print(
+            f'validation  {bits:.3f} bits per byte, state {"carried" if name == "carried" else "reset at every segment"}'
+        )
+    print(
+        f'            the difference, {scores["reset"] - scores["carried"]:+.3f}, is a diagnostic of what this model leans on,'
+        f' not what memory gains:\n            for that, train a twin with --memory {"off" if memory == "on" else "on"}'
+        f' --steps {step} and compare its validation, state {VALIDATED["off" if memory == "on" else "on"]},'
+        f' with {scores[VALIDATED[memory]]:.3f}'
+    )
+
+
+def draw(folder: Path, valid_bits: float, reference: dict[str, float]) -> None:
+    """Plots the training curve, the validation and what compressors reach."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    lines = [line for line in lines if 'bits' in line]
+    megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
+    bits = torch.tensor([line['bits'] for line in lines])
+    width = max(1, len(bits) // 100)
+    smooth = bits[: len(bits) // width * width].view(-1, width).mean(1)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    axes.plot(megabytes, bits, color='tab:blue', alpha=0.25, linewidth=0.8)
+    axes.plot(megabytes[width - 1 :: width][: len(smooth)], smooth, color='tab:blue', label='training')
+    axes.plot(megabytes[-1], valid_bits, 'o', color='tab:red', label=f'validation {valid_bits:.3f}')
+    for (name, value), style in zip(reference.items(), (':', '--', '-.'), strict=True):
+        axes.axhline(value, color='gray', linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
+    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name, ylim=(1, 6))
+    axes.legend()
+    figure.savefig(folder / 'loss.png', dpi=120)
+
+
+def text_of(tokens: Tensor) -> str:
+    """Bytes (1, n) as text."""
+    return bytes(tokens[0].tolist()).decode(errors='replace')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f'error: {error}')
