@@ -36,7 +36,7 @@ from segment_recurrence_pytorch.state import State, detach, from_list, map_state
 PRESETS: dict[str, dict[str, Any]] = {
     'small': {
         'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
-        'training': dict(segments=4, batch_size=32, lr=3e-3, minutes=2.5),
+        'training': dict(segments=4, batch_size=8, lr=3e-3, minutes=2.5),
     },
     'base': {
         'rmt': dict(dim=512, depth=8, heads=8, seq_len=256, num_memory_tokens=16, rotary_pos_emb=True),
@@ -77,9 +77,10 @@ def main() -> None:
     valid = first_bytes(corpus.valid, args.valid_bytes)
     valid_streams(valid, length)  # a corpus that is too small is refused now, not after the training
     optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
     print(
-        f'model       {run["model"]}, memory {run["memory"]}, {sum(p.numel() for p in model.parameters()):,} parameters,'
+        f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
         f' {device.type}, {"bfloat16" if has_bfloat16(device) else "float32"}, attention {model.attention_backend}'
     )
 
@@ -107,12 +108,12 @@ def main() -> None:
         return max(step / steps if steps else 0, seconds / (60 * minutes) if minutes else 0)
 
     wrapper.train()
+    unit = {'total': steps, 'initial': step, 'unit': 'step'} if steps else {'total': round(60 * minutes), 'unit': 's'}
     with (
         open(folder / 'metrics.jsonl', 'a', buffering=1) as metrics,
-        tqdm(total=steps or round(60 * minutes), initial=step if steps else round(seconds), unit='step' if steps else 's',
-             desc='training', disable=None) as bar,
+        tqdm(**unit, desc='training', disable=None) as bar,
         StopRequest() as stop,
-    ):  # fmt: skip
+    ):
         while progress() < 1 and not stop.requested:
             start = time.perf_counter()
             lr = training['lr'] * schedule(progress())
@@ -306,17 +307,16 @@ class StopRequest:
 
 
 def report(scores: dict[str, float], memory: str, step: int, seconds: float) -> None:
-    """Prints the validation."""
+    """Prints the validation, and what can be concluded from it."""
     print(f'trained     {step:,} steps in {seconds:.0f} s')
     for name, bits in scores.items():
-        print(
-            f'validation  {bits:.3f} bits per byte, state {"carried" if name == "carried" else "reset at every segment"}'
-        )
+        print(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
+    twin = 'off' if memory == 'on' else 'on'
+    difference = scores['reset'] - scores['carried']
     print(
-        f'            the difference, {scores["reset"] - scores["carried"]:+.3f}, is a diagnostic of what this model leans on,'
-        f' not what memory gains:\n            for that, train a twin with --memory {"off" if memory == "on" else "on"}'
-        f' --steps {step} and compare its validation, state {VALIDATED["off" if memory == "on" else "on"]},'
-        f' with {scores[VALIDATED[memory]]:.3f}'
+        f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on. What memory gains is\n'
+        f'            another question: train a twin with --memory {twin} --steps {step}, and compare its\n'
+        f'            validation, state {VALIDATED[twin]}, with {scores[VALIDATED[memory]]:.3f}.'
     )
 
 

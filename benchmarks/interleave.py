@@ -49,7 +49,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f'the worker {self.process.args} ended with status {self.process.wait()}')
+            raise SystemExit(f'the worker {self.process.args!r} ended with status {self.process.wait()}')
         return line
 
     def close(self) -> None:

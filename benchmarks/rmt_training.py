@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-SIZES = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64, seq_len=256, num_memory_tokens=32)
+SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64, seq_len=256, num_memory_tokens=32)
 BATCH, SEGMENTS = 2, 4
 
 
@@ -24,12 +24,12 @@ def worker(name: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    options: dict = {
+    choices: dict[str, dict] = {
         'ours': {},
         'published, 4 streams (its default)': {'use_xl_memories': False},
         'published, 1 stream': {'use_xl_memories': False, 'num_residual_streams': 1},
-    }[name]
-    wrapper = RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(**SIZES, **options))
+    }
+    wrapper = RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(**SIZES, **choices[name]))
     tokens = torch.randint(0, SIZES['num_tokens'], (BATCH, SEGMENTS * SIZES['seq_len'] + 1))
 
     def step():

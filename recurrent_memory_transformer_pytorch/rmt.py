@@ -225,7 +225,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         segment_length: int | None = None,
         mask: Tensor | None = None,
         need_hidden: bool = True,
-    ) -> tuple[Tensor | None, RMTState]:
+    ) -> tuple[Any, RMTState]:
         """Reads one segment, see `SegmentModel.advance`."""
         batch, n = tokens.shape[:2]
         m = self.num_memory_tokens
@@ -277,7 +277,8 @@ class RecurrentMemoryTransformer(SegmentModel):
         """See `SegmentModel.reset`. From then on the rows differ in the number of their XL memories."""
         initial = self.initial_state(rows.shape[0])
         if initial.xl is not None and state.xl is not None:
-            initial, state = (each._replace(xl=each.xl.counted()) for each in (initial, state))
+            initial = initial._replace(xl=initial.xl.counted())
+            state = state._replace(xl=state.xl.counted())
         return where_rows(rows, initial, state)
 
     def check_state(self, state: Any, batch_size: int) -> None:
@@ -317,7 +318,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         return rotary_angles(positions, self.dim_head, theta=ROTARY_THETA, dtype=self.dtype)
 
     def _attention_mask(self, layout: Layout, xl: XLMemory | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
-        if mask is None and (xl is None or xl.count is None):
+        if mask is None and (xl is None or xl.counts is None):
             return None
         text_valid = x.new_ones(x.shape[0], layout.text, dtype=torch.bool) if mask is None else mask
         xl_valid = text_valid[:, :0] if xl is None else xl.valid()
@@ -327,7 +328,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         """Keys and values (b, g, l, d) that each layer attends to."""
         if xl is None or not xl.length:
             return [None] * len(self.layers)
-        pairs = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
+        pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
         return pairs[1:] + pairs[-1:] if self.enhanced_xl_recurrence else pairs
 
 

@@ -16,7 +16,7 @@ class XLMemory(NamedTuple):
 
     keys: Tensor  # (b, depth, g, l, d)
     values: Tensor  # (b, depth, g, l, d)
-    count: Tensor | None  # (b,) valid entries of a row, the newest ones; None: all l, in every row
+    counts: Tensor | None  # (b,) valid entries of a row, the newest ones; None: all l, in every row
 
     @property
     def length(self) -> int:
@@ -24,16 +24,16 @@ class XLMemory(NamedTuple):
         return self.keys.shape[3]
 
     def counted(self) -> XLMemory:
-        """The same with an explicit count: needed where rows differ in length."""
-        if self.count is not None:
+        """The same with an explicit counts: needed where rows differ in length."""
+        if self.counts is not None:
             return self
         batch = self.keys.shape[0]
-        return self._replace(count=torch.full((batch,), self.length, device=self.keys.device))
+        return self._replace(counts=torch.full((batch,), self.length, device=self.keys.device))
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None, max_length: int) -> XLMemory:
         """With the text's keys and values (b, depth, g, n, d) behind it, of which the last max_length are kept.
         mask (b, n): padded positions are left out, and valid ones move up to close the gap."""
-        if mask is None and self.count is None:
+        if mask is None and self.counts is None:
             # cut before joining: a slice of the joined tensor would keep all of it alive
             drop = max(0, self.length + keys.shape[3] - max_length)
             new = [
@@ -57,9 +57,9 @@ class XLMemory(NamedTuple):
     def valid(self) -> Tensor:
         """(b, l) bool: which entries are valid."""
         batch, device = self.keys.shape[0], self.keys.device
-        if self.count is None:
+        if self.counts is None:
             return torch.ones(batch, self.length, dtype=torch.bool, device=device)
-        return torch.arange(self.length, device=device) >= self.length - self.count[:, None]
+        return torch.arange(self.length, device=device) >= self.length - self.counts[:, None]
 
 
 class RMTState(NamedTuple):

@@ -42,6 +42,8 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             ignore_index=transformer.ignore_index,
         )
 
+    model: RecurrentMemoryTransformer
+
     @property
     def transformer(self) -> RecurrentMemoryTransformer:
         """The model, by its published name."""

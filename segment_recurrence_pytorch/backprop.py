@@ -38,16 +38,18 @@ class Window(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One call's columns: tokens (b, n) or (b, n, dim), targets (b, n) with IGNORE, mask (b, n) or None."""
+    """One call's columns: tokens (b, n) or (b, n, dim), targets (b, n) with IGNORE (b, 0 where only
+    logits are wanted), mask (b, n) or None."""
 
     tokens: Tensor
-    targets: Tensor | None
+    targets: Tensor
     mask: Tensor | None
 
     def columns(self, window: Window) -> Batch:
         """The columns of one window."""
         at = slice(window.start, window.stop)
-        return Batch(*(None if part is None else part[:, at] for part in self))
+        mask = None if self.mask is None else self.mask[:, at]
+        return Batch(self.tokens[:, at], self.targets[:, at], mask)
 
 
 def plan_windows(
@@ -88,7 +90,7 @@ def read_window(
     mask: Tensor | None,
     segment_length: int,
     need_hidden: bool = True,
-) -> tuple[Tensor | None, State]:
+) -> tuple[Any, State]:
     """`advance` over the segments of one window: at once where the model can, else one after the other."""
     if model.parallel_segments or tokens.shape[1] <= segment_length:
         return model.advance(tokens, state, segment_length=segment_length, mask=mask, need_hidden=need_hidden)
@@ -174,21 +176,24 @@ def _replay_block(
     # autocast would hand the weights that it cast without a graph to the pass that needs one
     torch.clear_autocast_cache()
 
-    losses, gradients, final_state, final_random = [], None, state, None
+    losses: list[Tensor] = []
+    gradients: list[Tensor | None] | None = None
+    after: tuple[State, Any] | None = None
     for window in reversed(windows):
         state, random_state = entering.pop(), random_states.pop()
-        if final_random is not None:
+        if after is not None:
             _set_random_state(random_state)
         state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point()), state)
         with torch.enable_grad():
             loss, next_state = window_nll(model, batch.columns(window), state, window.segment_length)
-            if final_random is None:
-                final_state, final_random = detach(next_state), _random_state(model)
+            if after is None:
+                after = detach(next_state), _random_state(model)
             losses.append(loss.detach())
             backward_fn(_joined(loss * scale, next_state, gradients))
         gradients = [leaf.grad for leaf in leaves(state)]
-    _set_random_state(final_random)
-    return torch.stack(losses).sum(), final_state
+    assert after is not None
+    _set_random_state(after[1])
+    return torch.stack(losses).sum(), after[0]
 
 
 class _Join(torch.autograd.Function):

@@ -45,7 +45,6 @@ def generate_by_rereading(
         tokens = []
         for _ in range(num_tokens):
             hidden, next_state = model.advance(current, state)
-            assert hidden is not None
             token = choose(model.to_logits(hidden[:, -1:])[:, 0])[:, None]
             tokens.append(token)
             if current.shape[1] == segment_length:

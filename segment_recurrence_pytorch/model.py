@@ -43,7 +43,7 @@ class SegmentModel(nn.Module, ABC):
         segment_length: int | None = None,
         mask: Tensor | None = None,
         need_hidden: bool = True,
-    ) -> tuple[Tensor | None, State]:
+    ) -> tuple[Any, State]:
         """Reads the next segment, or the next segments if `parallel_segments`.
 
         tokens: ids (b, n) or embeddings (b, n, d); one segment unless `segment_length` is given.
@@ -66,7 +66,8 @@ class SegmentModel(nn.Module, ABC):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: weight decay for the matrices of the layers, none for embeddings, gains and biases."""
-        decayed, others = [], []
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             (decayed if parameter.ndim == 2 and name.startswith('layers.') else others).append(parameter)
         return [

@@ -110,7 +110,6 @@ class SegmentWrapper(nn.Module):
         if backward_fn is not None and not backward:
             raise ValueError('backward_fn is only called with backward=True')
         batch = self._batch(x, state, labels, mask)
-        assert batch.targets is not None
         windows = self._windows(batch, backprop_segments or self.backprop_segments)
         num_targets = (batch.targets != IGNORE).sum()
 
@@ -131,7 +130,7 @@ class SegmentWrapper(nn.Module):
     def logits(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Logits (b, n, num_tokens) of all positions, and the state after them. Arguments as in `loss`."""
         x, mask = check_input(self.model, x, state, mask=mask)
-        batch = Batch(x, None, mask)
+        batch = Batch(x, x[:, :0], mask)
         logits = [x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)]
         state = self.model.initial_state(x.shape[0]) if state is None else state
         for window in self._windows(batch, self.backprop_segments):

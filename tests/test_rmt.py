@@ -30,7 +30,7 @@ def xl_entries(state, row):
     """The valid XL entries of one row, as the reference lists them."""
     if state.xl is None:
         return None
-    count = state.xl.length if state.xl.count is None else int(state.xl.count[row])
+    count = state.xl.length if state.xl.counts is None else int(state.xl.counts[row])
     first = state.xl.length - count
     return [
         [(state.xl.keys[row, layer, :, i], state.xl.values[row, layer, :, i]) for i in range(first, state.xl.length)]
@@ -94,7 +94,7 @@ def test_a_row_without_a_valid_token_keeps_its_state_bit_for_bit(options):
     _, state = model.advance(ids(3, 6), None, mask=mask)
     assert torch.equal(state.memory[1], model.initial_memory)
     if state.xl is not None:
-        assert state.xl.count.tolist() == [6, 0, 6]
+        assert state.xl.counts.tolist() == [6, 0, 6]
         assert not state.xl.keys[1].any()
     _, state = model.advance(ids(3, 6), state)
     _, after = model.advance(ids(3, 6), state, mask=mask)
