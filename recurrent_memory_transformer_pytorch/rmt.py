@@ -261,7 +261,8 @@ class RecurrentMemoryTransformer(SegmentModel):
             kept_values.append(values)
         x = self.norm(x)
 
-        memory = x[:, x.shape[1] - m :].to(state.memory.dtype)
+        # a copy: a slice would keep the text's hidden states alive as long as the memory
+        memory = x[:, x.shape[1] - m :].to(state.memory.dtype, copy=True)
         if mask is not None:
             memory = where_rows(mask.any(dim=1), memory, state.memory)
         if xl is not None:

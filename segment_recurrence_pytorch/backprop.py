@@ -65,9 +65,7 @@ def plan_windows(
     i % backprop_segments == 0; no window crosses such a cut, and a short first segment is a window of its own."""
     first = length % segment_length if align == 'right' else 0
     borders = [0] if length else []
-    if first:
-        borders.append(first)
-    borders += range(first + segment_length, length, segment_length)
+    borders += range(first or segment_length, length, segment_length)
     count = len(borders)
     borders.append(length)
     windows, i = [], 0

@@ -1,0 +1,296 @@
+"""Every way through the segments gives the gradients of one graph, and holds what it says it holds."""
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.backprop import plan_windows
+from segment_recurrence_pytorch.state import leaves
+from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt
+from tests.reference import truncated_loss
+
+TOKENS = 20  # segments of 6, 6, 6 and 1 inputs
+
+CASES = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
+CASES |= {f'{name}, dropout': CASES[name] | DROPOUT for name in ('plain', 'causal', 'mixed', 'xl long', 'no memory')}
+
+
+def batch(ragged: bool) -> tuple[Tensor, Tensor | None]:
+    x = torch.randint(0, 20, (4, TOKENS))
+    mask = torch.ones(4, TOKENS, dtype=torch.bool)
+    if ragged:
+        mask[1, 9:] = False
+        mask[2, 3:] = False
+        mask[3, [0, 4, 8, 14]] = False
+    return x, mask
+
+
+def gradients(model):
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    model.zero_grad()
+    return found
+
+
+def same_gradients(have, want, tolerance=1e-9):
+    for name, gradient in want.items():
+        torch.testing.assert_close(have[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def run(model, way, x, mask, k=None, segments_per_pass=None):
+    """Loss, state, gradients and the next random number, one way through the segments."""
+    torch.manual_seed(7)
+    wrapper = SegmentWrapper(
+        model, backprop_segments=k, recompute=way == 'recompute', segments_per_pass=segments_per_pass
+    )
+    loss, num_targets, state = wrapper.loss(x, mask=mask, backward=way == 'replay')
+    drawn = torch.rand(())
+    if way != 'replay':
+        loss.backward()
+    return loss.detach(), state, gradients(model), drawn
+
+
+@pytest.mark.parametrize('ragged', [False, True], ids=['full', 'ragged'])
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES.keys())
+def test_replay_and_recomputing_are_one_graph(options, ragged):
+    model, (x, mask) = make_rmt(**options), batch(ragged)
+    loss, state, want, drawn = run(model, 'full', x, mask)
+    for way in ('recompute', 'replay'):
+        for segments_per_pass in (1, 2, 9):
+            if options.get('ff_dropout') and segments_per_pass != 1:
+                continue  # the full graph above draws its random numbers one segment at a time
+            other, other_state, have, other_drawn = run(model, way, x, mask, segments_per_pass=segments_per_pass)
+            close(other, loss)
+            same_gradients(have, want)
+            assert torch.equal(other_drawn, drawn)
+            for a, b in zip(leaves(other_state), leaves(state), strict=True):
+                close(a, b)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+@pytest.mark.parametrize('options', [RMT_OPTIONS['plain'], RMT_OPTIONS['xl'], RMT_OPTIONS['learned']])
+def test_truncation_is_the_loop_with_detach(options, k):
+    model, x = make_rmt(**options), torch.randint(0, 20, (2, TOKENS))
+    expected = truncated_loss(model, x, 6, k, model)
+    expected.backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    want = gradients(model)
+    for way in ('full', 'recompute', 'replay'):
+        for segments_per_pass in (1, 2, 9):
+            loss, _, have, _ = run(model, way, x, None, k, segments_per_pass)
+            close(loss, expected.detach())
+            same_gradients(have, want)
+    exact = run(model, 'full', x, None)[2]
+    assert any((exact[name] - want[name]).abs().max() > 1e-6 for name in want)
+
+
+def test_windows():
+    def cut(*args, **options):
+        return [(window.start, window.stop, window.truncate) for window in plan_windows(*args, **options)]
+
+    assert cut(0, 4) == []
+    assert cut(10, 4) == [(0, 4, False), (4, 8, False), (8, 10, False)]
+    assert cut(10, 4, align='right') == [(0, 2, False), (2, 6, False), (6, 10, False)]
+    assert cut(3, 4, align='right') == [(0, 3, False)]
+    assert cut(8, 4, align='right', segments_per_pass=None) == [(0, 8, False)]
+    assert cut(10, 4, align='right', segments_per_pass=None) == [(0, 2, False), (2, 10, False)]
+    assert cut(22, 4, segments_per_pass=None) == [(0, 22, False)]
+    assert cut(22, 4, segments_per_pass=2, backprop_segments=3) == [
+        (0, 8, False), (8, 12, False), (12, 20, True), (20, 22, False),
+    ]  # fmt: skip
+    assert cut(10, 4, backprop_segments=1) == [(0, 4, False), (4, 8, True), (8, 10, True)]
+
+
+def test_the_published_call_runs_backward_and_returns_a_plain_loss():
+    model, x = make_rmt(), torch.randint(0, 20, (2, TOKENS))
+    wrapper = RecurrentMemoryTransformerWrapper(model)
+    memory = torch.randn(2, 3, 16, dtype=torch.float64)
+    given = memory.clone()
+    loss, memories = wrapper(x, memory, return_loss=True)
+    loss.backward()
+    want = gradients(model)
+    replayed, after = wrapper(x, memory, memory_replay_backprop=True, return_memories=True)
+    same_gradients(gradients(model), want)
+    close(replayed, loss.detach())
+    close(after, memories.detach())
+    assert not replayed.requires_grad
+    assert not after.requires_grad
+    assert torch.equal(memory, given)
+    assert memory.grad is None
+    assert not memory.requires_grad
+    halved = wrapper(x, memory, memory_replay_backprop=True, mrbp_loss_weight=0.5)
+    close(halved, replayed / 2)
+    same_gradients({name: gradient * 2 for name, gradient in gradients(model).items()}, want)
+
+
+def test_the_callers_state_gets_a_gradient_from_an_ordinary_backward_only():
+    wrapper, x = RecurrentMemoryTransformerWrapper(make_rmt()), torch.randint(0, 20, (2, TOKENS))
+    memory = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    wrapper(x, memory, memory_replay_backprop=True)
+    assert memory.grad is None
+    gradient = torch.autograd.grad(wrapper(x, memory, return_loss=True)[0], memory)[0]
+    assert gradient.abs().max() > 0
+    recomputing = RecurrentMemoryTransformerWrapper(wrapper.model, recompute=True)
+    close(torch.autograd.grad(recomputing(x, memory, return_loss=True)[0], memory)[0], gradient)
+
+
+def test_backward_fn_takes_part_once_a_segment():
+    """A gradient scaler multiplies each loss; gradients between segments are scaled already."""
+    model, x = make_rmt(), torch.randint(0, 20, (2, TOKENS))
+    wrapper = RecurrentMemoryTransformerWrapper(model)
+    wrapper(x, memory_replay_backprop=True)
+    want = gradients(model)
+    calls = []
+
+    def scaled(loss):
+        calls.append(loss)
+        (loss * 1024).backward()
+
+    loss = wrapper(x, memory_replay_backprop=True, backward_fn=scaled, mrbp_loss_weight=0.25)
+    assert len(calls) == 4
+    same_gradients({name: gradient / 256 for name, gradient in gradients(model).items()}, want)
+    close(loss * 4, wrapper(x, return_loss=True)[0].detach())
+
+
+def test_every_parameter_gets_a_gradient_from_every_call():
+    embeddings = torch.randn(2, 5, 16, dtype=torch.float64)
+    labels = torch.randint(0, 20, (2, 5))
+    for options in ({}, {'use_xl_memories': True}, {'num_memory_tokens': 0}):
+        for way in ({'backward': True}, {}):
+            wrapper = RecurrentMemoryTransformerWrapper(make_rmt(**options))
+            for x, given in (
+                (labels, None),
+                (labels[:, :1], None),
+                (embeddings, labels),
+                (embeddings, torch.full_like(labels, -100)),
+            ):
+                loss = wrapper.loss(x, labels=given, **way).loss
+                if not way:
+                    loss.backward()
+                found = gradients(wrapper)
+                if given is not None and (given == -100).all():
+                    assert loss == 0
+                    assert not any(gradient.any() for gradient in found.values())
+
+
+def test_frozen_parameters_stay_without_gradient():
+    wrapper = RecurrentMemoryTransformerWrapper(make_rmt())
+    wrapper.model.token_emb.weight.requires_grad_(False)
+    x = torch.randint(0, 20, (2, TOKENS))
+    wrapper(x, memory_replay_backprop=True)
+    wrapper(x, return_loss=True)[0].backward()
+    assert wrapper.model.token_emb.weight.grad is None
+
+
+def test_replay_under_autocast_is_one_graph_under_autocast():
+    torch.manual_seed(1)
+    model = RecurrentMemoryTransformer(32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=16)
+    x, found = torch.randint(0, 20, (4, TOKENS)), {}
+    for way in ('full', 'recompute', 'replay'):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss, _, state = SegmentWrapper(model, recompute=way == 'recompute').loss(x, backward=way == 'replay')
+        assert state.memory.dtype == torch.float32
+        if way != 'replay':
+            loss.backward()
+        found[way] = gradients(model)
+    for way in ('recompute', 'replay'):
+        for name, want in found['full'].items():
+            # sums of bfloat16 gradients in another order
+            assert (found[way][name] - want).norm() <= 0.02 * want.norm() + 1e-6, name
+
+
+class _Held:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def saved_bytes(model, segments, way):
+    """Most bytes held for backward at a time (replay), or held by the returned loss (recompute), parameters aside."""
+    held, most, parameters = weakref.WeakSet(), 0, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def total():
+        # the targets are slices of the caller's own tokens: floating point only
+        tensors = [each.tensor for each in held if each.tensor.is_floating_point()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+    def pack(tensor):
+        nonlocal most
+        each = _Held(tensor)
+        held.add(each)
+        most = max(most, total())
+        return each
+
+    wrapper = SegmentWrapper(model, recompute=way == 'recompute')
+    x = torch.randint(0, 20, (1, 6 * segments + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each.tensor):
+        returned = wrapper.loss(x, backward=way == 'replay')
+        gc.collect()
+        kept = total()
+    assert returned.num_targets == 6 * segments
+    return most if way == 'replay' else kept
+
+
+@pytest.mark.parametrize('options', [{}, {'use_xl_memories': True}], ids=['plain', 'xl'])
+def test_what_is_saved_for_backward_does_not_grow_with_the_segments(options):
+    model = make_rmt(**options)
+    one_graph = [saved_bytes(model, segments, 'full') for segments in (2, 8, 32)]
+    assert one_graph[2] > 3.5 * one_graph[1] > 10 * one_graph[0]
+    replay = [saved_bytes(model, segments, 'replay') for segments in (3, 8, 32)]
+    assert replay[0] == replay[1] == replay[2] < one_graph[0]
+    recompute = [saved_bytes(model, segments, 'recompute') for segments in (2, 8, 32)]
+    assert recompute[0] == recompute[1] == recompute[2]
+
+
+def test_recomputing_keeps_the_states_and_nothing_else():
+    """All tensors alive after the forward pass, not only those that autograd tells of."""
+    model = make_rmt()
+    state_bytes = 3 * 16 * 8
+
+    def alive(segments):
+        x = torch.randint(0, 20, (1, 6 * segments + 1))
+        before = {id(t) for t in gc.get_objects() if type(t) is Tensor}
+        loss = SegmentWrapper(model, recompute=True).loss(x)
+        gc.collect()
+        new = [t for t in gc.get_objects() if type(t) is Tensor and id(t) not in before and t.is_floating_point()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}
+        assert loss.loss.requires_grad
+        return sum(storages.values())
+
+    growth = (alive(32) - alive(8)) / 24
+    assert growth == state_bytes
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'truncate_at_step': 0}, 'backprop_segments is 0'),
+        ({'backprop_segments': 0}, 'backprop_segments is 0'),
+        ({'backprop_segments': 2, 'truncate_at_step': 3}, 'old name'),
+        ({'segments_per_pass': 0}, 'segments_per_pass is 0'),
+    ],
+)
+def test_bad_lengths_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentMemoryTransformerWrapper(make_rmt(), **options)
+
+
+def test_published_truncation():
+    model, x = make_rmt(), torch.randint(0, 20, (2, TOKENS))
+    assert RecurrentMemoryTransformerWrapper(model, 2).backprop_segments == 2
+    assert RecurrentMemoryTransformerWrapper(model, 2, backprop_segments=2).backprop_segments == 2
+    want = run(model, 'full', x, None, 2)[2]
+    for replay in (True, False):
+        wrapper = RecurrentMemoryTransformerWrapper(model)
+        if replay:
+            wrapper(x, memory_replay_backprop=True, truncate_at_step=2)
+        else:
+            wrapper(x, return_loss=True, truncate_at_step=2)[0].backward()
+        same_gradients(gradients(model), want)
+    with pytest.raises(ValueError, match='backprop_segments is 0'):
+        RecurrentMemoryTransformerWrapper(model)(x, return_loss=True, truncate_at_step=0)
