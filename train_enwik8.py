@@ -36,7 +36,7 @@ from segment_recurrence_pytorch.state import State, detach, from_list, map_state
 PRESETS: dict[str, dict[str, Any]] = {
     'small': {
         'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
-        'training': dict(segments=4, batch_size=8, lr=3e-3, minutes=2.5),
+        'training': dict(segments=4, batch_size=16, lr=2e-3, minutes=3.0),
     },
     'base': {
         'rmt': dict(dim=512, depth=8, heads=8, seq_len=256, num_memory_tokens=16, rotary_pos_emb=True),
@@ -188,8 +188,11 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     where.add_argument('--threads', type=int, help='CPU threads')
     args = parser.parse_args()
-    if (args.steps or 1) < 1 or (args.minutes or 1) <= 0 or args.valid_bytes < 0:
-        parser.error('--steps and --minutes must be above 0, --valid-bytes 0 or more')
+    for name in ('steps', 'minutes'):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f'--{name} is {getattr(args, name)}: it must be above 0')
+    if args.valid_bytes < 0:
+        parser.error(f'--valid-bytes is {args.valid_bytes}: give 0 (all) or more')
     return args
 
 
@@ -314,9 +317,9 @@ def report(scores: dict[str, float], memory: str, step: int, seconds: float) -> 
     twin = 'off' if memory == 'on' else 'on'
     difference = scores['reset'] - scores['carried']
     print(
-        f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on. What memory gains is\n'
-        f'            another question: train a twin with --memory {twin} --steps {step}, and compare its\n'
-        f'            validation, state {VALIDATED[twin]}, with {scores[VALIDATED[memory]]:.3f}.'
+        f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on.\n'
+        f'            What memory gains is another question: train a twin with --memory {twin} --steps {step},\n'
+        f'            and compare its validation, state {VALIDATED[twin]}, with {scores[VALIDATED[memory]]:.3f}.'
     )
 
 

@@ -144,17 +144,16 @@ class RecurrentMemoryTransformer(SegmentModel):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Embeddings, memory tokens (distinct rows: equal ones would stay equal) and logits: normal, std 0.02.
-        Linear layers: normal, std fan_in ** -0.5; those that write to the residual stream times (2 depth) ** -0.5.
-        Biases 0, norm gains 1."""
+        Linear layers: normal, std fan_in ** -0.5, but 0 where they write to the residual stream: a block starts as the
+        identity, so that the small embeddings are not drowned. Biases 0, norm gains 1."""
         for name, parameter in self.named_parameters():
             if name.endswith('norm.weight'):
                 nn.init.ones_(parameter)
             elif name.endswith('bias'):
                 nn.init.zeros_(parameter)
             elif name.startswith('layers.'):
-                residual = name.endswith(('to_out.weight', 'proj_out.weight'))
-                scale = (2 * len(self.layers)) ** -0.5 if residual else 1.0
-                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+                writes = name.endswith(('to_out.weight', 'proj_out.weight'))
+                nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
             else:
                 nn.init.normal_(parameter, std=0.02)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     """Keeps the ceil((1 - thres) * vocabulary) largest logits (b, v), the others become -inf."""
-    k = max(1, ceil((1 - thres) * logits.shape[-1]))
+    k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # 1 - 0.7 is a little more than 0.3
     smallest = logits.topk(k, dim=-1).values[..., -1:]
     return logits.masked_fill(logits < smallest, float('-inf'))
 

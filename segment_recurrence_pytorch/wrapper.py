@@ -94,7 +94,7 @@ class SegmentWrapper(nn.Module):
 
         x: ids (b, n) or embeddings (b, n, dim). mask: (b, n) bool, True = valid.
         labels: (b, n), aligned: labels[:, i] is the target of logit i. Without them a causal model learns the next
-            token: x[:, -1] is then only a target, so the next piece of a stream starts with it.
+            token: a row's last token is then only a target, so the next piece of a stream starts with it.
         backward: run backward here, by replay, with one window held at a time; the loss and the state returned hold
             no graph. backward_fn: called with each window's scalar instead of `Tensor.backward`
             (`accelerator.backward`, or a gradient scaler).
@@ -176,8 +176,9 @@ class SegmentWrapper(nn.Module):
         x, mask = check_input(self.model, x, state, mask=mask, padding_ids=padding_ids)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None)
-        # a padded position predicts nothing, and nothing is to be predicted there
-        return Batch(x[:, :-1], valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1]), mask[:, :-1])
+        # as without padding, a row's last token is only a target
+        followed = mask & (mask.flip(1).cumsum(1).flip(1) > 1)
+        return Batch(x[:, :-1], valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1]), followed[:, :-1])
 
     def _windows(self, batch: Batch, backprop_segments: int | None) -> list[Window]:
         segments = self.segments_per_pass

@@ -23,15 +23,21 @@ def seeded():
 
 
 def make_rmt(**options) -> RecurrentMemoryTransformer:
-    """A small model in float64; its memory tokens are of the size that trained ones have, so that they matter."""
+    """A small model in float64, see `random_weights`."""
     sizes = dict(dim=16, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=8)
-    model = RecurrentMemoryTransformer(**{**sizes, **options}).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith('layers') and name != 'norm.weight':
-                parameter.normal_(std=0.5)
-            elif name.endswith('norm.weight'):
-                parameter.uniform_(0.5, 1.5)
+    return random_weights(RecurrentMemoryTransformer(**{**sizes, **options}).double())
+
+
+@torch.no_grad()
+def random_weights(model):
+    """Weights of the size that trained ones have: at the start blocks are the identity, and memories small."""
+    for name, parameter in model.named_parameters():
+        if name.endswith('norm.weight'):
+            parameter.uniform_(0.5, 1.5)
+        elif name.startswith('layers') and parameter.ndim == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        else:
+            parameter.normal_(std=0.5)
     return model
 
 

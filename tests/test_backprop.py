@@ -1,4 +1,5 @@
 """Every way through the segments gives the gradients of one graph, and holds what it says it holds."""
+
 import gc
 import weakref
 
@@ -10,7 +11,7 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, Rec
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.backprop import plan_windows
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt
+from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt, random_weights
 from tests.reference import truncated_loss
 
 TOKENS = 20  # segments of 6, 6, 6 and 1 inputs
@@ -38,7 +39,9 @@ def gradients(model):
 
 def same_gradients(have, want, tolerance=1e-9):
     for name, gradient in want.items():
-        torch.testing.assert_close(have[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f'{n}: {m}')
+        torch.testing.assert_close(
+            have[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f'{n}: {m}'
+        )
 
 
 def run(model, way, x, mask, k=None, segments_per_pass=None):
@@ -47,7 +50,7 @@ def run(model, way, x, mask, k=None, segments_per_pass=None):
     wrapper = SegmentWrapper(
         model, backprop_segments=k, recompute=way == 'recompute', segments_per_pass=segments_per_pass
     )
-    loss, num_targets, state = wrapper.loss(x, mask=mask, backward=way == 'replay')
+    loss, _, state = wrapper.loss(x, mask=mask, backward=way == 'replay')
     drawn = torch.rand(())
     if way != 'replay':
         loss.backward()
@@ -189,7 +192,8 @@ def test_frozen_parameters_stay_without_gradient():
 
 def test_replay_under_autocast_is_one_graph_under_autocast():
     torch.manual_seed(1)
-    model = RecurrentMemoryTransformer(32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=16)
+    sizes = dict(dim=32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=16)
+    model = random_weights(RecurrentMemoryTransformer(**sizes))
     x, found = torch.randint(0, 20, (4, TOKENS)), {}
     for way in ('full', 'recompute', 'replay'):
         with torch.autocast('cpu', torch.bfloat16):

@@ -8,7 +8,7 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, Rec
 from segment_recurrence_pytorch import record_attention
 from segment_recurrence_pytorch.layers import rotary_angles
 from segment_recurrence_pytorch.state import detach, leaves
-from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt
+from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt, random_weights
 from tests.reference import rmt_row, rmt_segment
 
 
@@ -242,10 +242,10 @@ def test_half_types_keep_their_positions():
     assert angles.dtype == torch.float32
     assert angles[:, 0].unique().numel() == 8
     torch.manual_seed(1)
-    model = RecurrentMemoryTransformer(
+    model = random_weights(RecurrentMemoryTransformer(
         32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=8, heads=2, dim_head=16,
         rotary_pos_emb=True, abs_pos_emb=False, use_xl_memories=True,
-    )  # fmt: skip
+    ))  # fmt: skip
     x = ids(2, 24)
     exact, state = segments(model, x)
     half, half_state = segments(model.bfloat16(), x)

@@ -1,0 +1,57 @@
+"""What should enter the write rows? How far a gradient reaches back through the memory, for each `write_init`.
+
+    python -m benchmarks.write_init
+
+For 1 to 32 segments: the norm of d(loss of the last segment) / d(memory entering the first), at a trained size of the
+weights (random, std fan_in ** -0.5: at the start blocks are the identity, and only the residual path carries).
+dim 64, depth 4, heads 4 x 16, segments of 16, 4 memory tokens, batch 4; median over 16 seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.interleave import write_results
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
+
+SEGMENTS, SEEDS = (1, 2, 4, 8, 16, 32), 16
+SIZES: dict = dict(num_tokens=16, dim=64, depth=4, heads=4, dim_head=16, seq_len=16, num_memory_tokens=4)
+
+
+def gradient_norm(write_init: str, segments: int, seed: int) -> float:
+    """The norm for one seed; the memory that enters is one that the model wrote."""
+    torch.manual_seed(seed)
+    model = RecurrentMemoryTransformer(**{**SIZES, 'write_init': write_init})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(('to_out.weight', 'proj_out.weight')):
+                weight.normal_(std=(2 * len(model.layers) * weight.shape[1]) ** -0.5)
+    tokens, targets = torch.randint(0, 16, (4, 16 * (segments + 1))), torch.randint(0, 16, (4, 16))
+    first, *rest = tokens.split(16, dim=1)
+    entering = memory = model(first)[1].detach().requires_grad_()
+    for segment in rest:
+        logits, memory = model(segment, memory)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return torch.autograd.grad(loss, entering)[0].norm().item()
+
+
+def main() -> None:
+    """Prints and writes the table."""
+    norms = {
+        write_init: {
+            segments: round(statistics.median(gradient_norm(write_init, segments, seed) for seed in range(SEEDS)), 5)
+            for segments in SEGMENTS
+        }
+        for write_init in ('learned', 'previous', 'sum')
+    }
+    print('write_init', *(f'{segments:9}' for segments in SEGMENTS))
+    for write_init, by_segments in norms.items():
+        print(f'{write_init:10}', *(f'{norm:9.5f}' for norm in by_segments.values()))
+    write_results(__file__, {'sizes': SIZES, 'seeds': SEEDS, 'gradient_norm': norms})
+
+
+if __name__ == '__main__':
+    main()

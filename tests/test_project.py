@@ -1,0 +1,85 @@
+"""What users import, what a wheel holds, and what importing does not do."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ('recurrent_memory_transformer_pytorch', 'segment_recurrence_pytorch')
+
+
+@pytest.mark.parametrize('package', PACKAGES)
+def test_public_names_are_strings_and_exist(package):
+    module = importlib.import_module(package)
+    assert all(isinstance(name, str) for name in module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert module.__version__ == '0.1.0'
+    exec(f'from {package} import *', {})
+
+
+def test_importing_does_nothing():
+    """No output, no global setting, no device query; flash-attn and the training extras are not touched."""
+    code = """
+import sys, torch
+torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+import recurrent_memory_transformer_pytorch
+assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+loaded = {'flash_attn', 'safetensors', 'matplotlib'} & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_wheel_and_sdist_hold_what_they_should(tmp_path):
+    copy = tmp_path / 'project'
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked or [str(path.relative_to(ROOT)) for path in ROOT.rglob('*') if path.is_file()]:
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+        files = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in files if name.endswith('/METADATA'))).decode()
+        wheel.extractall(tmp_path / 'installed')
+    for package in PACKAGES:
+        assert f'{package}/py.typed' in files
+        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).glob('*.py')}
+        assert modules <= files
+    assert not any(name.startswith(('tests', 'benchmarks', 'train_enwik8')) for name in files)
+    assert any(name.endswith('/LICENSE') for name in files)
+    for line in ('Version: 0.1.0', 'License-Expression: MIT', 'Requires-Dist: torch>=2.5', 'Provides-Extra: flash'):
+        assert line in metadata
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as sdist:
+        names = {name.split('/', 1)[-1] for name in sdist.getnames()}
+    assert {'README.md', 'LICENSE', 'pyproject.toml', 'setup.py', 'segment_recurrence_pytorch/py.typed'} <= names
+    # the wheel alone is enough, from another folder
+    done = subprocess.run(
+        [sys.executable, '-c', 'import recurrent_memory_transformer_pytorch as r; print(r.__file__)'],
+        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path / 'installed')}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip().startswith(str(tmp_path / 'installed')), done.stderr
+
+
+@pytest.mark.parametrize('package', PACKAGES)
+def test_public_things_have_docstrings_and_files_are_short(package):
+    for path in (ROOT / package).glob('*.py'):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert len(path.read_text().splitlines()) <= 350, path
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith('_'):
+                inherited = isinstance(node, ast.FunctionDef) and node.name in ('forward', 'backward')
+                is_setter = any(isinstance(d, ast.Attribute) and d.attr == 'setter' for d in node.decorator_list)
+                assert inherited or is_setter or ast.get_docstring(node), f'{path}: {node.name}'
