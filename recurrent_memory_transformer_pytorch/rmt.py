@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from recurrent_memory_transformer_pytorch.attention import Attention, Layout, attention_mask
 from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
-from segment_recurrence_pytorch.attention import choose_backend
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
 from segment_recurrence_pytorch.layers import NORM_EPS, FeedForward, rotary_angles
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
@@ -156,19 +155,6 @@ class RecurrentMemoryTransformer(SegmentModel):
                 nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
             else:
                 nn.init.normal_(parameter, std=0.02)
-
-    @property
-    def attention_backend(self) -> str:
-        """The backend that runs here, without a padding mask. Set it to a name of `attention.BACKENDS` to force one."""
-        device = self.device.type
-        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
-        return choose_backend(self.backend, device=self.device, dtype=half)
-
-    @attention_backend.setter
-    def attention_backend(self, name: str) -> None:
-        if name != 'auto':
-            choose_backend(name, device=self.device, dtype=self.dtype)
-        self.backend = name
 
     def forward(
         self,

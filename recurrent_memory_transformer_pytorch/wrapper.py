@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from segment_recurrence_pytorch.sampling import sample, top_k
-from segment_recurrence_pytorch.wrapper import SegmentWrapper
+from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
 class RecurrentMemoryTransformerWrapper(SegmentWrapper):
@@ -36,7 +36,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             transformer,
             segment_length=segment_length,
             segments_per_pass=segments_per_pass,
-            backprop_segments=_same(truncate_at_step, backprop_segments),
+            backprop_segments=same_option('truncate_at_step', truncate_at_step, backprop_segments),
             recompute=recompute,
             align=align,
             ignore_index=transformer.ignore_index,
@@ -124,11 +124,3 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
 
 def _choose(logits: Tensor, *, temperature: float, filter_thres: float) -> Tensor:
     return sample(top_k(logits, filter_thres), temperature=temperature)
-
-
-def _same(truncate_at_step: int | None, backprop_segments: int | None) -> int | None:
-    if None not in (truncate_at_step, backprop_segments) and truncate_at_step != backprop_segments:
-        raise ValueError(
-            f'truncate_at_step={truncate_at_step} is the old name of backprop_segments={backprop_segments}: give one'
-        )
-    return backprop_segments if truncate_at_step is None else truncate_at_step

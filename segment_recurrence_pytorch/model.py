@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segment_recurrence_pytorch.attention import choose_backend
 from segment_recurrence_pytorch.state import State, where_rows
 
 
@@ -29,6 +30,7 @@ class SegmentModel(nn.Module, ABC):
     causal: bool
     max_segment_length: int | None
     parallel_segments: bool
+    backend: str = 'auto'
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
@@ -74,6 +76,19 @@ class SegmentModel(nn.Module, ABC):
             {'params': decayed, 'lr': lr, 'weight_decay': weight_decay},
             {'params': others, 'lr': lr, 'weight_decay': 0.0},
         ]
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend that runs here, without a padding mask. Set it to a name of `attention.BACKENDS` to force one."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        return choose_backend(self.backend, device=self.device, dtype=dtype)
+
+    @attention_backend.setter
+    def attention_backend(self, name: str) -> None:
+        if name != 'auto':
+            choose_backend(name, device=self.device, dtype=self.dtype)
+        self.backend = name
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,16 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     return logits.masked_fill(logits < smallest, float('-inf'))
 
 
+def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """Keeps the smallest set of logits (b, v) whose probability reaches thres, the others become -inf."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    beyond = probabilities.cumsum(dim=-1) - probabilities >= thres
+    beyond[..., 0] = False
+    return logits.masked_fill(beyond.scatter(-1, order, beyond), float('-inf'))
+
+
 def sample(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Token ids (b,) drawn from softmax(logits / temperature), logits (b, v); temperature 0: the largest."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

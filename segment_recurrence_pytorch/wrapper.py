@@ -62,11 +62,7 @@ class SegmentWrapper(nn.Module):
         ignore_index: int = IGNORE,
     ):
         super().__init__()
-        limit = model.max_segment_length
-        if segment_length is None:
-            segment_length = limit
-        if segment_length is None or segment_length < 1 or (limit is not None and segment_length > limit):
-            raise ValueError(f'segment_length is {segment_length}: give 1 to {limit or "any number"}')
+        segment_length = _checked_length(model, model.max_segment_length if segment_length is None else segment_length)
         _check_count('segments_per_pass', segments_per_pass)
         _check_count('backprop_segments', backprop_segments)
         self.model = model
@@ -89,6 +85,7 @@ class SegmentWrapper(nn.Module):
         backward: bool = False,
         backward_fn: Callable | None = None,
         backprop_segments: int | None = None,
+        segment_length: int | None = None,
     ) -> LossReturn:
         """The loss over all valid targets of a sequence.
 
@@ -98,7 +95,7 @@ class SegmentWrapper(nn.Module):
         backward: run backward here, by replay, with one window held at a time; the loss and the state returned hold
             no graph. backward_fn: called with each window's scalar instead of `Tensor.backward`
             (`accelerator.backward`, or a gradient scaler).
-        backprop_segments: overrides the wrapper's for this call.
+        backprop_segments, segment_length: instead of the wrapper's, for this call.
         Returns (loss, num_targets, state); the state is attached to the graph unless backward=True. Every trainable
         parameter gets a gradient. ValueError, before anything is changed, for what does not fit.
         """
@@ -110,7 +107,7 @@ class SegmentWrapper(nn.Module):
         if backward_fn is not None and not backward:
             raise ValueError('backward_fn is only called with backward=True')
         batch = self._batch(x, state, labels, mask)
-        windows = self._windows(batch, backprop_segments or self.backprop_segments)
+        windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
         num_targets = (batch.targets != IGNORE).sum()
 
         if backward:
@@ -150,18 +147,24 @@ class SegmentWrapper(nn.Module):
         self.model.check_state(state, rows.shape[0])
         return self.model.reset(state, rows)
 
-    @beartype
-    def _generate(self, prompt: Tensor, num_tokens: int, choose: Callable, *, state: Any = None) -> Tensor:
+    def _generate(
+        self,
+        prompt: Tensor,
+        num_tokens: int,
+        choose: Callable[[Tensor], Tensor],
+        *,
+        state: State = None,
+        segment_length: int | None = None,
+    ) -> Tensor:
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
         if prompt.ndim == 2 and not prompt.shape[1]:
             raise ValueError('the prompt is empty: give at least one token a row to start from')
         if num_tokens < 0:
             raise ValueError(f'{num_tokens} new tokens: the length must be at least the length of the prompt')
+        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
         prompt, _ = check_input(self.model, prompt, state)
-        return generate_by_rereading(
-            self.model, prompt, num_tokens, choose, segment_length=self.segment_length, state=state
-        )
+        return generate_by_rereading(self.model, prompt, num_tokens, choose, segment_length=length, state=state)
 
     def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> Batch:
         """The columns to read and their targets, checked."""
@@ -180,17 +183,32 @@ class SegmentWrapper(nn.Module):
         followed = mask & (mask.flip(1).cumsum(1).flip(1) > 1)
         return Batch(x[:, :-1], valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1]), followed[:, :-1])
 
-    def _windows(self, batch: Batch, backprop_segments: int | None) -> list[Window]:
+    def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
+        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
         segments = self.segments_per_pass
         if segments is None:
-            segments = max(1, WINDOW_TOKENS // self.segment_length) if self.model.parallel_segments else 1
+            segments = max(1, WINDOW_TOKENS // length) if self.model.parallel_segments else 1
         return plan_windows(
             batch.tokens.shape[1],
-            self.segment_length,
+            length,
             align=self.align,
             segments_per_pass=segments,
             backprop_segments=backprop_segments,
         )
+
+
+def same_option(old_name: str, old: int | None, backprop_segments: int | None) -> int | None:
+    """backprop_segments, given by its published name or by its own. ValueError if they differ."""
+    if old is not None and backprop_segments is not None and old != backprop_segments:
+        raise ValueError(f'{old_name}={old} is the old name of backprop_segments={backprop_segments}: give one')
+    return backprop_segments if old is None else old
+
+
+def _checked_length(model: SegmentModel, length: int | None) -> int:
+    limit = model.max_segment_length
+    if length is None or length < 1 or (limit is not None and length > limit):
+        raise ValueError(f'segment_length is {length}: give 1 to {limit or "any number"}')
+    return length
 
 
 def _check_count(name: str, value: int | None) -> None:

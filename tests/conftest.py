@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 
 
@@ -41,6 +42,12 @@ def random_weights(model):
     return model
 
 
+def make_infini(**options) -> InfiniTransformer:
+    """A small model in float64, see `random_weights`."""
+    sizes = dict(dim=16, num_tokens=20, depth=2, heads=2, dim_head=4)
+    return random_weights(InfiniTransformer(**{**sizes, **options}).double())
+
+
 # every option that changes what a segment computes, each at least once beside the plain model
 RMT_OPTIONS = {
     'plain': {},
@@ -62,6 +69,23 @@ RMT_OPTIONS = {
     'xl encoder': {'use_xl_memories': True, 'causal': False},
     'deep': {'depth': 3, 'ff_mult': 2},
 }
+INFINI_OPTIONS = {
+    'linear': {},
+    'linear, strength': {'learned_delta_update': True},
+    'linear, decay': {'memory_decay': True},
+    'delta': {'use_mem_delta_rule': True},
+    'delta, strength, decay': {'memory_rule': 'delta', 'learned_delta_update': True, 'memory_decay': True},
+    'delta, published strength': {
+        'memory_rule': 'delta', 'learned_delta_update': True, 'strength_in_normaliser': False
+    },
+    'delta, gqa': {'memory_rule': 'delta', 'heads': 4, 'kv_heads': 2, 'qk_norm': True, 'learned_delta_update': True},
+    'deltanet': {'memory_rule': 'deltanet'},
+    'deltanet, decay, gqa': {'memory_rule': 'deltanet', 'memory_decay': True, 'heads': 4, 'kv_heads': 2},
+    'talking heads': {'mem_transform': 'talking_heads', 'heads': 4, 'kv_heads': 2},
+    'kv proj': {'mem_transform': 'kv_proj', 'use_mem_delta_rule': True},
+    'above': {'mem_read_from': 'above', 'depth': 3, 'tie_embeddings': True},
+    'deltanet, above': {'mem_read_from': 'above', 'memory_rule': 'deltanet', 'mem_transform': 'kv_proj'},
+}  # fmt: skip
 DROPOUT = {'attn_dropout': 0.2, 'ff_dropout': 0.3}
 
 

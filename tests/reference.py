@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * gain
 
 
 def rotated(vector: Tensor, position: int, theta: float) -> Tensor:
@@ -111,7 +111,7 @@ def mean_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
-def truncated_loss(model, tokens: Tensor, segment_length: int, k: int | None, forward) -> Tensor:
+def truncated_loss(tokens: Tensor, segment_length: int, k: int | None, forward) -> Tensor:
     """Next-token loss by a hand-written loop over segments; the state entering every k-th one is detached.
     forward(segment, state) -> (logits, state)."""
     from torch.utils._pytree import tree_map_only
@@ -123,3 +123,101 @@ def truncated_loss(model, tokens: Tensor, segment_length: int, k: int | None, fo
         segment_logits, state = forward(inputs[:, start : start + segment_length], state)
         logits.append(segment_logits)
     return mean_nll(torch.cat(logits, 1), targets)
+
+
+def infini_phi(t: Tensor, rule: str) -> Tensor:
+    t = torch.where(t > 0, t + 1, t.clamp(max=0).exp())
+    return t / t.norm() if rule == 'deltanet' else t
+
+
+def infini_write(rule, keys, values, strength, decay, M, z, strength_in_normaliser=True):
+    """One head's memory after the tokens of a segment, written one after the other. keys (n, d), values (n, e)."""
+    M0, z0 = M, z
+    for k, v, beta, gamma in zip(keys, values, strength, decay, strict=True):
+        k = infini_phi(k, rule)
+        M = gamma * M
+        if rule == 'deltanet':
+            M = M + beta * torch.outer(k, v - k @ M)
+            z = torch.ones_like(z)
+            continue
+        if rule == 'delta' and z0.any():
+            v = v - k @ M0 / (k @ z0)
+        M = M + beta * torch.outer(k, v)
+        z = gamma * z + (beta * k if strength_in_normaliser else k)
+    return M, z
+
+
+def infini_read(rule, q, M, z):
+    """What one query (d,) recalls."""
+    q = infini_phi(q, rule)
+    return q @ M if rule == 'deltanet' else q @ M / (q @ z)
+
+
+def infini_segment(model, text: Tensor, positions: list[int], memories: list):
+    """One row's segment, its padding left out. memories: for each layer and key/value head (M (d, e), z (d)).
+    Returns hidden states (n, dim) and the memories."""
+    x = model.token_emb.weight[text] if text.ndim == 1 else text
+    n, depth, after = len(positions), len(model.layers), []
+    for index, block in enumerate(model.layers):
+        attn = block.attn
+        memory, groups = attn.fastweight_mem, attn.heads // attn.kv_heads
+        rule = memory.memory_rule
+        normed = rms_norm(x, block.attn_norm.weight, 1e-12)
+        q, kv = (normed @ attn.to_qkv.weight.T).split(
+            (attn.heads * attn.dim_head, 2 * attn.kv_heads * attn.dim_head), -1
+        )
+        q, (k, v) = q.view(n, attn.heads, -1), kv.view(n, 2, attn.kv_heads, -1).unbind(1)
+        if hasattr(attn.q_norm, 'weight'):
+            q, k = rms_norm(q, attn.q_norm.weight, 1e-12), rms_norm(k, attn.k_norm.weight, 1e-12)
+        ones = torch.ones(n, attn.kv_heads, dtype=x.dtype)
+        strength = ones if attn.to_strength is None else (normed @ attn.to_strength.weight.T).sigmoid()
+        decay = ones if attn.to_decay is None else F.linear(normed, attn.to_decay.weight, attn.to_decay.bias).sigmoid()
+        source = memories[min(index + 1, depth - 1) if model.mem_read_from == 'above' else index]
+        shown = source
+        if memory.mem_transform == 'talking_heads':
+            over = torch.eye(attn.kv_heads, dtype=x.dtype) + memory.talking_heads.exp()
+            shown = [
+                tuple(sum(over[g, other] * source[other][part] for other in range(attn.kv_heads)) for part in (0, 1))
+                for g in range(attn.kv_heads)
+            ]
+        elif memory.mem_transform == 'kv_proj':
+            over = torch.eye(attn.dim_head, dtype=x.dtype) + memory.key_proj.exp()
+            shown = [(over[g] @ M @ memory.value_proj[g], over[g] @ z) for g, (M, z) in enumerate(source)]
+        out = torch.zeros(n, attn.heads, attn.dim_head, dtype=x.dtype)
+        for i in range(n):
+            for head in range(attn.heads):
+                g = head // groups
+                turned = torch.stack([rotated(k[j, g], positions[j], 10000.0) for j in range(i + 1)])
+                scores = turned @ rotated(q[i, head], positions[i], 10000.0) / math.sqrt(attn.dim_head)
+                local = scores.softmax(0) @ v[: i + 1, g]
+                M, z = shown[g]
+                if z.any():
+                    gate = memory.head_gates[head].sigmoid()
+                    local = gate * local + (1 - gate) * infini_read(rule, q[i, head], M, z)
+                out[i, head] = local
+        after.append([
+            infini_write(rule, k[:, g], v[:, g], strength[:, g], decay[:, g], *memories[index][g],
+                         memory.strength_in_normaliser)
+            for g in range(attn.kv_heads)
+        ])  # fmt: skip
+        x = x + out.flatten(1) @ attn.to_out.weight.T
+        normed = rms_norm(x, block.ff_norm.weight, 1e-12)
+        a, gates = F.linear(normed, block.ff.proj_in.weight, block.ff.proj_in.bias).chunk(2, -1)
+        x = x + F.linear(a * F.gelu(gates), block.ff.proj_out.weight, block.ff.proj_out.bias)
+    return rms_norm(x, model.norm.weight, 1e-12), after
+
+
+def infini_row(model, text: Tensor, segment_length: int, valid: Tensor | None = None, memories: list | None = None):
+    """One row of any length through the segment loop, padded columns left out: hidden states (n, dim), memories."""
+    valid = torch.ones(len(text), dtype=torch.bool) if valid is None else valid
+    if memories is None:
+        d = model.dim_head
+        empty = (torch.zeros(d, d, dtype=model.dtype), torch.zeros(d, dtype=model.dtype))
+        memories = [[empty] * model.kv_heads for _ in model.layers]
+    hiddens = []
+    for start in range(0, len(text), segment_length):
+        columns = [c for c in range(start, min(start + segment_length, len(text))) if valid[c]]
+        if columns:
+            hidden, memories = infini_segment(model, text[columns], [c - start for c in columns], memories)
+            hiddens.append(hidden)
+    return torch.cat(hiddens) if hiddens else torch.zeros(0, model.dim, dtype=model.dtype), memories

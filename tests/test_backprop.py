@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,18 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, Rec
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.backprop import plan_windows
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt, random_weights
+from tests.conftest import DROPOUT, INFINI_OPTIONS, RMT_OPTIONS, close, make_infini, make_rmt, random_weights
 from tests.reference import truncated_loss
 
 TOKENS = 20  # segments of 6, 6, 6 and 1 inputs
 
-CASES = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
-CASES |= {f'{name}, dropout': CASES[name] | DROPOUT for name in ('plain', 'causal', 'mixed', 'xl long', 'no memory')}
+RMT = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
+RMT |= {f'{name}, dropout': RMT[name] | DROPOUT for name in ('plain', 'causal', 'mixed', 'xl long', 'no memory')}
+INFINI = INFINI_OPTIONS | {
+    f'{name}, dropout': INFINI_OPTIONS[name] | DROPOUT for name in ('linear', 'deltanet', 'above')
+}
+CASES = {f'rmt {name}': partial(make_rmt, **options) for name, options in RMT.items()}
+CASES |= {f'infini {name}': partial(make_infini, **options) for name, options in INFINI.items()}
 
 
 def batch(ragged: bool) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +54,11 @@ def run(model, way, x, mask, k=None, segments_per_pass=None):
     """Loss, state, gradients and the next random number, one way through the segments."""
     torch.manual_seed(7)
     wrapper = SegmentWrapper(
-        model, backprop_segments=k, recompute=way == 'recompute', segments_per_pass=segments_per_pass
+        model,
+        segment_length=6,
+        backprop_segments=k,
+        recompute=way == 'recompute',
+        segments_per_pass=segments_per_pass if model.parallel_segments or way != 'full' else None,
     )
     loss, _, state = wrapper.loss(x, mask=mask, backward=way == 'replay')
     drawn = torch.rand(())
@@ -58,14 +68,16 @@ def run(model, way, x, mask, k=None, segments_per_pass=None):
 
 
 @pytest.mark.parametrize('ragged', [False, True], ids=['full', 'ragged'])
-@pytest.mark.parametrize('options', CASES.values(), ids=CASES.keys())
-def test_replay_and_recomputing_are_one_graph(options, ragged):
-    model, (x, mask) = make_rmt(**options), batch(ragged)
-    loss, state, want, drawn = run(model, 'full', x, mask)
-    for way in ('recompute', 'replay'):
-        for segments_per_pass in (1, 2, 9):
-            if options.get('ff_dropout') and segments_per_pass != 1:
-                continue  # the full graph above draws its random numbers one segment at a time
+@pytest.mark.parametrize('make', CASES.values(), ids=CASES.keys())
+def test_replay_and_recomputing_are_one_graph(make, ragged):
+    """With dropout at the same number of segments a pass, without it at any."""
+    model, (x, mask) = make(), batch(ragged)
+    exact = None if model.has_dropout else run(model, 'full', x, mask, segments_per_pass=1)
+    for segments_per_pass in (1, 2, 9):
+        if model.has_dropout and segments_per_pass > 1 and not model.parallel_segments:
+            continue  # one segment after the other: nothing else to compare with
+        loss, state, want, drawn = exact or run(model, 'full', x, mask, segments_per_pass=segments_per_pass)
+        for way in ('full', 'recompute', 'replay'):
             other, other_state, have, other_drawn = run(model, way, x, mask, segments_per_pass=segments_per_pass)
             close(other, loss)
             same_gradients(have, want)
@@ -75,10 +87,17 @@ def test_replay_and_recomputing_are_one_graph(options, ragged):
 
 
 @pytest.mark.parametrize('k', [1, 2, 3])
-@pytest.mark.parametrize('options', [RMT_OPTIONS['plain'], RMT_OPTIONS['xl'], RMT_OPTIONS['learned']])
-def test_truncation_is_the_loop_with_detach(options, k):
-    model, x = make_rmt(**options), torch.randint(0, 20, (2, TOKENS))
-    expected = truncated_loss(model, x, 6, k, model)
+@pytest.mark.parametrize(
+    'name', ['rmt plain', 'rmt xl', 'rmt learned', 'infini linear', 'infini delta', 'infini above']
+)
+def test_truncation_is_the_loop_with_detach(name, k):
+    model, x = CASES[name](), torch.randint(0, 20, (2, TOKENS))
+
+    def forward(segment, state):
+        hidden, state = model.advance(segment, state)
+        return model.to_logits(hidden), state
+
+    expected = truncated_loss(x, 6, k, forward)
     expected.backward()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -230,7 +249,7 @@ def saved_bytes(model, segments, way):
         most = max(most, total())
         return each
 
-    wrapper = SegmentWrapper(model, recompute=way == 'recompute')
+    wrapper = SegmentWrapper(model, segment_length=6, segments_per_pass=1, recompute=way == 'recompute')
     x = torch.randint(0, 20, (1, 6 * segments + 1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each.tensor):
         returned = wrapper.loss(x, backward=way == 'replay')
@@ -240,9 +259,9 @@ def saved_bytes(model, segments, way):
     return most if way == 'replay' else kept
 
 
-@pytest.mark.parametrize('options', [{}, {'use_xl_memories': True}], ids=['plain', 'xl'])
-def test_what_is_saved_for_backward_does_not_grow_with_the_segments(options):
-    model = make_rmt(**options)
+@pytest.mark.parametrize('name', ['rmt plain', 'rmt xl', 'infini delta'])
+def test_what_is_saved_for_backward_does_not_grow_with_the_segments(name):
+    model = CASES[name]()
     one_graph = [saved_bytes(model, segments, 'full') for segments in (2, 8, 32)]
     assert one_graph[2] > 3.5 * one_graph[1] > 10 * one_graph[0]
     replay = [saved_bytes(model, segments, 'replay') for segments in (3, 8, 32)]

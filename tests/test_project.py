@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ('recurrent_memory_transformer_pytorch', 'segment_recurrence_pytorch')
+PACKAGES = ('recurrent_memory_transformer_pytorch', 'infini_transformer_pytorch', 'segment_recurrence_pytorch')
 
 
 @pytest.mark.parametrize('package', PACKAGES)
@@ -30,7 +30,7 @@ def test_importing_does_nothing():
 import sys, torch
 torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-import recurrent_memory_transformer_pytorch
+import recurrent_memory_transformer_pytorch, infini_transformer_pytorch
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
 loaded = {'flash_attn', 'safetensors', 'matplotlib'} & set(sys.modules)
 assert not loaded, loaded

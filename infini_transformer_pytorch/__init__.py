@@ -1,0 +1,20 @@
+"""The Infini-Transformer (arXiv 2404.07143): local causal attention, and a compressive memory in every head."""
+
+from infini_transformer_pytorch.attention import CachedKV, FastweightMemory
+from infini_transformer_pytorch.infini import InfiniTransformer, TransformerReturn
+from infini_transformer_pytorch.memory import Memories
+from infini_transformer_pytorch.wrapper import InfiniTransformerWrapper
+from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__
+
+__all__ = [
+    'CachedKV',
+    'FastweightMemory',
+    'InfiniTransformer',
+    'InfiniTransformerWrapper',
+    'LossReturn',
+    'Memories',
+    'SegmentModel',
+    'SegmentWrapper',
+    'TransformerReturn',
+    '__version__',
+]

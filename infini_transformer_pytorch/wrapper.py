@@ -1,0 +1,122 @@
+"""The calls that users of the published package know, over `SegmentWrapper`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from infini_transformer_pytorch.infini import InfiniTransformer
+from segment_recurrence_pytorch.sampling import sample, top_p
+from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
+
+
+class InfiniTransformerWrapper(SegmentWrapper):
+    """Trains an `InfiniTransformer` on sequences of any length, and generates from it.
+
+    Gradients are exact, through the whole sequence. detach_mems_every_num_segments is the published name of
+    backprop_segments, which cuts them at every k-th segment border. segments_per_pass: how many segments are evaluated
+    at once (default: about 8,192 tokens); it changes speed and memory, no number. ignore_index: as published, ids with
+    this value (and with -100) are padding. The other arguments: see `SegmentWrapper`.
+    """
+
+    model: InfiniTransformer
+
+    @beartype
+    def __init__(
+        self,
+        model: InfiniTransformer,
+        segment_length: int = 512,
+        detach_mems_every_num_segments: int | None = None,
+        ignore_index: int = -1,
+        *,
+        segments_per_pass: int | None = None,
+        backprop_segments: int | None = None,
+        recompute: bool = False,
+    ):
+        if not model.parallel_segments and segments_per_pass is not None:
+            raise ValueError(
+                f"segments_per_pass={segments_per_pass}: a model with mem_read_from='above' reads one segment at a time"
+            )
+        super().__init__(
+            model,
+            segment_length=segment_length,
+            segments_per_pass=segments_per_pass,
+            backprop_segments=same_option(
+                'detach_mems_every_num_segments', detach_mems_every_num_segments, backprop_segments
+            ),
+            recompute=recompute,
+            ignore_index=ignore_index,
+        )
+
+    @beartype
+    def forward(
+        self,
+        seq: Tensor,
+        segment_length: int | None = None,
+        backward: bool = False,
+        grad_accum_scale: int | float = 1.0,
+        *,
+        past_memories: Any = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_memories: bool = False,
+        backward_fn: Callable | None = None,
+    ) -> Any:
+        """The loss of seq (b, any length), times grad_accum_scale (1 / accumulation steps); and, with
+        return_memories=True, the memories to go on with: the next piece starts with the last token of this one.
+
+        backward=True runs backward here, in training mode, with one window of segments held at a time, and returns a
+        loss without a graph. Labels, mask and backward_fn: see `SegmentWrapper.loss`.
+        """
+        modes = {module: module.training for module in self.modules()}
+        options: dict[str, Any] = {}
+        if backward:
+            run_backward = backward_fn or Tensor.backward
+            options = {'backward': True, 'backward_fn': lambda loss: run_backward(loss * grad_accum_scale)}
+            self.train()
+        try:
+            loss, _, state = self.loss(
+                seq, past_memories, labels=labels, mask=mask, segment_length=segment_length, **options
+            )
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        loss = loss * grad_accum_scale
+        return (loss, state) if return_memories else loss
+
+    @beartype
+    def generate(
+        self,
+        *,
+        seq_len: int,
+        prompt: Tensor | None = None,
+        batch_size: int = 1,
+        temperature: int | float = 1.0,
+        filter_fn: Callable = top_p,
+        filter_kwargs: dict | None = None,
+        exclude_prompt: bool = True,
+        segment_length: int | None = None,
+        past_memories: Any = None,
+    ) -> Tensor:
+        """New tokens (b, seq_len - n) after prompt (b, n), or all seq_len with exclude_prompt=False: seq_len counts the
+        prompt. Without a prompt, batch_size rows start from token 0, which counts as the prompt.
+
+        filter_fn(logits, **filter_kwargs) -> logits. temperature 0: the most likely token.
+        """
+        if temperature < 0:
+            raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more')
+        if prompt is None:
+            prompt = torch.zeros(batch_size, 1, dtype=torch.long, device=self.model.device)
+        kwargs = filter_kwargs or {}
+
+        def choose(logits: Tensor) -> Tensor:
+            return sample(filter_fn(logits, **kwargs), temperature=temperature)
+
+        new = self._generate(
+            prompt, seq_len - prompt.shape[-1], choose, state=past_memories, segment_length=segment_length
+        )
+        return new if exclude_prompt else torch.cat((prompt, new), dim=1)

@@ -1,0 +1,418 @@
+"""The Infini-Transformer against its definition in `reference`, and what its options promise."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infini_transformer_pytorch import (
+    FastweightMemory,
+    InfiniTransformer,
+    InfiniTransformerWrapper,
+    Memories,
+    TransformerReturn,
+)
+from infini_transformer_pytorch.memory import MEMORY_RULES, Writes, read, write
+from infini_transformer_pytorch.scan import affine_scan
+from segment_recurrence_pytorch import record_attention
+from segment_recurrence_pytorch.state import detach, leaves
+from tests.conftest import INFINI_OPTIONS, close, make_infini
+from tests.reference import infini_read, infini_row, infini_write, mean_nll
+
+PARALLEL = {name: options for name, options in INFINI_OPTIONS.items() if options.get('mem_read_from') != 'above'}
+LENGTH = 5
+
+
+def ids(*shape):
+    return torch.randint(0, 20, shape)
+
+
+def same_memories(state, row, expected):
+    for layer, heads in zip(state, expected, strict=True):
+        for g, (M, z) in enumerate(heads):
+            close(layer.kv_mem[row, g], M)
+            close(layer.k_norm[row, g], z)
+
+
+def ragged(rows=5, length=23):
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[1, 17:] = False
+    mask[2, 3:] = False
+    mask[3, [2, 7, 8, 11]] = False
+    mask[4] = False
+    return mask
+
+
+@pytest.mark.parametrize('segments_per_pass', [1, 2, 3, 9])
+@pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
+def test_windows_equal_the_definition(options, segments_per_pass):
+    """Ragged rows (prefixes, holes, nothing), outputs, memories, and gradients of the loss."""
+    model, x, mask = make_infini(**options), ids(5, 23), ragged()
+    if not model.parallel_segments:
+        if segments_per_pass > 1:
+            return
+        segments_per_pass = None
+    wrapper = InfiniTransformerWrapper(model, LENGTH, segments_per_pass=segments_per_pass)
+    logits, state = wrapper.logits(x, mask=mask)
+    rows = [infini_row(model, x[row], LENGTH, mask[row]) for row in range(5)]
+    for row, (hidden, memories) in enumerate(rows):
+        close(logits[row, mask[row]], model.to_logits(hidden))
+        same_memories(state, row, memories)
+    full, labels = mask[:1].expand(2, -1), ids(2, 23)
+    expected = torch.stack([model.to_logits(infini_row(model, row, LENGTH)[0]) for row in x[:2]])
+    mean_nll(expected, labels).backward()
+    want = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for options in ({}, {'backward': True}):
+        model.zero_grad()
+        loss = wrapper.loss(x[:2], labels=labels, mask=full, **options).loss
+        if not options:
+            loss.backward()
+        for name, parameter in model.named_parameters():
+            if want[name] is None:
+                assert not parameter.grad.any()
+            else:
+                close(parameter.grad, want[name])
+
+
+@pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
+def test_state_goes_on_and_only_the_state_needs_less_work(options):
+    model, x, mask = make_infini(**options), ids(5, 23), ragged()
+    wrapper = InfiniTransformerWrapper(model, LENGTH)
+    _, state = wrapper.logits(x, mask=mask)
+    y = ids(5, LENGTH)
+    hidden, after = model.advance(y, state)
+    nothing, same = model.advance(y, state, need_hidden=False)
+    assert nothing is None
+    for a, b in zip(leaves(after), leaves(same), strict=True):
+        close(a, b, 1e-12)
+    for row in range(5):
+        _, memories = infini_row(model, x[row], LENGTH, mask[row])
+        expected, memories = infini_row(model, y[row], LENGTH, memories=memories)
+        close(hidden[row], expected)
+        same_memories(after, row, memories)
+
+
+@pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
+def test_a_row_without_a_valid_token_keeps_its_state_bit_for_bit(options):
+    model = make_infini(**options)
+    _, state = model.advance(ids(3, LENGTH))
+    mask = torch.ones(3, LENGTH, dtype=torch.bool)
+    mask[1] = False
+    for given in (state, model.initial_state(3)):
+        _, after = model.advance(ids(3, LENGTH), given, mask=mask)
+        for old, new in zip(leaves(given), leaves(after), strict=True):
+            assert torch.equal(old[1], new[1])
+
+
+def test_changing_a_token_changes_no_earlier_logit():
+    for options in INFINI_OPTIONS.values():
+        wrapper, x = InfiniTransformerWrapper(make_infini(**options), LENGTH), ids(1, 20)
+        before, _ = wrapper.logits(x)
+        for at in (0, 4, 5, 11, 19):
+            changed = x.clone()
+            changed[0, at] = (changed[0, at] + 1) % 20
+            after, _ = wrapper.logits(changed)
+            close(before[:, :at], after[:, :at], 1e-12)
+            assert not torch.allclose(before[:, at], after[:, at])
+            if at < 10:
+                assert not torch.allclose(before[:, 15:], after[:, 15:], rtol=1e-9)  # it is remembered
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+@pytest.mark.parametrize('n', [3, 70])
+def test_writing_equals_the_token_loop(rule, n):
+    """Segments longer than a chunk of the triangular form too, with strength, decay and holes."""
+    s, b, g, d, e = 3, 2, 2, 4, 6
+    keys, values = torch.randn(s, b, g, n, d).double(), torch.randn(s, b, g, n, e).double()
+    strength, decay = torch.rand(s, b, g, n).double(), torch.rand(s, b, g, n).double() * 0.2 + 0.8
+    mask = torch.rand(s, b, n) < 0.7
+    past = Memories(torch.zeros(b, g, d, e).double(), torch.zeros(b, g, d).double())
+    entering, after = write(Writes(keys, values, strength, decay.log(), mask), past, rule)
+    for row, head in itertools.product(range(b), range(g)):
+        M, z = past.kv_mem[row, head], past.k_norm[row, head]
+        for i in range(s):
+            close(entering.kv_mem[i, row, head], M)
+            close(entering.k_norm[i, row, head], z)
+            at = mask[i, row]
+            M, z = infini_write(rule, *(t[i, row, head, at] for t in (keys, values, strength, decay)), M, z)
+        close(after.kv_mem[row, head], M)
+        query = torch.randn(d).double()
+        recalled, written = read(query.expand(1, b, g, 1, d), Memories(after.kv_mem[None], after.k_norm[None]), rule)
+        close(recalled[0, row, head, 0], infini_read(rule, query, M, z))
+        assert written.all()
+
+
+def test_scan_gradients():
+    write_, start = torch.randn(3, 2, 2, 4, 3).double(), torch.randn(2, 2, 4, 3).double()
+    erase, decay = torch.randn(3, 2, 2, 4, 4).double(), torch.rand(3, 2, 2).double()
+    inputs = [t.requires_grad_() for t in (write_, start, erase, decay)]
+    assert torch.autograd.gradcheck(lambda w, m, e, d: affine_scan(w, m, erase=e, decay=d), inputs)
+    assert torch.autograd.gradcheck(lambda w, m, e: affine_scan(w, m, erase=e), inputs[:3])
+    assert torch.autograd.gradcheck(lambda w, m, d: affine_scan(w, m, decay=d), (*inputs[:2], inputs[3]))
+    torch.library.opcheck(
+        torch.ops.infini_transformer_pytorch.affine_scan.default,
+        tuple(t.detach().requires_grad_() for t in inputs),
+    )
+
+
+@pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
+def test_published_forward_with_cache_equals_one_call(options):
+    model, x = make_infini(**options), ids(2, 9)
+    _, _, memories = model(ids(2, LENGTH), return_new_memories=True)
+    whole = model(x, past_memories=memories, return_new_memories=True)
+    assert isinstance(whole, TransformerReturn)
+    assert whole.cached_kvs is None
+    cache, parts = None, []
+    for piece in (x[:, :4], x[:, 4:5], x[:, 5:8]):
+        logits, cache, same = model(piece, memories, cache)
+        assert same is memories
+        parts.append(logits)
+    logits, none, after = model(x[:, 8:], memories, cache, return_new_memories=True)
+    close(torch.cat((*parts, logits), 1), whole.logits)
+    assert none is None
+    for a, b in zip(leaves(after), leaves(whole.past_memories), strict=True):
+        close(a, b)
+    detached = model(x, memories, return_new_memories=True, detach_memories=True).past_memories
+    assert not any(leaf.requires_grad for leaf in leaves(detached))
+    assert not any(leaf.requires_grad for leaf in leaves(model(x, detach_memories=True).cached_kvs))
+
+
+def test_an_empty_memory_leaves_the_local_output_ungated():
+    wrapper, x, logits = InfiniTransformerWrapper(make_infini(), LENGTH), ids(2, 10), []
+    for gate in (-4.0, 4.0):
+        with torch.no_grad():
+            for block in wrapper.model.layers:
+                block.attn.fastweight_mem.head_gates.fill_(gate)
+        logits.append(wrapper.logits(x)[0])
+    assert torch.equal(logits[0][:, :LENGTH], logits[1][:, :LENGTH])
+    assert not torch.allclose(logits[0][:, LENGTH:], logits[1][:, LENGTH:])
+
+
+@pytest.mark.parametrize('transform', ['talking_heads', 'kv_proj'])
+def test_memory_transforms_start_near_the_identity_and_have_an_effect(transform):
+    torch.manual_seed(5)
+    plain = InfiniTransformer(num_tokens=20, dim=16, depth=2, heads=2, dim_head=4).double()
+    torch.manual_seed(5)
+    model = InfiniTransformer(num_tokens=20, dim=16, depth=2, heads=2, dim_head=4, mem_transform=transform).double()
+    weights = {name: torch.randn_like(parameter) for name, parameter in plain.named_parameters()}
+    model.load_state_dict(weights, strict=False)
+    plain.load_state_dict(weights)
+    x = ids(1, 15)
+    logits = [InfiniTransformerWrapper(each, LENGTH).logits(x)[0] for each in (plain, model)]
+    assert not torch.equal(*logits)
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert error < 0.05
+    with torch.no_grad():
+        for block in model.layers:
+            for name in ('talking_heads', 'key_proj'):
+                if hasattr(block.attn.fastweight_mem, name):
+                    getattr(block.attn.fastweight_mem, name).fill_(-torch.inf)  # the exact identity
+    close(InfiniTransformerWrapper(model, LENGTH).logits(x)[0], logits[0])
+
+
+def test_reading_from_above_has_an_effect_and_selects_the_segment_loop():
+    x, logits = ids(1, 15), []
+    for source in ('same', 'above'):
+        torch.manual_seed(6)
+        model = make_infini(mem_read_from=source)
+        assert model.parallel_segments == (source == 'same')
+        logits.append(InfiniTransformerWrapper(model, LENGTH).logits(x)[0])
+    close(logits[0][:, :LENGTH], logits[1][:, :LENGTH])
+    assert not torch.allclose(logits[0][:, LENGTH:], logits[1][:, LENGTH:])
+    with pytest.raises(ValueError, match='one segment at a time'):
+        InfiniTransformerWrapper(model, LENGTH, segments_per_pass=2)
+    with pytest.raises(ValueError, match='one segment at a time'):
+        model.advance(x, segment_length=LENGTH)
+
+
+def test_no_attention_mask_without_padding():
+    for options in PARALLEL.values():
+        wrapper = InfiniTransformerWrapper(make_infini(**options), LENGTH)
+        with record_attention() as calls:
+            wrapper.logits(ids(2, 23))  # the last segment is short
+        assert len(calls) == len(wrapper.model.layers)
+        assert not any(call.masked for call in calls)
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+@pytest.mark.parametrize('precision', ['float16', 'bfloat16', 'autocast'])
+def test_memories_are_exact_in_half_types(rule, precision):
+    """65,536 tokens: the memory of a half model against that of the same weights in float32."""
+    torch.manual_seed(1)
+    sizes = dict(num_tokens=64, dim=32, depth=1, heads=2, dim_head=16, memory_rule=rule)
+    model = InfiniTransformer(**sizes)
+    x = torch.randint(0, 64, (1, 65_536))
+    half = torch.float16 if precision == 'float16' else torch.bfloat16
+    if precision != 'autocast':
+        model = model.to(half)
+    exact = InfiniTransformer(**sizes)
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = InfiniTransformerWrapper(exact, 512).logits(x)[1]
+        with torch.autocast('cpu', half, enabled=precision == 'autocast'):
+            _, state = InfiniTransformerWrapper(model, 512).logits(x)
+    for have, want in zip(leaves(state), leaves(expected), strict=True):
+        assert have.dtype == torch.float32
+        assert (have - want).norm() / want.norm() < 1e-2
+
+
+def test_no_overflow_after_a_million_tokens():
+    """What 1,048,576 tokens write, sixteen times over: finite in a float16 model, and so is what it recalls."""
+    for rule in MEMORY_RULES:
+        torch.manual_seed(1)
+        model = InfiniTransformer(num_tokens=64, dim=16, depth=1, heads=1, dim_head=16, memory_rule=rule).half()
+        with torch.no_grad():
+            _, state = InfiniTransformerWrapper(model, 512).logits(torch.randint(0, 64, (1, 65_536)))
+            state = tuple(Memories(*(part * 16 if rule != 'deltanet' else part for part in layer)) for layer in state)
+            logits, after = InfiniTransformerWrapper(model, 512).logits(torch.randint(0, 64, (1, 2048)), state)
+        assert all(leaf.isfinite().all() for leaf in leaves((logits, after)))
+        assert rule == 'deltanet' or after[0].k_norm.max() > 1e6
+
+
+PEER = Path(__file__).parent / 'data' / 'infini_peer.safetensors'
+
+
+@pytest.mark.parametrize('case', ['linear', 'delta', 'linear_learned', 'delta_learned'])
+def test_published_checkpoints_give_their_logits_and_gradients(case):
+    """Made by `tests/data/make_infini_peer.py` with infini-transformer-pytorch 0.2.1, in float64, over four segments."""
+    file = {name.removeprefix(f'{case}/'): t for name, t in load_file(PEER).items() if name.startswith(f'{case}/')}
+    weights = {name.removeprefix('weights/'): t for name, t in file.items() if name.startswith('weights/')}
+    model = InfiniTransformer.from_peer_state_dict(weights, use_mem_delta_rule='delta' in case)
+    x = file['x']
+    wrapper = InfiniTransformerWrapper(model, 6)
+    close(wrapper.logits(x)[0], file['logits'], 1e-10)
+    for k in (2, 3):
+        model.zero_grad()
+        loss = InfiniTransformerWrapper(model, 6, detach_mems_every_num_segments=k)(x, backward=True)
+        close(loss, file[f'loss_{k}'], 1e-10)
+        for name in ('token_emb.weight', 'layers.0.attn.to_qkv.weight', 'layers.1.attn.fastweight_mem.head_gates'):
+            close(model.get_parameter(name).grad, file[f'gradient_{k}/{name}'], 1e-10)
+    with pytest.raises(ValueError, match='is missing'):
+        InfiniTransformer.from_peer_state_dict({})
+    with pytest.raises(ValueError, match='is no weight of'):
+        InfiniTransformer.from_peer_state_dict(weights | {'other': x})
+    with pytest.raises(ValueError, match='does not fit'):
+        InfiniTransformer.from_peer_state_dict(weights, dim=8)
+
+
+def test_fastweight_memory_alone():
+    for rule in MEMORY_RULES[:2]:
+        memory = FastweightMemory(4, kv_heads=2, memory_rule=rule).double()
+        keys, values = torch.randn(2, 2, 2, 7, 4).double()
+        out, queries = torch.randn(2, 2, 4, 7, 4).double()
+        mask = torch.arange(7) < torch.tensor([[7], [4]])
+        weights = torch.rand(2, 2, 7, 1).double()
+        first = memory.create_new_memories(keys, values, mask=mask)
+        second = memory.create_new_memories(keys.flip(2), values, first, weights)
+        assert torch.equal(memory.retrieve_and_add_to_output(out, queries), out)
+        mixed = memory.retrieve_and_add_to_output(out, queries, second)
+        ones = torch.ones(7).double()
+        M, z = infini_write(rule, keys[1, 1, :4], values[1, 1, :4], ones[:4], ones[:4], torch.zeros(4, 4).double(),
+                            torch.zeros(4).double())  # fmt: skip
+        M, z = infini_write(rule, keys[1, 1].flip(0), values[1, 1], 1 - weights[1, 1, :, 0], ones, M, z)
+        close(second.kv_mem[1, 1], M)
+        close(mixed[1, 3, 2], (out[1, 3, 2] + infini_read(rule, queries[1, 3, 2], M, z)) / 2)
+
+
+@pytest.mark.parametrize(
+    'options', [PARALLEL['delta, gqa'], PARALLEL['deltanet, decay, gqa']], ids=['delta', 'deltanet']
+)
+def test_compiles_without_a_graph_break(options):
+    model, x = make_infini(**options), ids(2, 20)
+    state = detach(model.advance(x, segment_length=LENGTH)[1])
+    compiled = torch.compile(model.advance, fullgraph=True, backend='aot_eager')
+    close(compiled(x, state, segment_length=LENGTH)[0], model.advance(x, state, segment_length=LENGTH)[0])
+
+
+def test_parameter_groups_and_shares():
+    model = make_infini(learned_delta_update=True, memory_decay=True)
+    groups = model.param_groups(1e-3, 0.1)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(named[id(p)] for group in groups for p in group['params']) == sorted(named.values())
+    gates = next(group for group in groups if group['lr'] > 1e-3)
+    assert {named[id(p)].split('.')[-1] for p in gates['params']} == {'head_gates'}
+    assert gates['weight_decay'] == 0
+    assert (
+        InfiniTransformer(num_tokens=9, dim=8, depth=3, heads=2, dim_head=4).memory_shares().tolist() == [[0.5] * 2] * 3
+    )
+
+
+def test_published_wrapper_calls():
+    model, seq = make_infini(use_mem_delta_rule=True), ids(2, 23)
+    wrapper = InfiniTransformerWrapper(model, segment_length=LENGTH, detach_mems_every_num_segments=1)
+    assert wrapper.backprop_segments == 1
+    wrapper = InfiniTransformerWrapper(model, segment_length=LENGTH)
+    wrapper.eval()
+    plain = wrapper(seq)
+    loss = wrapper(seq, backward=True)
+    close(loss, plain.detach())
+    assert not loss.requires_grad
+    assert not wrapper.training
+    assert not model.training
+    want = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    close(wrapper(seq, backward=True, grad_accum_scale=1 / 4), loss / 4)
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, want[name] / 4)
+    first, memories = wrapper(seq[:, :11], return_memories=True)
+    second = wrapper(seq[:, 10:], past_memories=memories)
+    close((first * 10 + second * 12) / 22, plain)
+    close(wrapper(seq, segment_length=7), InfiniTransformerWrapper(model, 7)(seq))
+    padded = seq.clone()
+    padded[1, 9:] = -1
+    assert wrapper(padded).isfinite()
+    output = wrapper.generate(seq_len=30, prompt=seq[:, :12])
+    assert output.shape == (2, 18)
+    assert wrapper.generate(seq_len=9, batch_size=3, exclude_prompt=False).shape == (3, 9)
+    greedy = wrapper.generate(seq_len=30, prompt=seq[:, :12], temperature=0)
+    logits, _ = wrapper.logits(torch.cat((seq[:, :12], greedy), 1))
+    assert torch.equal(logits[:, 11:-1].argmax(-1), greedy)
+
+
+def test_a_prompt_longer_than_a_segment_is_remembered():
+    wrapper, prompt = InfiniTransformerWrapper(make_infini(), LENGTH), ids(1, 12)
+    other = prompt.clone()
+    other[:, :LENGTH] = ids(1, LENGTH)
+    assert not torch.allclose(wrapper.logits(prompt)[0][:, -1], wrapper.logits(other)[0][:, -1])
+
+
+def bad_calls():
+    state = make_infini().initial_state(2)
+    yield {'past_memories': state[:1]}, '1 entries'
+    yield {'past_memories': make_infini().initial_state(3)}, 'shape'
+    yield {'past_memories': make_infini(dim_head=8).initial_state(2)}, 'shape'
+    yield {'past_memories': tuple(Memories(*(part.float() for part in layer)) for layer in state)}, 'float32'
+    yield {'past_memories': [1, 2]}, 'is a|are a'
+    yield {'past_memories': 3}, 'are a int'
+    yield {'x': ids(2, 5) + 18}, 'outside'
+    yield {'mask': torch.ones(2, 4, dtype=torch.bool)}, 'mask has shape'
+    yield {'cached_kv': []}, 'cached_kv has 0 entries'
+    yield {'cached_kv': make_infini()(ids(3, 2)).cached_kvs}, 'cached_kv: shape'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
+def test_bad_calls_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        make_infini()(**{'x': ids(2, 5), **call})
+
+
+def test_bad_construction_is_refused():
+    for options, message in [
+        ({'use_mem_delta_rule': True, 'memory_rule': 'deltanet'}, 'give one of them'),
+        ({'heads': 4, 'kv_heads': 3}, 'does not divide'),
+        ({'dim_head': 5}, 'must be even'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_infini(**options)
+    with pytest.raises(Exception, match='memory_rule'):
+        make_infini(memory_rule='other')
+    for length in (0, -3):
+        with pytest.raises(ValueError, match=f'segment_length is {length}'):
+            InfiniTransformerWrapper(make_infini(), length)
+        with pytest.raises(ValueError, match=f'segment_length is {length}'):
+            InfiniTransformerWrapper(make_infini(), LENGTH)(ids(2, 9), segment_length=length)
+    wrapper = InfiniTransformerWrapper(make_infini(), LENGTH)
+    with pytest.raises(ValueError, match='outside'):
+        wrapper.generate(seq_len=20, prompt=ids(2, 9) + 20)
