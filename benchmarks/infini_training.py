@@ -20,9 +20,10 @@ SEGMENT_LENGTHS = (512, 128, 32)
 def worker(name: str) -> None:
     """Serves training steps of one package: NAME is 'segment length, memory rule'."""
     import torch
-    from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
     from interleave import serve
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
     class Counter(TorchDispatchMode):
         count = 0

@@ -9,6 +9,7 @@ from math import log
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,6 +31,21 @@ class CachedKV(NamedTuple):
     kv: Tensor
     strength: Tensor | None = None
     log_decay: Tensor | None = None
+
+    @classmethod
+    def of_last_segment(cls, writes: Writes) -> CachedKV:
+        """The cache after the last of some segments."""
+        keys, values, strength, log_decay = (None if part is None else part[-1] for part in writes[:4])
+        return cls(torch.stack((keys, values)), strength, log_decay)
+
+    def followed_by(self, new: Writes) -> Writes:
+        """All tokens of the segment: those in the cache, then the new ones (s = 1)."""
+        old = (*self.kv, self.strength, self.log_decay)
+        joined = (
+            None if part is None or before is None else torch.cat((before[None], part), dim=3)
+            for before, part in zip(old, new[:4], strict=True)
+        )
+        return Writes(*joined)
 
 
 class FastweightMemory(nn.Module):
@@ -148,38 +164,32 @@ class InfiniAttention(nn.Module):
         need_output: bool = True,
         read_from: Memories | None = None,
         cached: CachedKV | None = None,
-    ) -> tuple[Tensor | None, Memories, CachedKV]:
+    ) -> tuple[Tensor | None, Memories, Writes]:
         """x (s, b, n, dim) normed. past: the memories entering the first segment, (b, g, ...).
 
         mask (s, b, n): which keys are written. attn_mask: for the local attention, None = causal.
         read_from: memories to read instead of the layer's own (b, g, ...), for one segment.
         cached: keys and values of the segment's tokens before x, for one segment.
-        Returns output (s, b, n, dim), the memories after the last segment, and the cache of the last segment.
+        Returns output (s, b, n, dim), the memories after the last segment, and what was written.
         """
-        width = self.heads * self.dim_head
-        projected = self.to_qkv(x) if need_output else nn.functional.linear(x, self.to_qkv.weight[width:])
-        q, kv = projected.split((projected.shape[-1] - 2 * self.kv_heads * self.dim_head,
-                                 2 * self.kv_heads * self.dim_head), dim=-1)  # fmt: skip
-        k, v = rearrange(kv, 's b n (kv g d) -> kv s b g n d', kv=2, d=self.dim_head).unbind(0)
-        k = self.k_norm(k)
+        # copied once into the order of the products that follow: each of them would copy a view again
+        split_heads = 's b n (h d) -> s b h n d'
+        width, d = self.heads * self.dim_head, self.dim_head
+        projected = self.to_qkv(x) if need_output else F.linear(x, self.to_qkv.weight[width:])
+        *q, k, v = projected.split([width] * need_output + [self.kv_heads * d] * 2, dim=-1)
+        k, v = (rearrange(t, split_heads, d=d).contiguous() for t in (k, v))
         strength, log_decay = self._strength_and_decay(x)
+        writes = Writes(self.k_norm(k), v, strength, log_decay, mask)
         if cached is not None:
-            k, v = (torch.cat((old[None], new), dim=3) for old, new in zip(cached.kv, (k, v), strict=True))
-            strength, log_decay = (
-                None if new is None or old is None else torch.cat((old[None], new), dim=3)
-                for old, new in ((cached.strength, strength), (cached.log_decay, log_decay))
-            )
-        entering, after = self.fastweight_mem.write(Writes(k, v, strength, log_decay, mask), past)
-        last = CachedKV(
-            torch.stack((k[-1], v[-1])), *(None if part is None else part[-1] for part in (strength, log_decay))
-        )
+            writes = cached.followed_by(writes)
+        entering, after = self.fastweight_mem.write(writes, past)
         if not need_output:
-            return None, after, last
-        q = self.q_norm(rearrange(q, 's b n (h d) -> s b h n d', h=self.heads))
-        local = self._local(q, k, v, attn_mask, backend)
+            return None, after, writes
+        query = self.q_norm(rearrange(q[0], split_heads, d=d).contiguous())
+        local = self._local(query, writes.keys, writes.values, attn_mask, backend)
         memories = entering if read_from is None else Memories(*(part[None] for part in read_from))
-        out = self.fastweight_mem.recall(local, q, memories)
-        return self.to_out(rearrange(out, 's b h n d -> s b n (h d)')), after, last
+        out = self.fastweight_mem.recall(local, query, memories)
+        return self.to_out(rearrange(out, 's b h n d -> s b n (h d)')), after, writes
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, backend: str) -> Tensor:
         """Causal attention inside each segment, positions counted from its start; the queries are its last ones."""
@@ -200,7 +210,7 @@ class InfiniAttention(nn.Module):
         if self.to_strength is not None:
             strength = self.to_strength(x).to(wide).sigmoid().transpose(-1, -2)
         if self.to_decay is not None:
-            log_decay = nn.functional.logsigmoid(self.to_decay(x).to(wide)).transpose(-1, -2)
+            log_decay = F.logsigmoid(self.to_decay(x).to(wide)).transpose(-1, -2)
         return strength, log_decay
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, CachedKV, InfiniAttention
-from infini_transformer_pytorch.memory import Memories
+from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
 from segment_recurrence_pytorch.layers import FeedForward
 from segment_recurrence_pytorch.model import SegmentModel
@@ -175,10 +175,11 @@ class InfiniTransformer(SegmentModel):
         x, mask = check_input(self, x, state, mask=mask)
         if cached_kv is not None:
             self._check_cache(cached_kv, x, mask)
-        hidden, after, cache = self._read(x, state, x.shape[1], mask, cached=cached_kv)
+        hidden, after, writes = self._read(x, state, x.shape[1], mask, cached=cached_kv)
         logits = self.to_logits(hidden)
         if return_new_memories:
             return TransformerReturn(logits, None, detach(after) if detach_memories else after)
+        cache = [CachedKV.of_last_segment(layer) for layer in writes]
         return TransformerReturn(logits, detach(cache) if detach_memories else cache, past_memories)
 
     @classmethod
@@ -230,8 +231,8 @@ class InfiniTransformer(SegmentModel):
         *,
         need_hidden: bool = True,
         cached: list[CachedKV] | None = None,
-    ) -> tuple[Any, tuple[Memories, ...], list[CachedKV]]:
-        """Hidden states (b, n, dim), the memories after the last segment, and the cache of the last segment."""
+    ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
+        """Hidden states (b, n, dim), the memories after the last segment, and what each layer wrote."""
         batch, n = tokens.shape[:2]
         state = self.initial_state(batch) if state is None else state
         segments = -(-n // length)
@@ -253,9 +254,9 @@ class InfiniTransformer(SegmentModel):
         # with dropout, a pass with and one without hidden states must draw the same random numbers
         skip = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
-        after, caches = [], []
+        after, written = [], []
         for index, (block, past) in enumerate(zip(self.layers, state, strict=True)):
-            x, memories, cache = block(
+            x, memories, writes = block(
                 x,
                 past,
                 mask=key_mask,
@@ -266,11 +267,11 @@ class InfiniTransformer(SegmentModel):
                 cached=None if cached is None else cached[index],
             )
             after.append(memories)
-            caches.append(cache)
+            written.append(writes)
         hidden = None
         if need_hidden:
             hidden = self.norm(rearrange(x, 's b n d -> b (s n) d')[:, :n])
-        return hidden, tuple(after), caches
+        return hidden, tuple(after), written
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, num_tokens)."""
@@ -308,10 +309,10 @@ class Block(nn.Module):
         self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
 
-    def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, CachedKV]:
-        """x (s, b, n, dim) -> the same shape, the memories after the last segment, and the last segment's cache."""
-        out, after, cache = self.attn(self.attn_norm(x), past, **attention)
+    def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, Writes]:
+        """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
+        out, after, writes = self.attn(self.attn_norm(x), past, **attention)
         if out is not None:
             x = x + out
             x = x + self.ff(self.ff_norm(x))
-        return x, after, cache
+        return x, after, writes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
@@ -34,9 +33,14 @@ def rotary_angles(positions: Tensor, dim_head: int, *, theta: float, dtype: torc
 
 
 def rotate(t: Tensor, angles: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of t (b, h, n, d) by angles (n, d / 2); computed in the angles' dtype."""
+    """Rotates the pairs (2i, 2i + 1) of t (..., n, d) by angles (n, d / 2); computed in the angles' dtype."""
     with torch.autocast(t.device.type, enabled=False):
-        x, y = rearrange(t.to(angles.dtype), '... (d pair) -> pair ... d', pair=2).unbind(0)
-        cos, sin = angles.cos(), angles.sin()
-        turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
+        pairs = t.to(angles.dtype).unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # compilers fuse real operations, and have no complex ones
+            x, y = pairs.unbind(-1)
+            cos, sin = angles.cos(), angles.sin()
+            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
+        else:  # eager, one complex product is four times faster
+            turns = torch.polar(torch.ones_like(angles), angles)
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
         return turned.flatten(-2).to(t.dtype)
