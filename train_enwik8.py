@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,31 +23,51 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import LossReturn, SegmentWrapper
-from segment_recurrence_pytorch.checkpoint import load_training_state, load_weights, save_training_state, save_weights
+from segment_recurrence_pytorch.checkpoint import (
+    load_training_state,
+    load_weights,
+    save_training_state,
+    save_weights,
+)
 from segment_recurrence_pytorch.data import Piece, Streams, baselines, load_corpus
 from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.sampling import sample, top_p
 from segment_recurrence_pytorch.state import State, detach, from_list, map_state, to_list
+from segment_recurrence_pytorch.training import (
+    StopRequest,
+    check_writable,
+    drop_lines_after,
+    has_bfloat16,
+    plot_losses,
+    plot_memory_shares,
+    warmup_cosine,
+)
 
 # model arguments, and how it is trained: segments a step, batch, learning rate, steps or minutes
 PRESETS: dict[str, dict[str, Any]] = {
     'small': {
         'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
+        'infini': dict(dim=128, depth=3, heads=2, dim_head=64, memory_rule='delta', segment_length=64),
         'training': dict(segments=4, batch_size=16, lr=2e-3, minutes=3.0),
     },
     'base': {
         'rmt': dict(dim=512, depth=8, heads=8, seq_len=256, num_memory_tokens=16, rotary_pos_emb=True),
+        'infini': dict(dim=512, depth=8, heads=8, dim_head=64, memory_rule='delta', segment_length=256),
         'training': dict(segments=4, batch_size=32, lr=1e-3, steps=20_000),
     },
-    # arXiv 2207.06881, enwik8: 12 layers, segment 128, 10 memory tokens, gradients through 2 segments, 400k steps
+    # arXiv 2207.06881, enwik8: 12 layers, segment 128, 10 memory tokens, 400k steps; arXiv 2404.07143: the PG19 sizes
     'paper': {
         'rmt': dict(dim=512, depth=12, heads=8, seq_len=128, num_memory_tokens=10, rotary_pos_emb=True),
+        'infini': dict(dim=1024, depth=12, heads=8, dim_head=128, memory_rule='delta', segment_length=2048),
         'training': dict(segments=3, batch_size=22, lr=2.5e-4, steps=400_000),
     },
 }
-WARMUP, LAST_LR, WEIGHT_DECAY, CLIP = 0.05, 0.05, 0.01, 1.0
+WEIGHT_DECAY, CLIP = 0.01, 1.0
 SAMPLE_BYTES = 256
+SAVE_SECONDS = 600
 VALIDATED = {'on': 'carried', 'off': 'reset'}  # each twin is validated as it was trained
 
 
@@ -57,26 +75,28 @@ def main() -> None:
     """One run, from the corpus to the sample."""
     args = parse_arguments()
     run, folder = open_run(args)
+    import matplotlib  # noqa: F401  missing is better said now than after the training
+
     preset = PRESETS[run['preset']]
     training = preset['training']
-    steps, minutes = args.steps, args.minutes
-    if steps is None and minutes is None:
-        steps, minutes = training.get('steps'), training.get('minutes')
+    steps, minutes = run['steps'], run['minutes']
     if args.threads:
         torch.set_num_threads(args.threads)
 
     corpus = load_corpus(run['data'], download=args.download)
-    print(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes, sha256 {corpus.sha256[:16]}')
+    print(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
+    print(f'            sha256 {corpus.sha256}')
     torch.manual_seed(run['seed'])
     device = torch.device(args.device)
-    wrapper = build_model(run['model'], preset[run['model']]).to(device)
+    wrapper = MODELS[run['model']](**preset[run['model']]).to(device)
     model = wrapper.model
     length = wrapper.segment_length * training['segments']
-    order = torch.randperm(len(corpus.train)).tolist()
+    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run['seed'])).tolist()
     streams = Streams([corpus.train[i] for i in order], training['batch_size'], length, loop=True)
-    valid = first_bytes(corpus.valid, args.valid_bytes)
+    valid = first_bytes(corpus.valid, run['valid_bytes'])
     valid_streams(valid, length)  # a corpus that is too small is refused now, not after the training
     optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
+    scales = [group['lr'] / training['lr'] for group in optimizer.param_groups]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
     print(
@@ -87,14 +107,15 @@ def main() -> None:
     state, step, seconds = None, 0, 0.0
     if args.resume:
         saved = load_training_state(folder / 'training.pt')
-        if saved['sha256'] != corpus.sha256:
-            raise ValueError(f'{folder} was trained on other bytes (sha256 {saved["sha256"][:16]}): give its --data')
+        if saved.get('sha256') != corpus.sha256:
+            raise ValueError(f'{folder} was trained on other bytes, sha256 {saved.get("sha256")}: give its --data')
         load_weights(model, folder / 'model.safetensors')
         optimizer.load_state_dict(saved['optimizer'])
         streams.load_state_dict(saved['streams'])
         step, seconds = saved['step'], saved['seconds']
         if saved['state'] is not None:
             state = map_state(lambda t: t.to(device), from_list(saved['state'], model.initial_state(1)))
+        drop_lines_after(folder, step)
     else:
         folder.mkdir(parents=True)
         config = {'run': run, **preset, 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
@@ -107,8 +128,15 @@ def main() -> None:
     def progress() -> float:
         return max(step / steps if steps else 0, seconds / (60 * minutes) if minutes else 0)
 
+    def save() -> None:
+        save_weights(model, folder / 'model.safetensors')
+        carried = None if state is None else to_list(state)
+        parts = {'optimizer': optimizer.state_dict(), 'streams': streams.state_dict(), 'state': carried}
+        save_training_state(parts | {'step': step, 'seconds': seconds, 'sha256': corpus.sha256}, folder / 'training.pt')
+
     wrapper.train()
     unit = {'total': steps, 'initial': step, 'unit': 'step'} if steps else {'total': round(60 * minutes), 'unit': 's'}
+    last_save = time.perf_counter()
     with (
         open(folder / 'metrics.jsonl', 'a', buffering=1) as metrics,
         tqdm(**unit, desc='training', disable=None) as bar,
@@ -116,9 +144,9 @@ def main() -> None:
     ):
         while progress() < 1 and not stop.requested:
             start = time.perf_counter()
-            lr = training['lr'] * schedule(progress())
-            for group in optimizer.param_groups:
-                group['lr'] = lr
+            lr = training['lr'] * warmup_cosine(progress())
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                group['lr'] = lr * scale
             with precision:
                 loss, num_targets, state = train_loss(wrapper, next(streams), state, run['memory'] == 'on', device)
             optimizer.zero_grad()
@@ -130,24 +158,20 @@ def main() -> None:
             seconds += taken
             bits = loss.item() / math.log(2)
             line = {'step': step, 'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm, 'bytes': int(num_targets)}
+            if isinstance(model, InfiniTransformer):
+                line['memory_shares'] = [
+                    [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
+                ]
             metrics.write(json.dumps(line | {'seconds': round(seconds, 2)}) + '\n')
             bar.update(1 if steps else min(taken, bar.total - bar.n))
             bar.set_postfix_str(f'step {step}, {bits:.3f} bits per byte')
             if bar.disable and step & (step - 1) == 0:
                 print(f'step {step:6} {bits:7.3f} bits per byte {seconds:6.0f} s', flush=True)
+            if time.perf_counter() - last_save > SAVE_SECONDS:
+                save()
+                last_save = time.perf_counter()
 
-        save_weights(model, folder / 'model.safetensors')
-        save_training_state(
-            {
-                'optimizer': optimizer.state_dict(),
-                'streams': streams.state_dict(),
-                'state': None if state is None else to_list(state),
-                'step': step,
-                'seconds': seconds,
-                'sha256': corpus.sha256,
-            },
-            folder / 'training.pt',
-        )
+        save()
         if stop.requested:
             print(f'stopped at step {step:,} and saved; to go on: python train_enwik8.py --resume {folder}')
             return
@@ -157,20 +181,18 @@ def main() -> None:
                 scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), memory, device)
         metrics.write(json.dumps({'step': step, 'valid': scores, **reference}) + '\n')
 
-    report(scores, run['memory'], step, seconds)
-    draw(folder, scores[VALIDATED[run['memory']]], reference)
-    print(f'plot        {folder / "loss.png"}')
-    prompt = valid[0][: wrapper.segment_length // 2].long()[None].to(device)
-    sample = wrapper.generate(prompt, length=prompt.shape[1] + SAMPLE_BYTES)
-    print(f'sample      the model goes on after the first bytes of the validation text, {text_of(prompt)!r}:')
-    print(text_of(sample))
+    report(run, scores, step, seconds)
+    plot_losses(folder, {'validation': scores[VALIDATED[run['memory']]], **reference})
+    if isinstance(model, InfiniTransformer):
+        plot_memory_shares(folder)
+    print_sample(wrapper, valid[0], run['memory'] == 'on')
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. What a run fixes is absent unless given, so that --resume can tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group('what to train (fixed for a run)')
-    what.add_argument('--model', choices=['rmt'], default=argparse.SUPPRESS, help='default rmt')
+    what.add_argument('--model', choices=list(MODELS), default=argparse.SUPPRESS, help='default rmt')
     what.add_argument('--preset', choices=list(PRESETS), default=argparse.SUPPRESS, help='sizes; default small')
     what.add_argument('--memory', choices=['on', 'off'], default=argparse.SUPPRESS, help='off: reset at every segment')
     what.add_argument('--seed', type=int, default=argparse.SUPPRESS, help='default 0')
@@ -179,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
     how_long = parser.add_argument_group('how long')
     how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
     how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
-    how_long.add_argument('--valid-bytes', type=int, default=131_072, help='validation bytes to score; 0: all')
+    how_long.add_argument('--valid-bytes', type=int, help='validation bytes to score, default 131072; 0: all')
     where = parser.add_argument_group('where')
     where.add_argument('--out', default='runs', help='folder of the runs, default runs')
     where.add_argument('--name', help='folder of this run in --out; default MODEL-PRESET-TIME')
@@ -188,51 +210,64 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     where.add_argument('--threads', type=int, help='CPU threads')
     args = parser.parse_args()
-    for name in ('steps', 'minutes'):
+    for name in ('steps', 'minutes', 'threads'):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f'--{name} is {getattr(args, name)}: it must be above 0')
-    if args.valid_bytes < 0:
+    if (args.valid_bytes or 0) < 0:
         parser.error(f'--valid-bytes is {args.valid_bytes}: give 0 (all) or more')
+    if args.download and getattr(args, 'data', None):
+        parser.error('--download fetches enwik8, --data names another file: give one of them')
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f'--device {args.device} is not there: {str(error).splitlines()[0]}')
     return args
 
 
 def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """What this run fixes, and its folder: one to go on with, or one that can be made. Changes nothing."""
-    defaults = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
-    given = {name: value for name, value in vars(args).items() if name in defaults}
+    fixed: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
+    given = {name: value for name, value in vars(args).items() if name in fixed}
+    length = {'steps': args.steps, 'minutes': args.minutes}
     if args.resume:
         folder = Path(args.resume)
         try:
             saved = json.loads((folder / 'config.json').read_text())['run']
-        except OSError as error:
-            raise ValueError(f'{folder} is no run to go on with: {error}') from error
+            known = saved['model'] in MODELS and saved['preset'] in PRESETS and {'steps', 'minutes'} < set(saved)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{folder} is no run to go on with: {type(error).__name__} {error}') from error
+        if not known:
+            raise ValueError(f'{folder} is no run of this program: {saved}')
         for name, value in given.items():
             if saved[name] != value:
                 raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {value}: leave --{name} out')
         check_writable(folder)
-        return saved, folder
-    run = defaults | given
-    twin = '' if run['memory'] == 'on' else '-memory-off'
-    folder = Path(args.out) / (args.name or f'{run["model"]}-{run["preset"]}{twin}-{time.strftime("%Y%m%d-%H%M%S")}')
-    if folder.exists():
-        raise ValueError(f'{folder} is there already: give another --name, or --resume {folder}')
-    check_writable(next(parent for parent in folder.parents if parent.exists()))
-    return run, folder
+        run = saved | length if any(length.values()) else saved
+    else:
+        run = fixed | given
+        twin = '' if run['memory'] == 'on' else '-memory-off'
+        name = args.name or f'{run["model"]}-{run["preset"]}{twin}-{time.strftime("%Y%m%d-%H%M%S")}'
+        folder = Path(args.out) / name
+        if folder.exists():
+            raise ValueError(f'{folder} is there already: give another --name, or --resume {folder}')
+        check_writable(next(parent for parent in folder.parents if parent.exists()))
+        if not any(length.values()):
+            length = {name: PRESETS[run['preset']]['training'].get(name) for name in length}
+        run |= length | {'valid_bytes': 131_072}
+    return run if args.valid_bytes is None else run | {'valid_bytes': args.valid_bytes}, folder
 
 
-def check_writable(folder: Path) -> None:
-    """ValueError if no file can be made in the folder."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f'{folder} cannot be written to ({error.strerror}): give another --out') from error
-
-
-def build_model(name: str, sizes: dict[str, Any]) -> RecurrentMemoryTransformerWrapper:
-    """A model over bytes, in its wrapper."""
-    assert name == 'rmt'
+def build_rmt(**sizes: Any) -> SegmentWrapper:
+    """A Recurrent Memory Transformer over bytes, in its wrapper."""
     return RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(num_tokens=256, use_flash_attn=True, **sizes))
+
+
+def build_infini(*, segment_length: int, **sizes: Any) -> SegmentWrapper:
+    """An Infini-Transformer over bytes, in its wrapper."""
+    return InfiniTransformerWrapper(InfiniTransformer(num_tokens=256, **sizes), segment_length)
+
+
+MODELS = {'rmt': build_rmt, 'infini': build_infini}
 
 
 def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool, device: torch.device) -> LossReturn:
@@ -276,75 +311,29 @@ def valid_streams(documents: list[Tensor], length: int) -> Streams:
     return Streams(documents, max(1, min(16, rows)), length, loop=False)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is fast here: a GPU or CPU with instructions for it."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-
-
-def schedule(progress: float) -> float:
-    """Share of the learning rate: linear warm-up, then a cosine to LAST_LR."""
-    if progress < WARMUP:
-        return max(progress, 1e-3) / WARMUP
-    cosine = (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))) / 2
-    return LAST_LR + (1 - LAST_LR) * cosine
-
-
-class StopRequest:
-    """Ctrl-C asks for a stop after this step; a second one interrupts as usual."""
-
-    requested = False
-
-    def __enter__(self) -> StopRequest:
-        self.before = signal.signal(signal.SIGINT, self.request)
-        return self
-
-    def request(self, *_: object) -> None:
-        """Notes the wish and leaves the next Ctrl-C to Python."""
-        self.requested = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-
-def report(scores: dict[str, float], memory: str, step: int, seconds: float) -> None:
+def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:
     """Prints the validation, and what can be concluded from it."""
     print(f'trained     {step:,} steps in {seconds:.0f} s')
     for name, bits in scores.items():
         print(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
-    twin = 'off' if memory == 'on' else 'on'
+    twin = 'off' if run['memory'] == 'on' else 'on'
+    others = ''.join(f' --{name} {run[name]}' for name in ('model', 'preset', 'seed', 'data') if run[name] is not None)
     difference = scores['reset'] - scores['carried']
     print(
         f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on.\n'
-        f'            What memory gains is another question: train a twin with --memory {twin} --steps {step},\n'
-        f'            and compare its validation, state {VALIDATED[twin]}, with {scores[VALIDATED[memory]]:.3f}.'
+        f'            What memory gains is another question: train a twin, both for the same number of steps, with\n'
+        f'            --memory {twin} --steps {step}{others}\n'
+        f'            and compare its validation, state {VALIDATED[twin]}, with {scores[VALIDATED[run["memory"]]]:.3f}.'
     )
 
 
-def draw(folder: Path, valid_bits: float, reference: dict[str, float]) -> None:
-    """Plots the training curve, the validation and what compressors reach."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    lines = [line for line in lines if 'bits' in line]
-    megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
-    bits = torch.tensor([line['bits'] for line in lines])
-    width = max(1, len(bits) // 100)
-    smooth = bits[: len(bits) // width * width].view(-1, width).mean(1)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    axes.plot(megabytes, bits, color='tab:blue', alpha=0.25, linewidth=0.8)
-    axes.plot(megabytes[width - 1 :: width][: len(smooth)], smooth, color='tab:blue', label='training')
-    axes.plot(megabytes[-1], valid_bits, 'o', color='tab:red', label=f'validation {valid_bits:.3f}')
-    for (name, value), style in zip(reference.items(), (':', '--', '-.'), strict=True):
-        axes.axhline(value, color='gray', linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
-    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name, ylim=(1, 6))
-    axes.legend()
-    figure.savefig(folder / 'loss.png', dpi=120)
+def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
+    """Prints how the model goes on; inside one segment, if it was trained without memory."""
+    prompt = text[: wrapper.segment_length // 2].long()[None].to(wrapper.model.device)
+    new_tokens = SAMPLE_BYTES if memory else wrapper.segment_length - prompt.shape[1]
+    new = wrapper.generate_tokens(prompt, new_tokens, lambda logits: sample(top_p(logits)))
+    print(f'sample      the model goes on after the first bytes of the validation text, {text_of(prompt)!r}:')
+    print(text_of(new))
 
 
 def text_of(tokens: Tensor) -> str:

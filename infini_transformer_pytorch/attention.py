@@ -35,17 +35,17 @@ class CachedKV(NamedTuple):
     @classmethod
     def of_last_segment(cls, writes: Writes) -> CachedKV:
         """The cache after the last of some segments."""
-        keys, values, strength, log_decay = (None if part is None else part[-1] for part in writes[:4])
-        return cls(torch.stack((keys, values)), strength, log_decay)
+        strength, log_decay = (None if part is None else part[-1] for part in (writes.strength, writes.log_decay))
+        return cls(torch.stack((writes.keys[-1], writes.values[-1])), strength, log_decay)
 
     def followed_by(self, new: Writes) -> Writes:
         """All tokens of the segment: those in the cache, then the new ones (s = 1)."""
-        old = (*self.kv, self.strength, self.log_decay)
-        joined = (
-            None if part is None or before is None else torch.cat((before[None], part), dim=3)
-            for before, part in zip(old, new[:4], strict=True)
+        keys, values = (torch.cat((old[None], fresh), dim=3) for old, fresh in zip(self.kv, new[:2], strict=True))
+        strength, log_decay = (
+            None if old is None or fresh is None else torch.cat((old[None], fresh), dim=3)
+            for old, fresh in ((self.strength, new.strength), (self.log_decay, new.log_decay))
         )
-        return Writes(*joined)
+        return Writes(keys, values, strength, log_decay)
 
 
 class FastweightMemory(nn.Module):

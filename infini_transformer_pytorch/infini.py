@@ -150,8 +150,8 @@ class InfiniTransformer(SegmentModel):
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
         """(depth, heads): the share 1 - sigmoid(gate) that the memory has in each head's output."""
-        gates = [parameter for name, parameter in self.named_parameters() if name.endswith('.head_gates')]
-        return 1 - torch.stack(gates).sigmoid()
+        gates = [gate.sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
+        return 1 - torch.stack(gates)
 
     def forward(
         self,
@@ -171,8 +171,7 @@ class InfiniTransformer(SegmentModel):
         return_new_memories=True: closes the segment: no cache, and memories that hold all of it.
         detach_memories: what is returned beside the logits carries no graph.
         """
-        state = tuple(past_memories) if isinstance(past_memories, list) else past_memories
-        x, mask = check_input(self, x, state, mask=mask)
+        x, state, mask = check_input(self, x, past_memories, mask=mask)
         if cached_kv is not None:
             self._check_cache(cached_kv, x, mask)
         hidden, after, writes = self._read(x, state, x.shape[1], mask, cached=cached_kv)

@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
-from segment_recurrence_pytorch.sampling import sample, top_p
+from segment_recurrence_pytorch.sampling import check_temperature, sample, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
@@ -107,8 +107,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
 
         filter_fn(logits, **filter_kwargs) -> logits. temperature 0: the most likely token.
         """
-        if temperature < 0:
-            raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more')
+        check_temperature(temperature)
         if prompt is None:
             prompt = torch.zeros(batch_size, 1, dtype=torch.long, device=self.model.device)
         kwargs = filter_kwargs or {}
@@ -116,7 +115,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         def choose(logits: Tensor) -> Tensor:
             return sample(filter_fn(logits, **kwargs), temperature=temperature)
 
-        new = self._generate(
+        new = self.generate_tokens(
             prompt, seq_len - prompt.shape[-1], choose, state=past_memories, segment_length=segment_length
         )
         return new if exclude_prompt else torch.cat((prompt, new), dim=1)

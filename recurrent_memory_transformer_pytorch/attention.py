@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from segment_recurrence_pytorch.attention import attend
 from segment_recurrence_pytorch.layers import NORM_EPS, rotate
 
-MEMORY_MASKS = ('causal', 'block', 'mixed')
-
 
 class Layout(NamedTuple):
-    """How many keys of each kind there are. The rows of a segment are [read | text | write]."""
+    """How many keys of each kind there are, the rows of a segment being [read | text | write], and who sees whom:
+    the memory_mask of a causal model, or 'encoder'."""
 
     xl: int
     read: int
     text: int
     write: int
+    arm: str
 
 
 class Call(NamedTuple):
@@ -46,36 +46,36 @@ class Call(NamedTuple):
     causal: bool
 
 
-def attention_calls(layout: Layout, memory_mask: str, causal: bool, first_row: int = 0) -> list[Call]:
+def attention_calls(layout: Layout, first_row: int = 0) -> list[Call]:
     """The mask-free calls that together compute the rows from `first_row` on."""
-    xl, read, text, write = layout
+    xl, read, text, write, arm = layout
     rows = read + text + write
     keys = xl + rows
-    if not causal:
+    if arm == 'encoder':
         calls = [Call(0, rows, 0, keys, False)]
-    elif memory_mask == 'block':
+    elif arm == 'block':
         calls = [
             Call(0, read, xl, xl + read, False),
             Call(read, read + text, 0, keys - write, True),
             Call(read + text, rows, 0, keys, False),
         ]
-    elif memory_mask == 'causal' and not xl:
+    elif arm == 'causal' and not xl:
         calls = [Call(0, rows, 0, keys, True)]
     else:
-        calls = [Call(0, read, xl, xl + read, memory_mask == 'causal'), Call(read, rows, 0, keys, True)]
+        calls = [Call(0, read, xl, xl + read, arm == 'causal'), Call(read, rows, 0, keys, True)]
     calls = [call._replace(start=max(call.start, first_row)) for call in calls]
     return [call for call in calls if call.start < call.stop]
 
 
-def attention_mask(layout: Layout, memory_mask: str, causal: bool, *, xl_valid: Tensor, text_valid: Tensor) -> Tensor:
+def attention_mask(layout: Layout, *, xl_valid: Tensor, text_valid: Tensor) -> Tensor:
     """The same as one mask (b, 1, rows, keys) that also hides what is not valid.
 
     xl_valid (b, xl), text_valid (b, text). A padded position sees itself, so that no row is without a key.
     """
-    xl, read, text, write = layout
+    xl, read, text, write, _ = layout
     rows = read + text + write
     allowed = torch.zeros(rows, xl + rows, dtype=torch.bool, device=text_valid.device)
-    for start, stop, key_start, key_stop, is_causal in attention_calls(layout, memory_mask, causal):
+    for start, stop, key_start, key_stop, is_causal in attention_calls(layout):
         block = allowed.new_ones(stop - start, key_stop - key_start)
         allowed[start:stop, key_start:key_stop] = block.tril(block.shape[1] - block.shape[0]) if is_causal else block
     memory_valid = text_valid.new_ones(text_valid.shape[0], max(read, write))
@@ -96,13 +96,9 @@ class Attention(nn.Module):
         dim_head: int,
         dropout: float,
         qk_norm: bool,
-        causal: bool,
-        memory_mask: str,
     ):
         super().__init__()
         self.heads = heads
-        self.causal = causal
-        self.memory_mask = memory_mask
         self.dropout = dropout
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
@@ -150,9 +146,7 @@ class Attention(nn.Module):
                     dropout=dropout,
                     backend=backend,
                 )
-                for start, stop, key_start, key_stop, causal in attention_calls(
-                    layout, self.memory_mask, self.causal, first_row
-                )
+                for start, stop, key_start, key_stop, causal in attention_calls(layout, first_row)
             ]
             # no row may be needed: with no memory tokens, when only the state is asked for
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0] if outs else q

@@ -94,8 +94,10 @@ class RecurrentMemoryTransformer(SegmentModel):
             raise ValueError(f'rotary_pos_emb turns pairs of features: dim_head={dim_head} must be even')
         if xl_mem_len is not None and xl_mem_len < 0:
             raise ValueError(f'xl_mem_len is {xl_mem_len}: give 0 (off) or more')
-        if not use_xl_memories and (xl_mem_len or enhanced_xl_recurrence):
-            raise ValueError('xl_mem_len and enhanced_xl_recurrence need use_xl_memories=True')
+        if not use_xl_memories and xl_mem_len:
+            raise ValueError(f'xl_mem_len={xl_mem_len} needs use_xl_memories=True')
+        if enhanced_xl_recurrence and (not use_xl_memories or xl_mem_len == 0):
+            raise ValueError('enhanced_xl_recurrence needs use_xl_memories=True and xl_mem_len above 0')
         if memory_mask is not None and memory_not_causal is not None:
             raise ValueError('memory_mask and memory_not_causal say the same thing: give only memory_mask')
         if memory_mask is None:
@@ -129,8 +131,6 @@ class RecurrentMemoryTransformer(SegmentModel):
                 dim_head=dim_head,
                 dropout=attn_dropout,
                 qk_norm=qk_norm,
-                causal=causal,
-                memory_mask=memory_mask,
             )
             for _ in range(depth)
         )
@@ -175,9 +175,10 @@ class RecurrentMemoryTransformer(SegmentModel):
         Returns (logits (b, n, num_tokens), or embeddings (b, n, dim), or the mean loss if labels are given; memories).
         The memories are a tensor (b, m, dim), with XL memories an `RMTState`. ValueError for what does not fit.
         """
-        state = self.as_state(read_memories, x.shape[0])
-        x, mask = check_input(
-            self, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index, max_length=self.seq_len
+        if labels is not None and return_embeddings:
+            raise ValueError('labels give a loss, return_embeddings=True embeddings: ask for one of them')
+        x, state, mask = check_input(
+            self, x, read_memories, mask=mask, labels=labels, ignore_index=self.ignore_index, max_length=self.seq_len
         )
         if mask_out_read_memories:
             state = None
@@ -217,6 +218,8 @@ class RecurrentMemoryTransformer(SegmentModel):
         if segment_length is not None and n > segment_length:
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
         state = self.initial_state(batch) if state is None else state
+        if not n:
+            return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
         x = tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]
@@ -228,7 +231,8 @@ class RecurrentMemoryTransformer(SegmentModel):
             x = torch.cat((memory + self.read_memory_emb, x, write), dim=1)
 
         xl = state.xl
-        layout = Layout(xl.length if xl is not None else 0, m, n, m)
+        arm = self.memory_mask if self.causal else 'encoder'
+        layout = Layout(0 if xl is None else xl.length, m, n, m, arm)
         angles = self._rotary_angles(layout, x.device) if self.rotary_pos_emb else None
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
@@ -276,15 +280,10 @@ class RecurrentMemoryTransformer(SegmentModel):
         if (state.xl is None) != (expected.xl is None):
             raise ValueError('either the state or the model has no XL memories (use_xl_memories): start from None')
         if state.xl is not None and expected.xl is not None:
-            if state.xl.length > self.xl_mem_len:
-                raise ValueError(f'{state.xl.length} XL memories: this model keeps xl_mem_len={self.xl_mem_len}')
-            shape = (*expected.xl.keys.shape[:3], state.xl.length, self.dim_head)
-            like = expected.memory.new_empty(()).expand(shape)
-            check_like('XL keys', state.xl.keys, like)
-            check_like('XL values', state.xl.values, like)
+            XLMemory.check(state.xl, expected.xl, self.xl_mem_len)
 
     def as_state(self, memories: Any, batch_size: int) -> Any:
-        """What `forward` takes as memories, as a state: a tensor (b, m, dim) or (m, dim) has no XL memories yet."""
+        """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without XL memories yet."""
         if not isinstance(memories, Tensor):
             return memories
         if memories.ndim == 2:
@@ -308,7 +307,7 @@ class RecurrentMemoryTransformer(SegmentModel):
             return None
         text_valid = x.new_ones(x.shape[0], layout.text, dtype=torch.bool) if mask is None else mask
         xl_valid = text_valid[:, :0] if xl is None else xl.valid()
-        return attention_mask(layout, self.memory_mask, self.causal, xl_valid=xl_valid, text_valid=text_valid)
+        return attention_mask(layout, xl_valid=xl_valid, text_valid=text_valid)
 
     def _xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values (b, g, l, d) that each layer attends to."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from segment_recurrence_pytorch.checks import check_like
+
 
 class XLMemory(NamedTuple):
     """Detached keys (before rotation) and values of the last text positions, newest last."""
@@ -53,6 +55,18 @@ class XLMemory(NamedTuple):
             both = both.gather(3, index.expand(*both.shape[:3], -1, both.shape[4]))
             new.append(both.masked_fill(~kept[:, None, None, :, None], 0))
         return XLMemory(new[0], new[1], kept.sum(dim=1))
+
+    def check(self, like: XLMemory, max_length: int) -> None:
+        """Raises ValueError unless shapes, dtypes and device are those of `like`, with at most max_length entries."""
+        if not isinstance(self, XLMemory) or self.keys.ndim != 5:
+            raise ValueError('the XL memories of the state are no XLMemory: give what the last call returned')
+        if self.length > max_length:
+            raise ValueError(f'{self.length} XL memories: this model keeps xl_mem_len={max_length}')
+        want = like.keys.new_empty(()).expand(*like.keys.shape[:3], self.length, like.keys.shape[4])
+        check_like('XL keys', self.keys, want)
+        check_like('XL values', self.values, want)
+        if self.counts is not None:
+            check_like('XL counts', self.counts, torch.empty(len(want), dtype=torch.long, device=want.device))
 
     def valid(self) -> Tensor:
         """(b, l) bool: which entries are valid."""

@@ -10,8 +10,8 @@ from beartype import beartype
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
-from segment_recurrence_pytorch.sampling import sample, top_k
-from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
+from segment_recurrence_pytorch.sampling import check_temperature, sample, top_k
+from segment_recurrence_pytorch.wrapper import SegmentWrapper, check_count, same_option
 
 
 class RecurrentMemoryTransformerWrapper(SegmentWrapper):
@@ -75,7 +75,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             backward_fn = backward_fn or Tensor.backward
             loss, _, state = self.loss(
                 x,
-                self._as_state(memories, x),
+                memories,
                 labels=labels,
                 mask=mask,
                 backward=True,
@@ -83,16 +83,15 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
                 backprop_segments=truncate_at_step,
             )
             loss = loss * mrbp_loss_weight
-            return (loss, self._as_memories(state)) if return_memories else loss
+            return (loss, self.model.as_memories(state)) if return_memories else loss
         if backward_fn is not None or mrbp_loss_weight != 1.0:
             raise ValueError('backward_fn and mrbp_loss_weight need memory_replay_backprop=True')
         if return_loss or labels is not None:
-            loss, _, state = self.loss(
-                x, self._as_state(memories, x), labels=labels, mask=mask, backprop_segments=truncate_at_step
-            )
-            return loss, self._as_memories(state)
-        logits, state = self.logits(x, self._as_state(memories, x), mask=mask)
-        return logits, self._as_memories(state)
+            loss, _, state = self.loss(x, memories, labels=labels, mask=mask, backprop_segments=truncate_at_step)
+            return loss, self.model.as_memories(state)
+        check_count('truncate_at_step', truncate_at_step)
+        logits, state = self.logits(x, memories, mask=mask)
+        return logits, self.model.as_memories(state)
 
     @beartype
     def generate(
@@ -106,20 +105,20 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
     ) -> Tensor:
         """New tokens (b, length - n) after prime (b, n): length counts the prime, as published.
 
+        Segments start at the prompt's first token, whatever `align` says.
         Samples from the ceil((1 - filter_thres) * num_tokens) most likely tokens; temperature 0: the most likely one.
         """
-        if temperature < 0:
-            raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more')
+        check_temperature(temperature)
         if not 0 <= filter_thres <= 1:
             raise ValueError(f'filter_thres is {filter_thres}: give a share in [0, 1]')
         choose = partial(_choose, temperature=temperature, filter_thres=filter_thres)
-        return self._generate(prime, length - prime.shape[-1], choose, state=self._as_state(memories, prime))
+        return self.generate_tokens(prime, length - prime.shape[-1], choose, state=memories)
 
-    def _as_state(self, memories: Any, x: Tensor) -> Any:
-        return self.transformer.as_state(memories, x.shape[0])
-
-    def _as_memories(self, state: Any) -> Any:
-        return self.transformer.as_memories(state)
+    @beartype
+    def reset(self, state: Any, rows: Tensor) -> Any:
+        """See `SegmentWrapper.reset`; takes and returns memories as `forward` returns them, too."""
+        after = super().reset(state, rows)
+        return after.memory if isinstance(state, Tensor) and not isinstance(after, Tensor) else after
 
 
 def _choose(logits: Tensor, *, temperature: float, filter_thres: float) -> Tensor:

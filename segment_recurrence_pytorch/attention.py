@@ -59,19 +59,21 @@ def attend(
     if causal and q.shape[-2] > k.shape[-2]:
         raise ValueError(f'causal attention of {q.shape[-2]} queries needs as many keys, got {k.shape[-2]}')
     masked = mask is not None
-    name = choose_backend(backend, device=q.device, dtype=q.dtype, masked=masked)
+    name = choose_backend(backend, device=q.device, dtype=q.dtype, masked=masked, dim_head=q.shape[-1])
     if _recorders:
         for calls in _recorders:
             calls.append(AttentionCall(name, q.shape[-2], k.shape[-2], causal, masked))
     return _RUN[name](q, k, v, causal, mask, dropout)
 
 
-def choose_backend(backend: str, *, device: torch.device, dtype: torch.dtype, masked: bool = False) -> str:
+def choose_backend(
+    backend: str, *, device: torch.device, dtype: torch.dtype, masked: bool = False, dim_head: int = 64
+) -> str:
     """The backend that `attend` runs for such inputs. ValueError, with the reason, if the one named cannot."""
     if backend == 'auto':
-        return 'sdpa' if _flash2_refusal(device, dtype, masked) else 'flash2'
+        return 'sdpa' if _flash2_refusal(device, dtype, masked, dim_head) else 'flash2'
     if backend == 'flash2':
-        reason = _flash2_refusal(device, dtype, masked)
+        reason = _flash2_refusal(device, dtype, masked, dim_head)
         if reason:
             raise ValueError(f"attention backend 'flash2' {reason}; use 'auto' or 'sdpa'")
     elif backend not in BACKENDS:
@@ -90,15 +92,19 @@ def record_attention() -> Iterator[list[AttentionCall]]:
         _recorders[:] = [kept for kept in _recorders if kept is not calls]
 
 
-def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool) -> str | None:
+def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_head: int) -> str | None:
     if device.type != 'cuda':
         return f'needs a CUDA device, not {device.type}'
     if dtype not in (torch.float16, torch.bfloat16):
         return f'takes float16 and bfloat16, not {dtype}'
     if masked:
         return 'takes no mask tensor'
+    if dim_head > 256:
+        return f'takes heads of at most 256 features, not {dim_head}'
     if _flash_attn_func() is None:
         return "needs the package flash-attn: pip install 'segment-recurrence-pytorch[flash]'"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f'needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less'
     return None
 
 
@@ -113,9 +119,12 @@ def _flash_attn_func() -> Callable | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
-    # is_causal is aligned to the upper left: queries in front, computed and dropped, make the problem square,
-    # and it stays on the kernels that take no mask tensor
+    # is_causal is aligned to the upper left. The CPU's kernel takes a mask at no cost; elsewhere queries in front,
+    # computed and dropped, make the problem square, and it stays on the kernels that take no mask
     prefix = k.shape[-2] - q.shape[-2] if causal else 0
+    if prefix and q.device.type == 'cpu':
+        mask, causal = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(prefix), False
+        prefix = 0
     if prefix:
         q = F.pad(q, (0, 0, prefix, 0))
     out = F.scaled_dot_product_attention(

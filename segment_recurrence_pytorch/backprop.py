@@ -150,6 +150,9 @@ def replay(
     Returns the negative log likelihood and the next state, both without a graph. The state given is not touched.
     """
     backward_fn = backward_fn or Tensor.backward
+    given = batch.tokens
+    if given.requires_grad:  # embeddings that someone computed: their graph is walked once, at the end
+        batch = batch._replace(tokens=given.detach().requires_grad_())
     total = _zero_loss(model)
     state = detach(state)
     if not windows:
@@ -158,6 +161,8 @@ def replay(
     for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
         loss, state = _replay_block(model, batch, windows[start:stop], state, scale, backward_fn)
         total = total + loss
+    if given.requires_grad:
+        given.backward(batch.tokens.grad)
     return total, state
 
 
@@ -177,20 +182,23 @@ def _replay_block(
     losses: list[Tensor] = []
     gradients: list[Tensor | None] | None = None
     after: tuple[State, Any] | None = None
-    for window in reversed(windows):
-        state, random_state = entering.pop(), random_states.pop()
+    try:
+        for window in reversed(windows):
+            state, random_state = entering.pop(), random_states.pop()
+            if after is not None:
+                _set_random_state(random_state)
+            state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point()), state)
+            with torch.enable_grad():
+                loss, next_state = window_nll(model, batch.columns(window), state, window.segment_length)
+                if after is None:
+                    after = detach(next_state), _random_state(model)
+                losses.append(loss.detach())
+                backward_fn(_joined(loss * scale, next_state, gradients))
+            gradients = [leaf.grad for leaf in leaves(state)]
+    finally:  # also if backward_fn raises: the random numbers go on as after one forward pass
         if after is not None:
-            _set_random_state(random_state)
-        state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point()), state)
-        with torch.enable_grad():
-            loss, next_state = window_nll(model, batch.columns(window), state, window.segment_length)
-            if after is None:
-                after = detach(next_state), _random_state(model)
-            losses.append(loss.detach())
-            backward_fn(_joined(loss * scale, next_state, gradients))
-        gradients = [leaf.grad for leaf in leaves(state)]
+            _set_random_state(after[1])
     assert after is not None
-    _set_random_state(after[1])
     return torch.stack(losses).sum(), after[0]
 
 

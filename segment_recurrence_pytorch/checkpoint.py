@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,5 +53,5 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     """What `save_training_state` wrote, on the CPU. ValueError for a missing or damaged file."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f'{path} is no training state that can be resumed: {error}') from error

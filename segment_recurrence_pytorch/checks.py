@@ -6,8 +6,7 @@ values (ids, NaN) are looked at together, with one synchronisation a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,12 +32,6 @@ def check_probability(**values: float) -> None:
             raise ValueError(f'{name} is {value}: a dropout probability must be in [0, 1)')
 
 
-def check_option(name: str, value: Any, options: Iterable[Any]) -> None:
-    """The value must be one of the options."""
-    if value not in options:
-        raise ValueError(f'{name} is {value!r}: choose one of {", ".join(map(repr, options))}')
-
-
 def check_like(name: str, have: Tensor, want: Tensor) -> None:
     """A part of a state must have the shape, dtype and device that the model needs."""
     if have.shape != want.shape:
@@ -60,27 +53,30 @@ def check_input(
     ignore_index: int | None = None,
     padding_ids: tuple[int, ...] = (),
     max_length: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, State, Tensor | None]:
     """Checks a call's input against the model.
 
-    Returns x with ids as int64 and padded ones as 0, and the mask: None if every position is valid.
-    padding_ids: positions with these ids are padding too.
+    padding_ids: positions with these ids are padding too. While compiling no value is looked at, these neither.
+    Returns x with ids as int64 and padded positions as 0, the state as the model takes it, and the mask: None if every
+    position is valid.
     """
     _check_shapes(model, x, mask=mask, labels=labels, max_length=max_length)
+    state = model.as_state(state, x.shape[0])
     if state is not None:
         model.check_state(state, x.shape[0])
-    valid = mask
-    if not x.is_floating_point():
+    compiling, valid = torch.compiler.is_compiling(), mask
+    if x.is_floating_point():
+        x = x if valid is None else x.masked_fill(~valid[..., None], 0)
+    else:
         x = x.long()
-        for padding_id in padding_ids:
+        for padding_id in () if compiling else padding_ids:
             is_text = x != padding_id
             valid = is_text if valid is None else valid & is_text
-        if valid is not None:
-            x = x.masked_fill(~valid, 0)
-    if torch.compiler.is_compiling():
-        return x, valid
+        x = x if valid is None else x.masked_fill(~valid, 0)
+    if compiling:
+        return x, state, valid
     has_padding = _check_values(model, x, state, labels, ignore_index, valid)
-    return x, (valid if has_padding else None)
+    return x, state, (valid if has_padding else None)
 
 
 def _check_shapes(
@@ -125,9 +121,8 @@ def _check_values(
     flags = [x.new_zeros((), dtype=torch.bool) if valid is None else ~valid.all()]
     messages = []
     if x.is_floating_point():
-        shown = x if valid is None else x.masked_fill(~valid[..., None], 0)
         messages.append('an embedding is NaN or infinite')
-        flags.append(~shown.isfinite().all())
+        flags.append(~x.isfinite().all())
     elif x.numel():
         messages.append(f'a token id is outside [0, {model.num_tokens})')
         flags.append(_outside(x, model.num_tokens))

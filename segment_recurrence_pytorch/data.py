@@ -82,7 +82,10 @@ def read_bytes(path: str | Path) -> bytes:
 def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK8_SHA1) -> bytes:
     """Fetches enwik8.zip into `folder` with a progress bar; kept only if its checksum is right."""
     target = Path(folder) / 'enwik8.zip'
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be made ({error.strerror})') from error
     with replacing(target) as part:
         try:
             with urllib.request.urlopen(url, timeout=60) as reply, open(part, 'wb') as file:
@@ -92,8 +95,11 @@ def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK
                         bar.update(file.write(block))
         except OSError as error:
             raise ValueError(f'{url} cannot be fetched ({error}): put enwik8 into {folder}/, or use --data') from error
-        with zipfile.ZipFile(part) as archive:
-            content = archive.read(archive.namelist()[0])
+        try:
+            with zipfile.ZipFile(part) as archive:
+                content = archive.read(archive.namelist()[0])
+        except zipfile.BadZipFile as error:
+            raise ValueError(f'{url} did not send a .zip ({error}): not kept') from error
         found = hashlib.sha1(content).hexdigest()
         if found != sha1:
             raise ValueError(f'{url} has sha1 {found}, not {sha1}: not kept')

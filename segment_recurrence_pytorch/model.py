@@ -27,6 +27,7 @@ class SegmentModel(nn.Module, ABC):
 
     num_tokens: int
     dim: int
+    dim_head: int
     causal: bool
     max_segment_length: int | None
     parallel_segments: bool
@@ -62,6 +63,10 @@ class SegmentModel(nn.Module, ABC):
     def check_state(self, state: State, batch_size: int) -> None:
         """Raises ValueError if `state` is not one that `advance` can take for this batch."""
 
+    def as_state(self, state: Any, batch_size: int) -> State:
+        """The state that a caller means, before `check_state`: models may take other forms of it too."""
+        return state
+
     def reset(self, state: State, rows: Tensor) -> State:
         """The state with the rows where `rows` (b,) is True back at the initial state."""
         return where_rows(rows, self.initial_state(rows.shape[0]), state)
@@ -80,15 +85,17 @@ class SegmentModel(nn.Module, ABC):
     @property
     def attention_backend(self) -> str:
         """The backend that runs here, without a padding mask. Set it to a name of `attention.BACKENDS` to force one."""
-        device = self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
-        return choose_backend(self.backend, device=self.device, dtype=dtype)
+        return self._backend_for(self.backend)
 
     @attention_backend.setter
     def attention_backend(self, name: str) -> None:
-        if name != 'auto':
-            choose_backend(name, device=self.device, dtype=self.dtype)
+        self._backend_for(name)
         self.backend = name
+
+    def _backend_for(self, name: str) -> str:
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        return choose_backend(name, device=self.device, dtype=dtype, dim_head=self.dim_head)
 
     @property
     def device(self) -> torch.device:

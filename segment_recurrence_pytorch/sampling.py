@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -30,4 +30,12 @@ def sample(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1).squeeze(-1)
+    # from the largest down: a small temperature must not overflow
+    shifted = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return torch.multinomial(shifted.softmax(dim=-1), num_samples=1).squeeze(-1)
+
+
+def check_temperature(temperature: float) -> None:
+    """ValueError unless it is a finite number from 0 (greedy) on."""
+    if not 0 <= temperature < inf:
+        raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more, and a finite number')

@@ -63,8 +63,8 @@ class SegmentWrapper(nn.Module):
     ):
         super().__init__()
         segment_length = _checked_length(model, model.max_segment_length if segment_length is None else segment_length)
-        _check_count('segments_per_pass', segments_per_pass)
-        _check_count('backprop_segments', backprop_segments)
+        check_count('segments_per_pass', segments_per_pass)
+        check_count('backprop_segments', backprop_segments)
         self.model = model
         self.segment_length = segment_length
         self.segments_per_pass = segments_per_pass
@@ -99,14 +99,16 @@ class SegmentWrapper(nn.Module):
         Returns (loss, num_targets, state); the state is attached to the graph unless backward=True. Every trainable
         parameter gets a gradient. ValueError, before anything is changed, for what does not fit.
         """
-        _check_count('backprop_segments', backprop_segments)
+        check_count('backprop_segments', backprop_segments)
         if backward and reduction == 'none':
             raise ValueError("backward=True needs a scalar: reduction='mean' or 'sum'")
         if backward and not torch.is_grad_enabled():
             raise ValueError('backward=True inside torch.no_grad(): leave one of them out')
         if backward_fn is not None and not backward:
             raise ValueError('backward_fn is only called with backward=True')
-        batch = self._batch(x, state, labels, mask)
+        batch, state = self._batch(x, state, labels, mask)
+        if state is None and not batch.tokens.shape[1]:
+            state = self.model.initial_state(x.shape[0])
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
         num_targets = (batch.targets != IGNORE).sum()
 
@@ -126,7 +128,7 @@ class SegmentWrapper(nn.Module):
     @beartype
     def logits(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Logits (b, n, num_tokens) of all positions, and the state after them. Arguments as in `loss`."""
-        x, mask = check_input(self.model, x, state, mask=mask)
+        x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         logits = [x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)]
         state = self.model.initial_state(x.shape[0]) if state is None else state
@@ -139,23 +141,30 @@ class SegmentWrapper(nn.Module):
 
     @beartype
     def reset(self, state: Any, rows: Tensor) -> Any:
-        """The state with the rows where `rows` (b,) bool is True back at the initial state: a new text starts there."""
+        """The state with the rows where `rows` (b,) bool is True back at the initial state: a new text starts there.
+
+        A learned initial state gets its gradient from such rows under `loss.backward()`; with backward=True every
+        state that is given is a constant, so there it learns from calls without a state only.
+        """
         if rows.dtype != torch.bool or rows.ndim != 1:
             raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give bool, (batch,)')
         if state is None:
             return None
+        given, state = state, self.model.as_state(state, rows.shape[0])
         self.model.check_state(state, rows.shape[0])
-        return self.model.reset(state, rows)
+        return self.model.reset(state, rows) if rows.any() else given
 
-    def _generate(
+    @beartype
+    def generate_tokens(
         self,
         prompt: Tensor,
         num_tokens: int,
-        choose: Callable[[Tensor], Tensor],
+        choose: Callable,
         *,
-        state: State = None,
+        state: Any = None,
         segment_length: int | None = None,
     ) -> Tensor:
+        """New tokens (b, num_tokens) after prompt (b, n), n >= 1, from `state` on. choose: logits (b, v) -> ids (b,)."""
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
         if prompt.ndim == 2 and not prompt.shape[1]:
@@ -163,25 +172,31 @@ class SegmentWrapper(nn.Module):
         if num_tokens < 0:
             raise ValueError(f'{num_tokens} new tokens: the length must be at least the length of the prompt')
         length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
-        prompt, _ = check_input(self.model, prompt, state)
+        if prompt.is_floating_point():
+            raise ValueError('the prompt holds embeddings: give token ids')
+        prompt, state, _ = check_input(self.model, prompt, state)
         return generate_by_rereading(self.model, prompt, num_tokens, choose, segment_length=length, state=state)
 
-    def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> Batch:
-        """The columns to read and their targets, checked."""
+    @property
+    def _padding_ids(self) -> tuple[int, ...]:
+        return (IGNORE,) if self.ignore_index == IGNORE else (IGNORE, self.ignore_index)
+
+    def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> tuple[Batch, State]:
+        """The columns to read and their targets, and the state, checked."""
         if labels is not None:
-            x, mask = check_input(self.model, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index)
-            return Batch(x, valid_targets(labels, self.ignore_index, mask), mask)
+            x, state, mask = check_input(self.model, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index)
+            return Batch(x, valid_targets(labels, self.ignore_index, mask), mask), state
         if not self.model.causal:
             raise ValueError('a model with causal=False sees the next token, so there is nothing to learn: give labels')
         if x.is_floating_point():
             raise ValueError('embeddings do not tell the next token: give labels')
-        padding_ids = tuple({IGNORE, self.ignore_index})
-        x, mask = check_input(self.model, x, state, mask=mask, padding_ids=padding_ids)
+        x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         if mask is None:
-            return Batch(x[:, :-1], x[:, 1:], None)
+            return Batch(x[:, :-1], x[:, 1:], None), state
         # as without padding, a row's last token is only a target
         followed = mask & (mask.flip(1).cumsum(1).flip(1) > 1)
-        return Batch(x[:, :-1], valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1]), followed[:, :-1])
+        targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
+        return Batch(x[:, :-1], targets, followed[:, :-1]), state
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
@@ -211,6 +226,7 @@ def _checked_length(model: SegmentModel, length: int | None) -> int:
     return length
 
 
-def _check_count(name: str, value: int | None) -> None:
+def check_count(name: str, value: int | None) -> None:
+    """ValueError unless the value is None or at least 1."""
     if value is not None and value < 1:
         raise ValueError(f'{name} is {value}: give 1 or more, or None')

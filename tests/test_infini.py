@@ -276,7 +276,7 @@ PEER = Path(__file__).parent / 'data' / 'infini_peer.safetensors'
 
 @pytest.mark.parametrize('case', ['linear', 'delta', 'linear_learned', 'delta_learned'])
 def test_published_checkpoints_give_their_logits_and_gradients(case):
-    """Made by `tests/data/make_infini_peer.py` with infini-transformer-pytorch 0.2.1, in float64, over four segments."""
+    """Made by `data/make_infini_peer.py` with infini-transformer-pytorch 0.2.1, in float64, over four segments."""
     file = {name.removeprefix(f'{case}/'): t for name, t in load_file(PEER).items() if name.startswith(f'{case}/')}
     weights = {name.removeprefix('weights/'): t for name, t in file.items() if name.startswith('weights/')}
     model = InfiniTransformer.from_peer_state_dict(weights, use_mem_delta_rule='delta' in case)

@@ -217,6 +217,25 @@ def test_masked_out_memories_are_those_of_a_first_segment():
             assert not torch.allclose(model(x, memory)[0], model(x)[0])
 
 
+def test_an_empty_segment_changes_nothing():
+    for options in RMT_OPTIONS.values():
+        model = make_rmt(**options)
+        _, state = model.advance(ids(2, 6))
+        hidden, same = model.advance(ids(2, 0), state)
+        assert same is state
+        assert hidden.shape == (2, 0, 16)
+
+
+def test_padded_embeddings_may_hold_anything():
+    model, embeddings = make_rmt(), torch.randn(2, 6, 16, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([[6], [3]])
+    expected, memory = model(embeddings, mask=mask)
+    embeddings[1, 3:] = torch.nan
+    logits, same = model(embeddings, mask=mask)
+    close(logits[mask], expected[mask])
+    close(same, memory)
+
+
 def test_published_name_of_the_memory_mask():
     assert make_rmt().memory_mask == 'block'
     assert make_rmt(memory_not_causal=True).memory_mask == 'block'
@@ -290,8 +309,9 @@ def test_dropout_is_drawn_with_and_without_hidden_states():
 
 BAD_CONSTRUCTION = [
     ({'xl_mem_len': -1, 'use_xl_memories': True}, 'xl_mem_len is -1'),
-    ({'xl_mem_len': 4}, 'need use_xl_memories'),
-    ({'enhanced_xl_recurrence': True}, 'need use_xl_memories'),
+    ({'xl_mem_len': 4}, 'needs use_xl_memories'),
+    ({'enhanced_xl_recurrence': True}, 'needs use_xl_memories'),
+    ({'enhanced_xl_recurrence': True, 'use_xl_memories': True, 'xl_mem_len': 0}, 'xl_mem_len above 0'),
     ({'kv_heads': 3, 'heads': 4}, 'does not divide'),
     ({'num_memory_tokens': -2}, 'num_memory_tokens is -2'),
     ({'dim_head': 7, 'rotary_pos_emb': True}, 'dim_head=7 must be even'),
@@ -326,6 +346,8 @@ def bad_calls():
     yield {'mask': mask.long()}, 'mask is torch.int64'
     yield {'labels': ids(2, 5)}, 'labels have shape'
     yield {'labels': ids(2, 6) + 20}, 'label is outside'
+    yield {'labels': ids(2, 6), 'return_embeddings': True}, 'ask for one'
+    yield {'x': torch.tensor(3)}, 'give token ids'
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))

@@ -39,18 +39,20 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_a_run_leaves_what_it_says(tmp_path, corpus):
-    out = run(tmp_path, '--data', corpus, '--steps', 4, '--valid-bytes', 3000, '--name', 'a')
-    assert re.search(r'corpus .*sha256 [0-9a-f]{16}', out)
+@pytest.mark.parametrize('model', ['rmt', 'infini'])
+def test_a_run_leaves_what_it_says(tmp_path, corpus, model):
+    out = run(tmp_path, '--data', corpus, '--steps', 4, '--valid-bytes', 3000, '--name', 'a', '--model', model)
+    assert re.search(r'corpus .*\n +sha256 [0-9a-f]{64}', out)
     for name in ('unigram', 'zlib', 'xz'):
         assert re.search(rf'{name} +\d\.\d+ bits per byte', out)
     carried, reset = re.findall(r'validation  (\d\.\d+) bits per byte, state (?:carried|reset)', out)
     assert 'is a diagnostic' in out
-    assert '--memory off --steps 4' in out
+    assert f'--memory off --steps 4 --model {model} --preset small --seed 0 --data {corpus}' in out
     assert len(out.split('sample ')[1]) > 100
     folder = tmp_path / 'runs' / 'a'
     assert {file.name for file in folder.iterdir()} == {
         'config.json', 'loss.png', 'metrics.jsonl', 'model.safetensors', 'training.pt',
+        *(['memory_shares.png'] if model == 'infini' else []),
     }  # fmt: skip
     lines = metrics(folder)
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 4]
@@ -70,7 +72,8 @@ def test_the_twin_without_memory_reads_the_same_bytes_and_needs_no_state(tmp_pat
     assert '--memory on --steps 3' in out
 
 
-def test_a_stopped_and_resumed_run_is_one_run(tmp_path, corpus, monkeypatch):
+@pytest.mark.parametrize('model', ['rmt', 'infini'])
+def test_a_stopped_and_resumed_run_is_one_run(tmp_path, corpus, monkeypatch, model):
     """Stopped after two of four steps: the same weights, bit for bit, as without the stop."""
 
     class StopAfterTwo(train_enwik8.StopRequest):
@@ -86,12 +89,14 @@ def test_a_stopped_and_resumed_run_is_one_run(tmp_path, corpus, monkeypatch):
         train_enwik8.main()
 
     monkeypatch.chdir(tmp_path)
-    main('--data', corpus, '--steps', 4, '--name', 'whole')
+    main('--data', corpus, '--steps', 4, '--name', 'whole', '--model', model)
     with monkeypatch.context() as patch:
         patch.setattr(train_enwik8, 'StopRequest', StopAfterTwo)
-        main('--data', corpus, '--steps', 4, '--name', 'cut')
+        main('--data', corpus, '--steps', 4, '--name', 'cut', '--model', model)
     assert len(metrics(Path('runs/cut'))) == 2
-    main('--resume', 'runs/cut', '--steps', 4)
+    with open('runs/cut/metrics.jsonl', 'a') as file:  # as a killed run would have left it
+        file.write('{"step": 3, "bits": 0}\n')
+    main('--resume', 'runs/cut')
     whole, cut = (load_file(f'runs/{name}/model.safetensors') for name in ('whole', 'cut'))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     for line, other in zip(metrics(Path('runs/whole')), metrics(Path('runs/cut')), strict=True):
@@ -119,6 +124,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, corpus):
 def test_refusals_leave_nothing_behind(tmp_path, corpus):
     run(tmp_path, '--data', corpus, '--steps', 1, '--valid-bytes', 3000, '--name', 'a')
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'config.json').write_text('{"hidden_size": 8}')
+    before |= dict.fromkeys((tmp_path / 'other').rglob('*'), 0) | {tmp_path / 'other': 0}
     (tmp_path / 'file').touch()
     (tmp_path / 'empty').touch()
     (tmp_path / 'small').write_bytes(b'a few bytes, ' * 10)
@@ -127,6 +135,8 @@ def test_refusals_leave_nothing_behind(tmp_path, corpus):
         (('--resume', 'runs/a', '--preset', 'base'), 'was made with --preset small, not base'),
         (('--resume', 'runs/a', '--memory', 'off'), 'was made with --memory on, not off'),
         (('--resume', 'runs/none'), 'no run to go on with'),
+        (('--resume', 'other'), 'no run to go on with'),
+        (('--data', corpus, '--device', 'nowhere'), 'is not there'),
         (('--data', corpus, '--name', 'a'), 'is there already'),
         (('--data', corpus, '--out', 'file/runs'), 'cannot be written to'),
         (('--data', 'empty'), 'is empty'),
@@ -146,3 +156,11 @@ def test_weights_of_another_model_are_refused(tmp_path, corpus):
     config = tmp_path / 'runs' / 'a' / 'config.json'
     config.write_text(config.read_text().replace('"small"', '"base"'))
     assert 'does not hold the weights' in run(tmp_path, '--resume', 'runs/a', fails=True)
+
+
+def test_a_damaged_training_state_is_refused(tmp_path, corpus):
+    run(tmp_path, '--data', corpus, '--steps', 1, '--valid-bytes', 3000, '--name', 'a')
+    (tmp_path / 'runs' / 'a' / 'training.pt').write_bytes(b'garbage')
+    error = run(tmp_path, '--resume', 'runs/a', fails=True)
+    assert 'no training state' in error
+    assert 'Traceback' not in error

@@ -85,6 +85,7 @@ def test_padding_ids_without_labels():
     for padding in (-100, wrapper.ignore_index):
         padded = wrapper.loss(x.masked_fill(~mask, padding))
         close(padded.loss, expected.loss)
+        close(wrapper.logits(x.masked_fill(~mask, padding))[0][mask], wrapper.logits(x, mask=mask)[0][mask])
         assert padded.num_targets == expected.num_targets
     alone = [wrapper.loss(x[:1], reduction='sum'), wrapper.loss(x[1:2, :9], reduction='sum')]
     rows = wrapper.loss(x, mask=mask, reduction='none').loss.sum(1)
@@ -106,6 +107,11 @@ def test_nothing_to_learn_is_a_zero_loss():
     state = wrapper.logits(ids(2, 9))[1]
     assert torch.equal(wrapper.loss(torch.full((2, 9), -100), state).state.memory, state.memory)
     assert wrapper.loss(ids(2, 1), reduction='none').loss.shape == (2, 0)
+    for length in (0, 1):
+        loss, memories = wrapper(ids(2, length), return_loss=True)
+        assert loss == 0
+        assert torch.equal(memories, wrapper.model.initial_state(2).memory)
+        assert wrapper(ids(2, length), memory_replay_backprop=True, return_memories=True)[0] == 0
     assert wrapper.logits(ids(2, 0))[0].shape == (2, 0, 20)
 
 
@@ -138,6 +144,11 @@ def test_reset_starts_some_rows_again():
         close(logits[1:2], wrapper.logits(y[1:2])[0])
         close(logits[:1], wrapper.logits(y, state)[0][:1])
         assert wrapper.reset(None, rows) is None
+        assert wrapper.reset(state, ~rows & rows) is state
+    wrapper = wrapped()
+    _, memories = wrapper(x, return_loss=True)
+    close(wrapper.reset(memories, rows)[1], wrapper.model.initial_memory)
+    close(wrapper.loss(y, memories).loss, wrapper(y, memories, return_loss=True)[0])
 
 
 def test_an_encoder_needs_labels():
@@ -210,7 +221,7 @@ def bad_calls():
     yield dict(x=x, mask=mask.float(), backward=True), 'mask is torch.float32'
     yield dict(x=x, state=RMTState(torch.zeros(3, 3, 16, dtype=torch.float64)), backward=True), 'shape'
     yield dict(x=x, state=RMTState(torch.zeros(2, 3, 16)), backward=True), 'float32'
-    yield dict(x=x, state=torch.zeros(2, 3, 16, dtype=torch.float64), backward=True), 'Tensor'
+    yield dict(x=x, state=[torch.zeros(2, 3, 16, dtype=torch.float64)], backward=True), 'list'
     yield dict(x=x, backward=True, reduction='none'), 'needs a scalar'
     yield dict(x=x, backward_fn=print), 'only called with backward=True'
     yield dict(x=torch.randn(2, 9, 16, dtype=torch.float64), backward=True), 'give labels'

@@ -1,0 +1,110 @@
+"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, plots. Needs the extra `train`."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from segment_recurrence_pytorch.checkpoint import replacing
+
+
+class StopRequest:
+    """Ctrl-C asks for a stop after this step; a second one interrupts as usual."""
+
+    requested = False
+
+    def __enter__(self) -> StopRequest:
+        self.before = signal.signal(signal.SIGINT, self.request)
+        return self
+
+    def request(self, *_: object) -> None:
+        """Notes the wish and leaves the next Ctrl-C to Python."""
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine down to `last`."""
+    if progress < warmup:
+        return max(progress, 1e-3) / warmup
+    cosine = (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+    return last + (1 - last) * cosine
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is fast here: a GPU or CPU with instructions for it."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError if no file can be made in the folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be written to ({error.strerror}): give another --out') from error
+
+
+def drop_lines_after(folder: Path, step: int) -> None:
+    """Cuts the metrics back to what the weights have seen: a killed run wrote on after its last save."""
+    path = folder / 'metrics.jsonl'
+    lines = [
+        line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step and '"valid"' not in line
+    ]
+    with replacing(path) as part:
+        part.write_text(''.join(f'{line}\n' for line in lines))
+
+
+def plot_losses(folder: Path, levels: dict[str, float]) -> None:
+    """loss.png: the training curve of metrics.jsonl; levels: bits per byte to draw across, the validation first."""
+    lines = _training_lines(folder)
+    megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
+    bits = torch.tensor([line['bits'] for line in lines])
+    width = max(1, len(bits) // 100)
+    smooth = bits[: len(bits) // width * width].view(-1, width).mean(1)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    axes.plot(megabytes, bits, color='tab:blue', alpha=0.25, linewidth=0.8)
+    axes.plot(megabytes[width - 1 :: width][: len(smooth)], smooth, color='tab:blue', label='training')
+    for (name, value), style in zip(levels.items(), ('-', ':', '--', '-.'), strict=True):
+        color = 'tab:red' if name == 'validation' else 'gray'
+        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
+    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name, ylim=(0, 8.5))
+    axes.legend()
+    _write(figure, folder / 'loss.png')
+
+
+def plot_memory_shares(folder: Path) -> None:
+    """memory_shares.png: the memory's share in each head over training (arXiv 2404.07143, figure 3, shows its end)."""
+    lines = _training_lines(folder)
+    shares = torch.tensor([line['memory_shares'] for line in lines])  # (steps, depth, heads)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    for layer in range(shares.shape[1]):
+        for head in range(shares.shape[2]):
+            label = f'layer {layer}' if head == 0 else None
+            axes.plot([line['step'] for line in lines], shares[:, layer, head], color=f'C{layer}', label=label)
+    axes.set(xlabel='step', ylabel="memory's share, 1 - sigmoid(gate)", ylim=(0, 1), title=folder.name)
+    axes.legend(title='one line a head')
+    _write(figure, folder / 'memory_shares.png')
+
+
+def _training_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [line for line in lines if 'bits' in line]
+
+
+def _write(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f'plot        {path}')
