@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MODEL ?= rmt
 ARGS ?=
 
 .PHONY: train test lint bench clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
-	$(BIN)/python train_enwik8.py $(ARGS)
+	$(BIN)/python train_enwik8.py --model $(MODEL) $(ARGS)
 
 # one thread a test process: the models are tiny, and two processes use two cores better
 test: $(VENV)/ready
@@ -22,6 +23,8 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.write_init
 	$(BIN)/python -m benchmarks.rmt_training
+	$(BIN)/python -m benchmarks.infini_training
+	$(BIN)/python -m benchmarks.infini_million
 
 clean:
 	rm -rf $(VENV) .venv-peer build dist *.egg-info

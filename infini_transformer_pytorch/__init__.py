@@ -4,7 +4,7 @@ from infini_transformer_pytorch.attention import CachedKV, FastweightMemory
 from infini_transformer_pytorch.infini import InfiniTransformer, TransformerReturn
 from infini_transformer_pytorch.memory import Memories
 from infini_transformer_pytorch.wrapper import InfiniTransformerWrapper
-from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__
+from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__, detach
 
 __all__ = [
     'CachedKV',
@@ -17,4 +17,5 @@ __all__ = [
     'SegmentWrapper',
     'TransformerReturn',
     '__version__',
+    'detach',
 ]

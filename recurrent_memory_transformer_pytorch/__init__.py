@@ -3,7 +3,7 @@
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
 from recurrent_memory_transformer_pytorch.wrapper import RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__
+from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__, detach
 
 __all__ = [
     'LossReturn',
@@ -14,4 +14,5 @@ __all__ = [
     'SegmentWrapper',
     'XLMemory',
     '__version__',
+    'detach',
 ]

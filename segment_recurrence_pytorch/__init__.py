@@ -2,6 +2,7 @@
 
 from segment_recurrence_pytorch.attention import attend, choose_backend, record_attention
 from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.state import detach
 from segment_recurrence_pytorch.version import __version__
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
@@ -12,5 +13,6 @@ __all__ = [
     '__version__',
     'attend',
     'choose_backend',
+    'detach',
     'record_attention',
 ]

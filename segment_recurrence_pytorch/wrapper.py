@@ -164,7 +164,7 @@ class SegmentWrapper(nn.Module):
         state: Any = None,
         segment_length: int | None = None,
     ) -> Tensor:
-        """New tokens (b, num_tokens) after prompt (b, n), n >= 1, from `state` on. choose: logits (b, v) -> ids (b,)."""
+        """New tokens (b, num_tokens) after prompt (b, n), n >= 1, and `state`. choose: logits (b, v) -> ids (b,)."""
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
         if prompt.ndim == 2 and not prompt.shape[1]:

@@ -13,6 +13,7 @@ from infini_transformer_pytorch import (
     InfiniTransformerWrapper,
     Memories,
     TransformerReturn,
+    infini,
 )
 from infini_transformer_pytorch.memory import MEMORY_RULES, Writes, read, write
 from infini_transformer_pytorch.scan import affine_scan
@@ -74,6 +75,22 @@ def test_windows_equal_the_definition(options, segments_per_pass):
                 assert not parameter.grad.any()
             else:
                 close(parameter.grad, want[name])
+
+
+def test_evaluating_fewer_segments_at_once_changes_no_number(monkeypatch):
+    for options in PARALLEL.values():
+        model, x, mask = make_infini(**options), ids(5, 23), ragged()
+        hidden, state = model.advance(x, segment_length=LENGTH, mask=mask)
+        for rows in (1, 5 * LENGTH * 2):
+            monkeypatch.setattr(infini, 'CPU_ROWS', rows)
+            other, same = model.advance(x, segment_length=LENGTH, mask=mask)
+            close(other, hidden, 1e-12)
+            for a, b in zip(leaves(same), leaves(state), strict=True):
+                close(a, b, 1e-12)
+            monkeypatch.undo()
+    empty, same = model.advance(ids(5, 0), state)
+    assert empty.shape == (5, 0, 16)
+    assert same is state
 
 
 @pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())

@@ -11,15 +11,19 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 SMALLER = {
     'dim = 512': 'dim = 16',
     'depth = 6': 'depth = 2',
+    'depth = 8': 'depth = 2',
     'dim_head = 64': 'dim_head = 8',
+    'dim_head = 128': 'dim_head = 8',
     'heads = 8': 'heads = 2',
     'seq_len = 1024': 'seq_len = 16',
+    'segment_length = 512': 'segment_length = 16',
     'num_memory_tokens = 128': 'num_memory_tokens = 4',
     'num_tokens = 20000': 'num_tokens = 256',
     '(1, 1024)': '(1, 16)',
     '10000': '100',
     '9980': '80',
     'length = 2048': 'length = 30',
+    'seq_len = 8192': 'seq_len = 40',
     '[:, :1000]': '[:, :20]',
 }
 

@@ -1,0 +1,54 @@
+"""Exact gradients through a million tokens on a CPU: peak memory against that of 65,536 tokens.
+
+    python -m benchmarks.infini_million
+
+`wrapper(seq, backward=True)` on one sequence, dim 64, depth 2, heads 2 x 32, delta rule, segments of 512, float32;
+one process a length, since a peak never goes down.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+
+LENGTHS = (65_536, 1_048_576)
+
+
+def worker(length: int) -> None:
+    """Prints the peak resident megabytes before and after, and the seconds."""
+    import torch
+
+    from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+
+    torch.manual_seed(0)
+    model = InfiniTransformer(num_tokens=256, dim=64, depth=2, heads=2, dim_head=32, use_mem_delta_rule=True)
+    wrapper = InfiniTransformerWrapper(model)
+    tokens = torch.randint(0, 256, (1, length + 1))
+    start = time.perf_counter()
+    loss = wrapper(tokens, backward=True)
+    assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(peak, tokens.nbytes / 2**20, time.perf_counter() - start)
+
+
+def main() -> None:
+    """Runs both lengths and writes the JSON."""
+    from benchmarks.interleave import write_results
+
+    rows = {}
+    for length in LENGTHS:
+        command = [sys.executable, '-m', 'benchmarks.infini_million', str(length)]
+        peak, inputs, _ = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        rows[length] = {'peak_megabytes': round(peak), 'inputs_megabytes': round(inputs, 1)}
+        print(f'{length:9,} tokens: peak {peak:.0f} MB, of which inputs {inputs:.1f} MB', flush=True)
+    short, long = (row['peak_megabytes'] - row['inputs_megabytes'] for row in rows.values())
+    ratio = round(long / short, 2)
+    print(f'{ratio} times the peak for 16 times the length')
+    write_results(__file__, {'rows': rows, 'peak_ratio_without_inputs': ratio})
+
+
+if __name__ == '__main__':
+    worker(int(sys.argv[1])) if len(sys.argv) > 1 else main()
