@@ -29,7 +29,7 @@ def worker(length: int) -> None:
     start = time.perf_counter()
     loss = wrapper(tokens, backward=True)
     assert loss.isfinite()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(peak, tokens.nbytes / 2**20, time.perf_counter() - start)
 

@@ -219,20 +219,20 @@ class InfiniTransformer(SegmentModel):
         length = min(segment_length or tokens.shape[1], tokens.shape[1])
         if not self.parallel_segments and tokens.shape[1] > length:
             raise ValueError("mem_read_from='above' reads one segment at a time")
-        # all segments at once where that fills the device; a CPU is full with fewer, whose activations stay in its cache
-        at_once = tokens.shape[1]
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        # all at once fills a GPU; a CPU is full with fewer segments, whose activations stay in its cache
+        at_once = max(1, tokens.shape[1])
         if tokens.device.type == 'cpu':
-            at_once = max(1, CPU_ROWS // (tokens.shape[0] * length or 1)) * length
-        hiddens = []
-        for start in range(0, tokens.shape[1], at_once or 1):
+            at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * max(1, length)
+        hiddens = [torch.zeros(tokens.shape[0], 0, self.dim, dtype=self.dtype, device=tokens.device)]
+        for start in range(0, tokens.shape[1], at_once):
             part = slice(start, start + at_once)
             part_mask = None if mask is None else mask[:, part]
             hidden, state, _ = self._read(tokens[:, part], state, length, part_mask, need_hidden=need_hidden)
             hiddens.append(hidden)
-        if not hiddens:
-            empty = torch.zeros(tokens.shape[0], 0, self.dim, dtype=self.dtype, device=tokens.device)
-            return (empty if need_hidden else None), self.initial_state(tokens.shape[0]) if state is None else state
-        return (torch.cat(hiddens, dim=1) if need_hidden else None), state
+        if not need_hidden:
+            return None, state
+        return (torch.cat(hiddens[1:], dim=1) if hiddens[1:] else hiddens[0]), state
 
     def _read(
         self,

@@ -1,5 +1,6 @@
 """The README's code runs as written, but for the sizes in this table and for a device that is not there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -49,3 +50,19 @@ def test_every_named_test_exists():
     assert len(named) > 10
     for name in named:
         assert f'def {name}(' in tests
+
+
+def test_speeds_are_those_that_were_measured():
+    results = Path(__file__).resolve().parent.parent / 'benchmarks' / 'results'
+    rmt = json.loads((results / 'rmt_training.json').read_text())['times_ours']
+    assert f'four residual streams | {rmt["published, 4 streams (its default)"]:.2f} |' in README
+    assert f'one residual stream | {rmt["published, 1 stream"]:.2f} |' in README
+    for row in json.loads((results / 'infini_training.json').read_text())['rows']:
+        ours, published = row['operations']['ours'], row['operations']['published']
+        cells = f'{row["segment_length"]}, {row["rule"]} | {row["times_faster"]:.2f} | {ours:,} | {published:,}'
+        assert f'| {cells} |' in README
+    million = json.loads((results / 'infini_million.json').read_text())
+    assert f'{million["peak_ratio_without_inputs"]} times the peak memory of 65,536 tokens' in README
+    growth = json.loads((results / 'write_init.json').read_text())['gradient_norm']
+    grown = [round(growth[name]['32'] / growth[name]['1']) for name in ('sum', 'previous', 'learned')]
+    assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
