@@ -19,7 +19,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, CachedKV, InfiniAttention
+from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, CachedKV, InfiniAttention, empty_memories
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
 from segment_recurrence_pytorch.layers import FeedForward
@@ -201,10 +201,8 @@ class InfiniTransformer(SegmentModel):
 
     def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
         """Empty memories, one a layer."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        d = self.dim_head
-        kv_mem = torch.zeros(batch_size, self.kv_heads, d, d, dtype=dtype, device=self.device)
-        return (Memories(kv_mem, kv_mem[..., 0]),) * len(self.layers)
+        like = torch.empty(batch_size, self.kv_heads, 0, self.dim_head, dtype=self.dtype, device=self.device)
+        return tuple(empty_memories(like) for _ in self.layers)
 
     def advance(
         self,
