@@ -25,6 +25,7 @@ bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.rmt_training
 	$(BIN)/python -m benchmarks.infini_training
 	$(BIN)/python -m benchmarks.infini_million
+	$(BIN)/python -m benchmarks.scan
 
 clean:
 	rm -rf $(VENV) .venv-peer build dist *.egg-info

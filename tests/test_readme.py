@@ -63,6 +63,10 @@ def test_speeds_are_those_that_were_measured():
         assert f'| {cells} |' in README
     million = json.loads((results / 'infini_million.json').read_text())
     assert f'{million["peak_ratio_without_inputs"]} times the peak memory of 65,536 tokens' in README
+    times = [row['times_sequential'] for row in json.loads((results / 'scan.json').read_text())['rows']]
+    for name, words in (('chunked', 'than a\nchunked scan'), ('associative', 'than an associative one')):
+        slower = [round(row[name], 1) for row in times]
+        assert f'{min(slower)} to {max(slower)} times faster {words}' in README
     growth = json.loads((results / 'write_init.json').read_text())['gradient_norm']
     grown = [round(growth[name]['32'] / growth[name]['1']) for name in ('sum', 'previous', 'learned')]
     assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
