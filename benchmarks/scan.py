@@ -81,7 +81,8 @@ def main() -> None:
         operations = {}
         for repetition in tqdm(range(REPETITIONS + 1), disable=None, desc=f'{segments} segments'):
             for form in forms:
-                with Counter() if repetition == 0 else torch.enable_grad() as counter:
+                counter = Counter()
+                with counter if repetition == 0 else torch.enable_grad():
                     began = time.perf_counter()
                     states = form(*inputs)
                     torch.autograd.grad(states, inputs, weight)
