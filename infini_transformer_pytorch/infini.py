@@ -175,6 +175,7 @@ class InfiniTransformer(SegmentModel):
         x, state, mask = check_input(self, x, past_memories, mask=mask)
         if cached_kv is not None:
             self._check_cache(cached_kv, x, mask)
+        state = self.initial_state(x.shape[0]) if state is None else state
         hidden, after, writes = self._read(x, state, x.shape[1], mask, cached=cached_kv)
         logits = self.to_logits(hidden)
         if return_new_memories:
@@ -235,7 +236,7 @@ class InfiniTransformer(SegmentModel):
     def _read(
         self,
         tokens: Tensor,
-        state: tuple[Memories, ...] | None,
+        state: tuple[Memories, ...],
         length: int,
         mask: Tensor | None,
         *,
@@ -244,7 +245,6 @@ class InfiniTransformer(SegmentModel):
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
         """Hidden states (b, n, dim), the memories after the last segment, and what each layer wrote."""
         batch, n = tokens.shape[:2]
-        state = self.initial_state(batch) if state is None else state
         segments = -(-n // length)
         missing = segments * length - n
         key_mask = mask

@@ -20,6 +20,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, n, dim)."""
         x, gates = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(self.dropout(F.gelu(gates) * x))
 
