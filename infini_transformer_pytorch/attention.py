@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import Memories, Writes, mix, read, write
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import rotary_angles, rotate
+from segment_recurrence_pytorch.layers import rotary_turns, rotate
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
 ROTARY_THETA = 10000.0
@@ -172,39 +171,53 @@ class InfiniAttention(nn.Module):
         cached: keys and values of the segment's tokens before x, for one segment.
         Returns output (s, b, n, dim), the memories after the last segment, and what was written.
         """
-        # copied once into the order of the products that follow: each of them would copy a view again
-        split_heads = 's b n (h d) -> s b h n d'
-        width, d = self.heads * self.dim_head, self.dim_head
-        projected = self.to_qkv(x) if need_output else F.linear(x, self.to_qkv.weight[width:])
-        *q, k, v = projected.split([width] * need_output + [self.kv_heads * d] * 2, dim=-1)
-        k, v = (rearrange(t, split_heads, d=d).contiguous() for t in (k, v))
-        strength, log_decay = self._strength_and_decay(x)
-        writes = Writes(self.k_norm(k), v, strength, log_decay, mask)
+        query, k, v, strength, log_decay = self.project(x, need_output)
+        writes = Writes(k, v, strength, log_decay, mask)
         if cached is not None:
             writes = cached.followed_by(writes)
         entering, after = self.fastweight_mem.write(writes, past)
         if not need_output:
             return None, after, writes
-        query = self.q_norm(rearrange(q[0], split_heads, d=d).contiguous())
         local = self._local(query, writes.keys, writes.values, attn_mask, backend)
         memories = entering if read_from is None else Memories(*(part[None] for part in read_from))
         out = self.fastweight_mem.recall(local, query, memories)
-        return self.to_out(rearrange(out, 's b h n d -> s b n (h d)')), after, writes
+        return self.merge(out), after, writes
+
+    def project(
+        self, x: Tensor, need_query: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x (..., n, dim) normed -> queries (..., h, n, d), keys and values (..., g, n, d), none of them rotated, and
+        the strength and log decay (..., g, n). Queries only if need_query."""
+        width, d = self.heads * self.dim_head, self.dim_head
+        projected = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[width:])
+        *q, k, v = projected.split([width] * need_query + [self.kv_heads * d] * 2, dim=-1)
+        # copied once into the order of the products that follow: each of them would copy a view again
+        *q, k, v = (t.unflatten(-1, (-1, d)).transpose(-3, -2).contiguous() for t in (*q, k, v))
+        query = self.q_norm(q[0]) if need_query else k
+        return query, self.k_norm(k), v, *self._strength_and_decay(x)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """(..., h, n, d) -> (..., n, dim)."""
+        return self.to_out(out.transpose(-3, -2).flatten(-2))
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, backend: str) -> Tensor:
         """Causal attention inside each segment, positions counted from its start; the queries are its last ones."""
         segments, length = k.shape[0], k.shape[3]
-        angles = rotary_angles(
-            torch.arange(length, device=k.device), self.dim_head, theta=ROTARY_THETA, dtype=self.to_out.weight.dtype
-        )
-        q, k = rotate(q, angles[length - q.shape[3] :]), rotate(k, angles)
+        turns = self.turns(length)
+        q, k = rotate(q, turns[length - q.shape[3] :]), rotate(k, turns)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, causal=attn_mask is None, mask=attn_mask, dropout=dropout, backend=backend)
         return out.unflatten(0, (segments, -1))
 
+    def turns(self, length: int) -> Tensor:
+        """The rotations of the positions of a segment, see `layers.rotary_turns`."""
+        weight = self.to_out.weight
+        positions = torch.arange(length, device=weight.device)
+        return rotary_turns(positions, self.dim_head, theta=ROTARY_THETA, dtype=weight.dtype)
+
     def _strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """beta and log gamma (s, b, g, n) of each token, in float32 at least."""
+        """beta and log gamma (..., g, n) of each token, in float32 at least."""
         strength = log_decay = None
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.to_strength is not None:

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, CachedKV, InfiniAttention, empty_memories
+from infini_transformer_pytorch.decoding import InfiniCache
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
 from segment_recurrence_pytorch.layers import FeedForward
@@ -53,6 +54,7 @@ class InfiniTransformer(SegmentModel):
 
     causal = True
     max_segment_length = None
+    layers: Any  # nn.ModuleList of Block
 
     @beartype
     def __init__(
@@ -273,7 +275,7 @@ class InfiniTransformer(SegmentModel):
                 attn_mask=attn_mask,
                 backend=self.backend,
                 need_output=index < last or not skip,
-                read_from=state[min(index + 1, last)] if self.mem_read_from == 'above' else None,
+                read_from=state[self.layer_read(index)] if self.mem_read_from == 'above' else None,
                 cached=None if cached is None else cached[index],
             )
             after.append(memories)
@@ -286,6 +288,15 @@ class InfiniTransformer(SegmentModel):
     def to_logits(self, hidden: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, num_tokens)."""
         return self.logits(hidden)
+
+    @torch.no_grad()
+    def open_segment(self, state: tuple[Memories, ...], segment_length: int) -> InfiniCache:
+        """See `SegmentModel.open_segment`."""
+        return InfiniCache(self, state, segment_length)
+
+    def layer_read(self, index: int) -> int:
+        """The layer whose memories layer `index` reads."""
+        return min(index + 1, len(self.layers) - 1) if self.mem_read_from == 'above' else index
 
     def check_state(self, state: Any, batch_size: int) -> None:
         """Raises ValueError if `state` is not one `Memories` a layer, of this model and batch size."""
@@ -323,6 +334,10 @@ class Block(nn.Module):
         """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
         out, after, writes = self.attn(self.attn_norm(x), past, **attention)
         if out is not None:
-            x = x + out
-            x = x + self.ff(self.ff_norm(x))
+            x = self.add(x, out)
         return x, after, writes
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x (..., n, dim) after the attention's output and the feed-forward."""
+        x = x + out
+        return x + self.ff(self.ff_norm(x))

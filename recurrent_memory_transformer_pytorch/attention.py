@@ -22,7 +22,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import NORM_EPS, rotate
+from segment_recurrence_pytorch.layers import NORM_EPS, rotary_turns, rotate
+
+FIRST_TEXT_POSITION = 10000  # far from the memory tokens, which stand at 0
+ROTARY_THETA = 32768.0
 
 
 class Layout(NamedTuple):
@@ -84,6 +87,19 @@ def attention_mask(layout: Layout, *, xl_valid: Tensor, text_valid: Tensor) -> T
     return (allowed & key_valid[:, None, None, :]) | itself
 
 
+def text_turns(first: int, stop: int, dim_head: int, like: Tensor) -> Tensor:
+    """Rotations (stop - first, d / 2, 2) of the text positions first to stop; XL memories stand at negative ones."""
+    positions = torch.arange(first, stop, device=like.device) + FIRST_TEXT_POSITION
+    return rotary_turns(positions, dim_head, theta=ROTARY_THETA, dtype=like.dtype)
+
+
+def layout_turns(layout: Layout, dim_head: int, like: Tensor) -> Tensor:
+    """Rotations (xl + rows, d / 2, 2): memory at 0, where nothing turns."""
+    text = text_turns(-layout.xl, layout.text, dim_head, like)
+    memory = text.new_tensor((1.0, 0.0)).expand(layout.read, *text.shape[1:])
+    return torch.cat((text[: layout.xl], memory, text[layout.xl :], memory))
+
+
 class Attention(nn.Module):
     """Multi-head attention of one segment, with grouped keys and values and optional query/key norm."""
 
@@ -114,25 +130,23 @@ class Attention(nn.Module):
         backend: str,
         first_row: int = 0,
         xl: tuple[Tensor, Tensor] | None = None,
-        angles: Tensor | None = None,
+        turns: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, dim), the rows [read | text | write].
 
         first_row: the first row whose output is needed. xl: keys (not rotated) and values, each (b, g, xl, d).
-        angles (xl + n, d / 2) of all keys. mask (b, 1, n, xl + n), see `attention_mask`.
+        turns (xl + n, d / 2, 2) of all keys. mask (b, 1, n, xl + n), see `attention_mask`.
         Returns the output of the rows from first_row on, and the text's keys (not rotated) and values (b, g, text, d).
         """
-        q = self.q_norm(rearrange(self.to_q(x[:, first_row:]), 'b n (h d) -> b h n d', h=self.heads))
-        k, v = rearrange(self.to_kv(x), 'b n (kv g d) -> kv b g n d', kv=2, d=q.shape[-1]).unbind(0)
-        k = self.k_norm(k)
+        q, k, v = self.project(x, first_row)
         text = slice(layout.read, layout.read + layout.text)
         text_k, text_v = k[:, :, text], v[:, :, text]
         if xl is not None:
             k = torch.cat((xl[0].to(k.dtype), k), dim=2)
             v = torch.cat((xl[1].to(v.dtype), v), dim=2)
-        if angles is not None:
-            q, k = rotate(q, angles[layout.xl + first_row :]), rotate(k, angles)
+        if turns is not None:
+            q, k = rotate(q, turns[layout.xl + first_row :]), rotate(k, turns)
         dropout = self.dropout if self.training else 0.0
         if mask is not None:
             out = attend(q, k, v, mask=mask[:, :, first_row:], dropout=dropout, backend=backend)
@@ -150,4 +164,14 @@ class Attention(nn.Module):
             ]
             # no row may be needed: with no memory tokens, when only the state is asked for
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0] if outs else q
-        return self.to_out(rearrange(out, 'b h n d -> b n (h d)')), text_k, text_v
+        return self.merge(out), text_k, text_v
+
+    def project(self, x: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, n, dim) -> queries (b, h, n - first_row, d), keys and values (b, g, n, d), not rotated."""
+        q = self.q_norm(rearrange(self.to_q(x[:, first_row:]), 'b n (h d) -> b h n d', h=self.heads))
+        k, v = rearrange(self.to_kv(x), 'b n (kv g d) -> kv b g n d', kv=2, d=q.shape[-1]).unbind(0)
+        return q, self.k_norm(k), v
+
+    def merge(self, out: Tensor) -> Tensor:
+        """(b, h, n, d) -> (b, n, dim)."""
+        return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))

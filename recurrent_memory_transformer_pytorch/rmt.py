@@ -19,17 +19,14 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from recurrent_memory_transformer_pytorch.attention import Attention, Layout, attention_mask
+from recurrent_memory_transformer_pytorch.attention import Attention, Layout, attention_mask, layout_turns
+from recurrent_memory_transformer_pytorch.decoding import RMTCache
 from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
-from segment_recurrence_pytorch.layers import NORM_EPS, FeedForward, rotary_angles
+from segment_recurrence_pytorch.layers import NORM_EPS, FeedForward
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import where_rows
-
-# far from the memory tokens, which stand at 0
-FIRST_TEXT_POSITION = 10000
-ROTARY_THETA = 32768.0
 
 
 class RecurrentMemoryTransformer(SegmentModel):
@@ -51,6 +48,7 @@ class RecurrentMemoryTransformer(SegmentModel):
     """
 
     parallel_segments = False
+    layers: Any  # nn.ModuleList of Block
 
     @beartype
     def __init__(
@@ -220,20 +218,16 @@ class RecurrentMemoryTransformer(SegmentModel):
         state = self.initial_state(batch) if state is None else state
         if not n:
             return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
-        x = tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
+        x = self.embed(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]
         if m:
-            memory = state.memory.to(x.dtype)
-            write = memory if self.write_init == 'previous' else self.memory_tokens.expand(batch, -1, -1)
-            if self.write_init == 'sum':
-                write = write + memory
-            x = torch.cat((memory + self.read_memory_emb, x, write), dim=1)
+            x = torch.cat((self.read_rows(state.memory), x, self.write_rows(state.memory)), dim=1)
 
         xl = state.xl
         arm = self.memory_mask if self.causal else 'encoder'
         layout = Layout(0 if xl is None else xl.length, m, n, m, arm)
-        angles = self._rotary_angles(layout, x.device) if self.rotary_pos_emb else None
+        turns = layout_turns(layout, self.dim_head, x) if self.rotary_pos_emb else None
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
         # Nobody reads the last layer's read rows, nor, when only the state is needed, its text rows. With dropout those
@@ -241,10 +235,10 @@ class RecurrentMemoryTransformer(SegmentModel):
         skip_text = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
         kept_keys, kept_values = [], []
-        for index, (block, layer_xl) in enumerate(zip(self.layers, self._xl_of_layers(xl), strict=True)):
+        for index, (block, layer_xl) in enumerate(zip(self.layers, self.xl_of_layers(xl), strict=True)):
             first_row = 0 if index < last else m + n if skip_text else m
             x, keys, values = block(
-                x, layout, first_row=first_row, xl=layer_xl, angles=angles, mask=attn_mask, backend=self.backend
+                x, layout, first_row=first_row, xl=layer_xl, turns=turns, mask=attn_mask, backend=self.backend
             )
             kept_keys.append(keys)
             kept_values.append(values)
@@ -262,6 +256,11 @@ class RecurrentMemoryTransformer(SegmentModel):
     def to_logits(self, hidden: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, num_tokens)."""
         return self.logits(hidden)
+
+    @torch.no_grad()
+    def open_segment(self, state: RMTState, segment_length: int) -> RMTCache:
+        """See `SegmentModel.open_segment`."""
+        return RMTCache(self, state, segment_length)
 
     def reset(self, state: RMTState, rows: Tensor) -> RMTState:
         """See `SegmentModel.reset`. From then on the rows differ in the number of their XL memories."""
@@ -294,13 +293,20 @@ class RecurrentMemoryTransformer(SegmentModel):
         """What `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
         return state.memory if state.xl is None else state
 
-    def _rotary_angles(self, layout: Layout, device: torch.device) -> Tensor:
-        """Angles (xl + rows, dim_head / 2): memory at 0, text from 10000 on, XL just before it."""
-        memory = torch.zeros(layout.read, device=device, dtype=torch.long)
-        xl = torch.arange(-layout.xl, 0, device=device) + FIRST_TEXT_POSITION
-        text = torch.arange(layout.text, device=device) + FIRST_TEXT_POSITION
-        positions = torch.cat((xl, memory, text, memory))
-        return rotary_angles(positions, self.dim_head, theta=ROTARY_THETA, dtype=self.dtype)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids (b, n), or embeddings (b, n, dim), as text rows without positions."""
+        return tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
+
+    def read_rows(self, memory: Tensor) -> Tensor:
+        """What enters the read rows (b, m, dim)."""
+        return memory.to(self.dtype) + self.read_memory_emb
+
+    def write_rows(self, memory: Tensor) -> Tensor:
+        """What enters the write rows (b, m, dim)."""
+        if self.write_init == 'previous':
+            return memory.to(self.dtype)
+        tokens = self.memory_tokens.expand(len(memory), -1, -1)
+        return tokens if self.write_init == 'learned' else tokens + memory.to(self.dtype)
 
     def _attention_mask(self, layout: Layout, xl: XLMemory | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
         if mask is None and (xl is None or xl.counts is None):
@@ -309,7 +315,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         xl_valid = text_valid[:, :0] if xl is None else xl.valid()
         return attention_mask(layout, xl_valid=xl_valid, text_valid=text_valid)
 
-    def _xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
+    def xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values (b, g, l, d) that each layer attends to."""
         if xl is None or not xl.length:
             return [None] * len(self.layers)
@@ -330,5 +336,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, *, first_row: int, **attention) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, rows, dim) -> the rows from first_row on, and the text's keys and values, see `Attention`."""
         out, keys, values = self.attn(self.attn_norm(x), layout, first_row=first_row, **attention)
-        x = x[:, first_row:] + out
-        return x + self.ff(self.ff_norm(x)), keys, values
+        return self.add(x[:, first_row:], out), keys, values
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """The rows x (b, n, dim) after the attention's output and the feed-forward."""
+        x = x + out
+        return x + self.ff(self.ff_norm(x))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from segment_recurrence_pytorch.checks import check_like
@@ -31,6 +32,12 @@ class XLMemory(NamedTuple):
             return self
         batch = self.keys.shape[0]
         return self._replace(counts=torch.full((batch,), self.length, device=self.keys.device))
+
+    def padded(self, length: int) -> XLMemory:
+        """The same with `length` entries, the ones in front not valid. Needs counts."""
+        missing = length - self.length
+        keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (self.keys, self.values))
+        return XLMemory(keys, values, self.counts)
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None, max_length: int) -> XLMemory:
         """With the text's keys and values (b, depth, g, n, d) behind it, of which the last max_length are kept.

@@ -25,23 +25,23 @@ class FeedForward(nn.Module):
         return self.proj_out(self.dropout(F.gelu(gates) * x))
 
 
-def rotary_angles(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
-    """Angles (n, dim_head / 2) of positions (n,), in float32 at least: at position 10000 half types cannot
-    tell neighbours apart. Nothing is stored on the module, so `.half()` cannot round the frequencies."""
+def rotary_turns(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine (n, dim_head / 2, 2) for positions (n,), in float32 at least: at position 10000 half types
+    cannot tell neighbours apart. Nothing is stored on the module, so `.half()` cannot round the frequencies."""
     dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
-    return positions.to(dtype)[:, None] * theta**-exponents
+    angles = positions.to(dtype)[:, None] * theta**-exponents
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(t: Tensor, angles: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of t (..., n, d) by angles (n, d / 2); computed in the angles' dtype."""
+def rotate(t: Tensor, turns: Tensor) -> Tensor:
+    """Turns the pairs (2i, 2i + 1) of t (..., n, d) by turns (..., n, d / 2, 2); computed in the turns' dtype."""
     with torch.autocast(t.device.type, enabled=False):
-        pairs = t.to(angles.dtype).unflatten(-1, (-1, 2))
+        pairs = t.to(turns.dtype).unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # compilers fuse real operations, and have no complex ones
             x, y = pairs.unbind(-1)
-            cos, sin = angles.cos(), angles.sin()
+            cos, sin = turns.unbind(-1)
             turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
         else:  # eager, one complex product is four times faster
-            turns = torch.polar(torch.ones_like(angles), angles)
-            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns))
         return turned.flatten(-2).to(t.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.attention import choose_backend
+from segment_recurrence_pytorch.cache import SegmentCache
 from segment_recurrence_pytorch.state import State, where_rows
 
 
@@ -60,6 +61,27 @@ class SegmentModel(nn.Module, ABC):
         """(b, n, d) -> (b, n, num_tokens)."""
 
     @abstractmethod
+    def open_segment(self, state: State, segment_length: int) -> SegmentCache:
+        """The cache of an open segment of at most segment_length tokens, in which nothing was read yet. Needs a causal
+        model. The state is not changed."""
+
+    @torch.no_grad()
+    def extend(self, cache: SegmentCache, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, SegmentCache]:
+        """Reads the next tokens (b, n) of the open segments: the hidden states (b, n, d) that `advance` gives there.
+
+        lengths: (b,), row i appends its first lengths[i] tokens, at most n; None: n. No graph is kept, and the cache
+        that is given is used up.
+        """
+        return cache.extend(self, tokens, lengths), cache
+
+    @torch.no_grad()
+    def close_segment(self, cache: SegmentCache, rows: Tensor | None = None) -> SegmentCache:
+        """The rows where `rows` (b,) is True (None: all) write their memory and enter their next segment: their
+        state is the one that `advance` returns. Uses up the cache that is given."""
+        cache.close(self, rows)
+        return cache
+
+    @abstractmethod
     def check_state(self, state: State, batch_size: int) -> None:
         """Raises ValueError if `state` is not one that `advance` can take for this batch."""
 
@@ -93,9 +115,13 @@ class SegmentModel(nn.Module, ABC):
         self.backend = name
 
     def _backend_for(self, name: str) -> str:
+        return choose_backend(name, device=self.device, dtype=self.compute_dtype, dim_head=self.dim_head)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values: autocast's where it is on."""
         device = self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
-        return choose_backend(name, device=self.device, dtype=dtype, dim_head=self.dim_head)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
 
     @property
     def device(self) -> torch.device:

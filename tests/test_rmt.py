@@ -6,7 +6,7 @@ from torch import nn
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import record_attention
-from segment_recurrence_pytorch.layers import rotary_angles
+from segment_recurrence_pytorch.layers import rotary_turns
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt, random_weights
 from tests.reference import rmt_row, rmt_segment
@@ -257,9 +257,9 @@ def test_reset_rows_start_again():
 
 
 def test_half_types_keep_their_positions():
-    angles = rotary_angles(torch.arange(10000, 10008), 16, theta=32768.0, dtype=torch.bfloat16)
-    assert angles.dtype == torch.float32
-    assert angles[:, 0].unique().numel() == 8
+    turns = rotary_turns(torch.arange(10000, 10008), 16, theta=32768.0, dtype=torch.bfloat16)
+    assert turns.dtype == torch.float32
+    assert turns[:, 0, 0].unique().numel() == 8
     torch.manual_seed(1)
     model = random_weights(RecurrentMemoryTransformer(
         32, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=8, heads=2, dim_head=16,

@@ -1,0 +1,154 @@
+"""Decoding inside a segment: text rows one after the other over cached keys, memory rows at the borders.
+
+By causality a text row sees neither write rows nor later text, and read rows see read rows only. So the read rows are
+computed when a segment opens, the write rows once, when it closes, and each text row costs one position.
+
+Letters: b batch, h query heads, g key/value heads, l XL positions, m memory tokens, n text positions, d features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recurrent_memory_transformer_pytorch.attention import text_turns
+from recurrent_memory_transformer_pytorch.state import RMTState
+from segment_recurrence_pytorch.attention import attend
+from segment_recurrence_pytorch.cache import SegmentCache
+from segment_recurrence_pytorch.layers import rotate
+from segment_recurrence_pytorch.state import where_rows
+
+if TYPE_CHECKING:
+    from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
+
+
+class RMTCache(SegmentCache):
+    """Keys and values of [XL | read | text], keys rotated. raw_keys: the text's keys before rotation, for XL memories.
+    turns: rotations of the XL and of the text positions."""
+
+    state: RMTState
+
+    def __init__(self, model: RecurrentMemoryTransformer, state: RMTState, segment_length: int):
+        batch, prefix = state.memory.shape[0], model.xl_mem_len + model.num_memory_tokens
+        super().__init__(
+            state, layers=len(model.layers), batch=batch, heads=model.kv_heads, prefix=prefix, length=segment_length,
+            dim_head=model.dim_head, dtype=model.compute_dtype, device=model.device,
+        )  # fmt: skip
+        self.raw_keys: list[Tensor] = []
+        if model.xl_mem_len:
+            self.raw_keys = [torch.zeros_like(keys[:, :, prefix:]) for keys in self.keys]
+        self.turns: tuple[Tensor, Tensor] | None = None
+        if model.rotary_pos_emb:
+            like = state.memory.to(model.dtype)
+            xl, text = (text_turns(*at, model.dim_head, like) for at in ((-model.xl_mem_len, 0), (0, segment_length)))
+            self.turns = xl, text
+        if state.xl is not None and state.xl.counts is not None:
+            self.make_ragged()
+        self._enter(model)
+
+    def make_ragged(self) -> None:
+        """See `SegmentCache`; XL memories get their full size and counts."""
+        xl = self.state.xl
+        aligned = self.aligned is not None
+        super().make_ragged()
+        if aligned and xl is not None:
+            self.state = self.state._replace(xl=xl.counted().padded(self.prefix - self.state.memory.shape[1]))
+            self._set_valid()
+
+    def _set_valid(self) -> None:
+        xl = self.state.xl
+        if xl is None:
+            return
+        if self.aligned is not None:
+            self.first_key = self.prefix - self.state.memory.shape[1] - xl.length
+        else:
+            self.prefix_valid[:, : xl.length] = xl.valid()
+
+    def extend(self, model: RecurrentMemoryTransformer, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """Hidden states (b, n, dim) of the next tokens (b, n) of the segment."""
+        slots = self.slots(tokens.shape[1], lengths)
+        x = model.embed(tokens)
+        if model.pos_emb is not None:
+            x = x + self.of(model.pos_emb.weight, slots)
+        turns = None
+        if self.turns is not None:
+            turns = self.of(self.turns[1], slots)
+            turns = turns if slots.columns is None else turns[:, None]
+        for index, block in enumerate(model.layers):
+            q, k, v = block.attn.project(block.attn_norm(x))
+            if self.raw_keys:
+                self.put(self.raw_keys[index], k, slots)
+            if turns is not None:
+                q, k = rotate(q, turns), rotate(k, turns)
+            out = self.attend(index, q, k, v, slots, model.backend)
+            x = block.add(x, block.attn.merge(out))
+        self.move(slots, lengths)
+        return model.norm(x)
+
+    def close(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> None:
+        """Those rows (None: all) write their memory and enter their next segment; not out of an empty one."""
+        rows = self.rows_to_close(rows)
+        if self.aligned == 0:
+            return
+        memory = self._written(model).to(self.state.memory.dtype)
+        xl = self.state.xl
+        if xl is not None:
+            end = self.length if self.aligned is None else self.aligned
+            keys = torch.stack([keys[:, :, :end] for keys in self.raw_keys], dim=1)
+            text = slice(self.prefix, self.prefix + end)
+            values = torch.stack([values[:, :, text] for values in self.values], dim=1)
+            mask = self.text_valid() if self.aligned is None else None
+            xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), mask, model.xl_mem_len)
+        state = RMTState(memory, xl)
+        self.set_state(state if rows is None else where_rows(rows, state, self.state))
+        self.start_again(rows)
+        self._enter(model)
+
+    def _enter(self, model: RecurrentMemoryTransformer) -> None:
+        """Fills the keys and values of [XL | read] from the state."""
+        memory, xl = self.state
+        m, l = model.num_memory_tokens, model.xl_mem_len
+        if xl is not None:
+            self._set_valid()
+            at = slice(l - xl.length, l)
+            for index, pair in enumerate(model.xl_of_layers(xl)):
+                if pair is not None:
+                    keys = pair[0].to(model.compute_dtype)
+                    self.keys[index][:, :, at] = keys if self.turns is None else rotate(keys, self.turns[0][at])
+                    self.values[index][:, :, at] = pair[1]
+        if not m:
+            return
+        x = model.read_rows(memory)
+        for index, block in enumerate(model.layers):
+            q, k, v = block.attn.project(block.attn_norm(x))
+            self.keys[index][:, :, l : l + m] = k
+            self.values[index][:, :, l : l + m] = v
+            if index < len(model.layers) - 1:  # nobody reads the last layer's read rows
+                out = attend(q, k, v, causal=model.memory_mask == 'causal', backend=model.backend)
+                x = block.add(x, block.attn.merge(out))
+
+    def _written(self, model: RecurrentMemoryTransformer) -> Tensor:
+        """What the write rows (b, m, dim) of the open segment become."""
+        m = model.num_memory_tokens
+        if not m:
+            return self.state.memory
+        x = model.write_rows(self.state.memory)
+        causal = model.memory_mask != 'block'
+        if self.aligned is not None:
+            seen, mask = slice(self.first_key, self.prefix + self.aligned), None
+        else:
+            seen = slice(0, self.prefix + self.length)
+            valid = torch.cat((self.prefix_valid, self.text_valid()), dim=1)
+            itself = valid.new_ones(m, m)
+            itself = itself.tril() if causal else itself
+            parts = valid[:, None].expand(-1, m, -1), itself.expand(self.batch, -1, -1)
+            mask = torch.cat(parts, dim=-1)[:, None]
+        for index, block in enumerate(model.layers):
+            q, k, v = block.attn.project(block.attn_norm(x))
+            keys = torch.cat((self.keys[index][:, :, seen], k.to(self.keys[index].dtype)), dim=2)
+            values = torch.cat((self.values[index][:, :, seen], v.to(self.values[index].dtype)), dim=2)
+            out = attend(q, keys, values, causal=causal and mask is None, mask=mask, backend=model.backend)
+            x = block.add(x, block.attn.merge(out))
+        return model.norm(x)
