@@ -4,10 +4,11 @@ from infini_transformer_pytorch.attention import CachedKV, FastweightMemory
 from infini_transformer_pytorch.infini import InfiniTransformer, TransformerReturn
 from infini_transformer_pytorch.memory import Memories
 from infini_transformer_pytorch.wrapper import InfiniTransformerWrapper
-from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__, detach
+from segment_recurrence_pytorch import Cursor, LossReturn, SegmentModel, SegmentWrapper, Stream, __version__, detach
 
 __all__ = [
     'CachedKV',
+    'Cursor',
     'FastweightMemory',
     'InfiniTransformer',
     'InfiniTransformerWrapper',
@@ -15,6 +16,7 @@ __all__ = [
     'Memories',
     'SegmentModel',
     'SegmentWrapper',
+    'Stream',
     'TransformerReturn',
     '__version__',
     'detach',

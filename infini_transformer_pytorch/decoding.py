@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class InfiniCache(SegmentCache):
     """Keys (rotated) and values of the text. raw_keys: the keys before rotation, strength and log_decay (b, g, n): what
-    is written at the border. recalls: what each layer reads, see `Recall`."""
+    is written at the border. matrices and shares: what each layer reads, see `_as_read`."""
 
     state: tuple[Memories, ...]
 
@@ -40,7 +40,10 @@ class InfiniCache(SegmentCache):
         self.strength = [None if attn.to_strength is None else wide.clone() for _ in self.keys]
         self.log_decay = [None if attn.to_decay is None else wide.clone() for _ in self.keys]
         self.turns = attn.turns(segment_length)
-        self.recalls = [Recall(block.attn.fastweight_mem) for block in model.layers]
+        d = model.dim_head
+        columns = d if model.memory_rule == 'deltanet' else d + 1
+        self.matrices = [wide.new_zeros(batch, model.kv_heads, d, columns) for _ in self.keys]
+        self.shares = [wide.new_zeros(batch, attn.heads, 1, 1) for _ in self.keys]
         self._enter(model)
 
     def extend(self, model: InfiniTransformer, tokens: Tensor, lengths: Tensor | None) -> Tensor:
@@ -57,7 +60,7 @@ class InfiniCache(SegmentCache):
                 if buffer is not None and new is not None:
                     self.put(buffer, new, slots)
             local = self.attend(index, rotate(query, turns), rotate(k, turns), v, slots, model.backend)
-            x = block.add(x, block.attn.merge(self.recalls[index](local, query)))
+            x = block.add(x, block.attn.merge(self._recall(index, local, query, block.attn.fastweight_mem)))
         self.move(slots, lengths)
         return model.norm(x)
 
@@ -85,41 +88,30 @@ class InfiniCache(SegmentCache):
 
     def _enter(self, model: InfiniTransformer) -> None:
         """Takes what the layers read from the state."""
-        for index, recall in enumerate(self.recalls):
-            recall.enter(self.state[model.layer_read(index)])
+        for index, block in enumerate(model.layers):
+            matrix, share = _as_read(block.attn.fastweight_mem, self.state[model.layer_read(index)])
+            self.matrices[index].copy_(matrix)
+            self.shares[index].copy_(share)
 
-
-class Recall:
-    """Reads one layer's memories (equations 3 and 6) in one product: beside M stands z, whose product is the
-    normaliser. Nothing is read from an empty memory, and the local output passes ungated."""
-
-    def __init__(self, memory: FastweightMemory):
-        self.memory = memory
-        self.normalised = memory.memory_rule != 'deltanet'
-        self.matrix = self.share = torch.empty(0)
-
-    def enter(self, memories: Memories) -> None:
-        """Takes memories (b, g, ...) as they are at the border."""
-        memory = self.memory
-        kv_mem, k_norm = (part[0] for part in memory.transformed(Memories(*(part[None] for part in memories))))
-        matrix = torch.cat((kv_mem, k_norm[..., None]), dim=-1) if self.normalised else kv_mem
-        written = (k_norm > 0).any(-1).repeat_interleave(len(memory.head_gates) // memory.kv_heads, dim=-1)
-        share = torch.where(written, memory.head_gates.to(matrix.dtype).sigmoid(), 1)[..., None, None]
-        if self.matrix.shape == matrix.shape:
-            self.matrix.copy_(matrix)
-            self.share.copy_(share)
-        else:
-            self.matrix, self.share = matrix.clone(), share
-
-    def __call__(self, local: Tensor, query: Tensor) -> Tensor:
-        """local (b, h, n, e) mixed with what query (b, h, n, d), before rotation, recalls."""
+    def _recall(self, index: int, local: Tensor, query: Tensor, memory: FastweightMemory) -> Tensor:
+        """local (b, h, n, e) mixed with what query (b, h, n, d), before rotation, reads (equations 3 and 6)."""
         with torch.autocast(local.device.type, enabled=False):
             b, _, n, d = query.shape
-            features = phi(query, self.memory.memory_rule).view(b, self.memory.kv_heads, -1, d)
-            recalled = features @ self.matrix
-            if self.normalised:
+            features = phi(query, memory.memory_rule).view(b, memory.kv_heads, -1, d)
+            recalled = features @ self.matrices[index]
+            if recalled.shape[-1] > d:
                 # 0 / tiny = 0 where nothing was written
-                normaliser = recalled[..., -1:].clamp_min(torch.finfo(recalled.dtype).tiny)
-                recalled = recalled[..., :-1] / normaliser
-            recalled = recalled.view(b, -1, n, recalled.shape[-1])
-            return torch.lerp(recalled, local.to(recalled.dtype), self.share).to(local.dtype)
+                normaliser = recalled[..., d:].clamp_min(torch.finfo(recalled.dtype).tiny)
+                recalled = recalled[..., :d] / normaliser
+            recalled = recalled.view(b, -1, n, d)
+            return torch.lerp(recalled, local.to(recalled.dtype), self.shares[index]).to(local.dtype)
+
+
+def _as_read(memory: FastweightMemory, memories: Memories) -> tuple[Tensor, Tensor]:
+    """Memories (b, g, ...) as one matrix, z beside M where there is a normaliser, and the local attention's share
+    (b, h, 1, 1): all of it where nothing was ever written."""
+    kv_mem, k_norm = (part[0] for part in memory.transformed(Memories(*(part[None] for part in memories))))
+    matrix = kv_mem if memory.memory_rule == 'deltanet' else torch.cat((kv_mem, k_norm[..., None]), dim=-1)
+    written = (k_norm > 0).any(-1).repeat_interleave(len(memory.head_gates) // memory.kv_heads, dim=-1)
+    share = torch.where(written, memory.head_gates.to(matrix.dtype).sigmoid(), 1)
+    return matrix, share[..., None, None]

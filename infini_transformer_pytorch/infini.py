@@ -80,7 +80,9 @@ class InfiniTransformer(SegmentModel):
         qk_norm: bool = False,
         tie_embeddings: bool = False,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         super().__init__()
+        self.arguments = arguments
         kv_heads = heads if kv_heads is None else kv_heads
         check_positive(num_tokens=num_tokens, dim=dim, depth=depth, dim_head=dim_head, heads=heads, kv_heads=kv_heads)
         check_positive(ff_mult=ff_mult)

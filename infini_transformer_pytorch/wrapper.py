@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from beartype import beartype
 from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
-from segment_recurrence_pytorch.sampling import check_temperature, sample, top_p
+from segment_recurrence_pytorch.generation import Cursor, new_token_count
+from segment_recurrence_pytorch.sampling import FILTERS, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
@@ -92,30 +94,35 @@ class InfiniTransformerWrapper(SegmentWrapper):
     def generate(
         self,
         *,
-        seq_len: int,
-        prompt: Tensor | None = None,
+        seq_len: int | None = None,
+        prompt: Any = None,
+        max_new_tokens: int | None = None,
         batch_size: int = 1,
-        temperature: int | float = 1.0,
-        filter_fn: Callable = top_p,
+        filter_fn: Callable | None = None,
         filter_kwargs: dict | None = None,
         exclude_prompt: bool = True,
-        segment_length: int | None = None,
         past_memories: Any = None,
-    ) -> Tensor:
-        """New tokens (b, seq_len - n) after prompt (b, n), or all seq_len with exclude_prompt=False: seq_len counts the
-        prompt. Without a prompt, batch_size rows start from token 0, which counts as the prompt.
+        **options: Any,
+    ) -> Any:
+        """New tokens (b, seq_len - n) after prompt (b, n): seq_len counts the prompt, as published; or max_new_tokens.
 
-        filter_fn(logits, **filter_kwargs) -> logits. temperature 0: the most likely token.
+        exclude_prompt=False: the prompt (b, n) stands in front of them. Without a prompt, and without a `Cursor` as
+        past_memories, batch_size rows start from start_token=0, which counts as the prompt.
+        filter_fn(logits, **filter_kwargs) -> logits; `sampling.top_p` unless top_k, top_p or min_p is given.
+        The other options: see `SegmentWrapper.generate_tokens`.
         """
-        check_temperature(temperature)
-        if prompt is None:
-            prompt = torch.zeros(batch_size, 1, dtype=torch.long, device=self.model.device)
-        kwargs = filter_kwargs or {}
-
-        def choose(logits: Tensor) -> Tensor:
-            return sample(filter_fn(logits, **kwargs), temperature=temperature)
-
-        new = self.generate_tokens(
-            prompt, seq_len - prompt.shape[-1], choose, state=past_memories, segment_length=segment_length
-        )
-        return new if exclude_prompt else torch.cat((prompt, new), dim=1)
+        if prompt is None and not isinstance(past_memories, Cursor):
+            prompt = torch.full((batch_size, 1), options.pop('start_token', 0), device=self.model.device)
+        if not exclude_prompt and not isinstance(prompt, Tensor):
+            raise ValueError('exclude_prompt=False needs a prompt of shape (batch, length)')
+        if filter_fn is None and not FILTERS & set(options):
+            filter_fn = top_p
+        if filter_fn is not None:
+            options['filter_fn'] = partial(filter_fn, **(filter_kwargs or {}))
+        count = new_token_count('seq_len', seq_len, max_new_tokens, prompt)
+        out = self.generate_tokens(prompt, count, state=past_memories, **options)
+        if exclude_prompt:
+            return out
+        if isinstance(out, Tensor):
+            return torch.cat((prompt, out), dim=1)
+        return torch.cat((prompt, out[0]), dim=1), out[1]

@@ -3,15 +3,17 @@
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
 from recurrent_memory_transformer_pytorch.wrapper import RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import LossReturn, SegmentModel, SegmentWrapper, __version__, detach
+from segment_recurrence_pytorch import Cursor, LossReturn, SegmentModel, SegmentWrapper, Stream, __version__, detach
 
 __all__ = [
+    'Cursor',
     'LossReturn',
     'RMTState',
     'RecurrentMemoryTransformer',
     'RecurrentMemoryTransformerWrapper',
     'SegmentModel',
     'SegmentWrapper',
+    'Stream',
     'XLMemory',
     '__version__',
     'detach',

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.attention import attend
@@ -168,10 +167,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, dim) -> queries (b, h, n - first_row, d), keys and values (b, g, n, d), not rotated."""
-        q = self.q_norm(rearrange(self.to_q(x[:, first_row:]), 'b n (h d) -> b h n d', h=self.heads))
-        k, v = rearrange(self.to_kv(x), 'b n (kv g d) -> kv b g n d', kv=2, d=q.shape[-1]).unbind(0)
-        return q, self.k_norm(k), v
+        q = self.to_q(x[:, first_row:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(x).unflatten(-1, (2, -1, q.shape[-1])).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, out: Tensor) -> Tensor:
         """(b, h, n, d) -> (b, n, dim)."""
-        return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+        return self.to_out(out.transpose(1, 2).flatten(-2))

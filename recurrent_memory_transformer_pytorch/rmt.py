@@ -79,7 +79,9 @@ class RecurrentMemoryTransformer(SegmentModel):
         qk_norm: bool = False,
         tie_embeddings: bool = False,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         super().__init__()
+        self.arguments = arguments
         kv_heads = heads if kv_heads is None else kv_heads
         check_positive(dim=dim, num_tokens=num_tokens, depth=depth, seq_len=seq_len, dim_head=dim_head, heads=heads)
         check_positive(kv_heads=kv_heads, ff_mult=ff_mult)

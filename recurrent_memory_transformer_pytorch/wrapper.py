@@ -10,7 +10,8 @@ from beartype import beartype
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
-from segment_recurrence_pytorch.sampling import check_temperature, sample, top_k
+from segment_recurrence_pytorch.generation import new_token_count
+from segment_recurrence_pytorch.sampling import FILTERS, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, check_count, same_option
 
 
@@ -96,30 +97,33 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
     @beartype
     def generate(
         self,
-        prime: Tensor,
+        prime: Any = None,
         *,
-        length: int,
+        length: int | None = None,
+        max_new_tokens: int | None = None,
         memories: Any = None,
-        temperature: int | float = 1.0,
-        filter_thres: int | float = 0.9,
-    ) -> Tensor:
-        """New tokens (b, length - n) after prime (b, n): length counts the prime, as published.
+        filter_thres: int | float | None = None,
+        **options: Any,
+    ) -> Any:
+        """New tokens (b, length - n) after prime (b, n): length counts the prime, as published; or max_new_tokens.
 
-        Segments start at the prompt's first token, whatever `align` says.
-        Samples from the ceil((1 - filter_thres) * num_tokens) most likely tokens; temperature 0: the most likely one.
+        memories: what a call returned, or a `Cursor`. filter_thres: samples from the ceil((1 - filter_thres) *
+        num_tokens) most likely tokens; 0.9 unless top_k, top_p, min_p or filter_fn is given.
+        The other options: see `SegmentWrapper.generate_tokens`.
         """
-        check_temperature(temperature)
-        if not 0 <= filter_thres <= 1:
-            raise ValueError(f'filter_thres is {filter_thres}: give a share in [0, 1]')
-        choose = partial(_choose, temperature=temperature, filter_thres=filter_thres)
-        return self.generate_tokens(prime, length - prime.shape[-1], choose, state=memories)
+        if filter_thres is None and not FILTERS & set(options):
+            filter_thres = 0.9
+        if filter_thres is not None:
+            if not 0 <= filter_thres <= 1:
+                raise ValueError(f'filter_thres is {filter_thres}: give a share in [0, 1]')
+            if 'filter_fn' in options:
+                raise ValueError(f'filter_thres={filter_thres} and filter_fn: give one of them')
+            options['filter_fn'] = partial(top_k, thres=filter_thres)
+        count = new_token_count('length', length, max_new_tokens, prime)
+        return self.generate_tokens(prime, count, state=memories, **options)
 
     @beartype
     def reset(self, state: Any, rows: Tensor) -> Any:
         """See `SegmentWrapper.reset`; takes and returns memories as `forward` returns them, too."""
         after = super().reset(state, rows)
         return after.memory if isinstance(state, Tensor) and not isinstance(after, Tensor) else after
-
-
-def _choose(logits: Tensor, *, temperature: float, filter_thres: float) -> Tensor:
-    return sample(top_k(logits, filter_thres), temperature=temperature)

@@ -1,15 +1,18 @@
 """What segment-recurrent transformers share: contract, wrapper, back-propagation through segments, attention."""
 
 from segment_recurrence_pytorch.attention import attend, choose_backend, record_attention
+from segment_recurrence_pytorch.generation import Cursor, Stream
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import detach
 from segment_recurrence_pytorch.version import __version__
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
 __all__ = [
+    'Cursor',
     'LossReturn',
     'SegmentModel',
     'SegmentWrapper',
+    'Stream',
     '__version__',
     'attend',
     'choose_backend',

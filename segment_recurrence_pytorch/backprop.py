@@ -24,6 +24,8 @@ from segment_recurrence_pytorch.loss import target_nll
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, detach, leaves, map_state
 
+# tokens a window, for models that read segments in parallel: more cost memory and gain no speed
+WINDOW_TOKENS = 8192
 BackwardFn = Callable[[Tensor], Any]
 
 
@@ -79,6 +81,11 @@ def plan_windows(
         windows.append(Window(borders[i], borders[stop], segment_length, truncate))
         i = stop
     return windows
+
+
+def segments_at_once(model: SegmentModel, segment_length: int) -> int:
+    """How many segments a window holds by default: `WINDOW_TOKENS` for a model that reads them in parallel, else 1."""
+    return max(1, WINDOW_TOKENS // segment_length) if model.parallel_segments else 1
 
 
 def read_window(

@@ -145,6 +145,9 @@ class SegmentCache(ABC):
         self.make_ragged()
         self.state = map_state(torch.clone, self.state)
         self.static = True
+        if self.positions.is_cuda:  # graphs that are replayed may change what does not move
+            for tensor in leaves(vars(self)):
+                torch._dynamo.mark_static_address(tensor)
 
     def set_state(self, state: State) -> None:
         """The state at a new border: a new value, but copied into place where addresses must stay."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -10,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
+
+from segment_recurrence_pytorch.generation import Cursor
+from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.state import from_list, to_list
 
 
 @contextmanager
@@ -41,6 +47,49 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     except (RuntimeError, SafetensorError, OSError) as error:
         model.load_state_dict(before)
         raise ValueError(f'{path} does not hold the weights of this {type(model).__name__}: {error}') from error
+
+
+def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
+    """Writes a place in a text (the state, and the tokens since its border) as safetensors, with the fingerprint of
+    the model that read it."""
+    parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
+    with replacing(path) as part_path:
+        save_file(
+            {name: part.detach().cpu().contiguous() for name, part in parts.items()},
+            str(part_path),
+            metadata={'fingerprint': json.dumps(fingerprint(model))},
+        )
+
+
+def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
+    """What `save_cursor` wrote, on the model's device. ValueError for a cursor of another model or a damaged file."""
+    try:
+        with safe_open(str(path), framework='pt', device=str(model.device)) as file:
+            saved = json.loads(file.metadata()['fingerprint'])
+            parts = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} holds no cursor: {error}') from error
+    now = fingerprint(model)
+    if saved['class'] != now['class']:
+        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: its state means nothing here')
+    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
+        have, want = saved['arguments'].get(name), now['arguments'].get(name)
+        if have != want:
+            raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
+    if saved['sha256'] != now['sha256']:
+        raise ValueError(f'{path} was made with other weights than this model has: read the text again')
+    like = Cursor(model.initial_state(1), parts[0], parts[0])
+    return from_list([parts.get(i) for i in range(len(to_list(like)))], like)
+
+
+def fingerprint(model: SegmentModel) -> dict[str, Any]:
+    """What a state depends on: the model's class, its constructor arguments, and the sha256 of its weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    arguments = json.loads(json.dumps(model.arguments))
+    return {'class': type(model).__name__, 'arguments': arguments, 'sha256': digest.hexdigest()}
 
 
 def save_training_state(state: dict[str, Any], path: str | Path) -> None:

@@ -1,15 +1,245 @@
-"""Generation by reading the open segment again for every new token: slow, obvious, exact."""
+"""Exact cached generation, for any model that keeps the contract: one position of work a token, at any length.
+
+A prompt is read in whole segments, at the speed of an evaluation without logits; what is left opens a segment. Each
+token then extends it. A full segment is closed, and its memory written, when the token after its last one arrives.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+from segment_recurrence_pytorch.cache import SegmentCache
 from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import State
+from segment_recurrence_pytorch.sampling import Sampler
+from segment_recurrence_pytorch.state import State, map_state, where_rows
+
+CHECK_EVERY = 32  # tokens between two looks at a device
+
+
+class Cursor(NamedTuple):
+    """A place in each row's text, to go on from. Reopening it costs at most one segment."""
+
+    state: State  # at each row's last border
+    tokens: Tensor  # (b, n) the tokens since, from the left; the newest is included, and not yet read by the model
+    lengths: Tensor  # (b,) how many of them are the row's
+
+    def fork(self, copies: int) -> Cursor:
+        """Each row `copies` times, one after the other: many continuations of one text."""
+        return map_state(lambda t: t.repeat_interleave(copies, dim=0), self)
+
+    def rows(self, index: Tensor) -> Cursor:
+        """Some rows: indices, or bool (b,)."""
+        return map_state(lambda t: t[index], self)
+
+
+class Stream:
+    """An iterator over new tokens (b,), one of each row; `cursor` tells at any time how to go on from there.
+
+    Finished rows (eos_token_id) go on with that token, and their cursor stays where they finished. The model is in
+    evaluation mode while a token is computed, not in between.
+    """
+
+    def __init__(
+        self,
+        model: SegmentModel,
+        cursor: Cursor,
+        *,
+        segment_length: int,
+        sampler: Sampler,
+        max_new_tokens: int | None = None,
+        eos_token_id: int | None = None,
+        compile: bool = False,
+        check_every: int = 1,
+    ):
+        self.model, self.sampler, self.max_new_tokens, self.eos = model, sampler, max_new_tokens, eos_token_id
+        self.segment_length, self.check_every = segment_length, check_every
+        self.produced, self._checked, self._unchecked = 0, 0, list[Tensor]()
+        self._start = cursor.lengths.tolist()
+        self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
+        with evaluating(model), torch.no_grad():
+            state, rest, lengths = read_segments(model, cursor, segment_length)
+            self._cache = model.open_segment(state, segment_length)
+            hidden, self._cache = model.extend(self._cache, rest, None if len(set(lengths.tolist())) == 1 else lengths)
+            self._logits: Tensor | None = model.to_logits(hidden[torch.arange(len(rest)), lengths - 1])
+        self._step, self._close = _compiled(model.device.type) if compile else (_step, _close)
+        if compile:
+            self._cache.make_static()
+        # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
+        self._tokens = rest.new_zeros(len(rest), segment_length + 1)
+        self._tokens[:, : rest.shape[1]] = rest
+        self._in_cache, self._in_cursor = lengths.tolist(), lengths
+        self._column = lengths.clone()
+        self._newest = rest[:, -1]
+        self._done = torch.zeros_like(lengths, dtype=torch.bool)
+        self._state = self._cache.state_now()  # of a finished row it stays, while the cache goes on
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        with evaluating(self.model), torch.no_grad():
+            token = self._advance()
+        if token is None:
+            raise StopIteration
+        return token
+
+    def _advance(self) -> Tensor | None:
+        look = self.eos is not None and self.produced % self.check_every == 0
+        if self.produced == self.max_new_tokens or (look and bool(self._done.all())):
+            self._check()
+            return None
+        if self._logits is None:
+            self._logits = self._next_logits()
+        token = self.sampler(self._logits, self._seen)
+        self._unchecked.append(~self._logits.isfinite().all(dim=-1))
+        if len(self._unchecked) >= self.check_every:
+            self._check()
+        self._take(token)
+        self._logits = None
+        self.produced += 1
+        return self._newest
+
+    def unguarded(self) -> Iterator[Tensor]:
+        """The same tokens, for a caller who has put the model into evaluation mode, without gradients."""
+        while (token := self._advance()) is not None:
+            yield token
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where each row stands: goes back into `generate` and `stream`, with more prompt or without."""
+        state = self._cache.state_now() if self.eos is None else self._state
+        longest = int(self._in_cursor.max())
+        return Cursor(state, self._tokens[:, :longest].clone(), self._in_cursor.clone())
+
+    @property
+    def finished(self) -> Tensor:
+        """(b,) bool: which rows have come to eos_token_id."""
+        return self._done.clone()
+
+    def _next_logits(self) -> Tensor:
+        """Reads the newest token of each row, after the borders that it crosses."""
+        full = [count == self.segment_length for count in self._in_cache]
+        if any(full):
+            rows = torch.tensor(full, device=self.model.device)
+            self._close(self.model, self._cache, None if all(full) and not self._cache.static else rows)
+            if self.eos is not None:
+                self._state = where_rows(self._done, self._state, self._cache.state_now())
+            self._column.masked_fill_(rows, 0)
+            self._in_cache = [0 if is_full else count for count, is_full in zip(self._in_cache, full, strict=True)]
+            self._put(self._newest, rows & ~self._done)
+        logits = self._step(self.model, self._cache, self._newest[:, None])
+        self._in_cache = [count + 1 for count in self._in_cache]
+        self._column = self._column + 1
+        return logits
+
+    def _take(self, token: Tensor) -> None:
+        """Adds the chosen tokens (b,) to the cursor, but not in rows that were finished before."""
+        if self.eos is not None:
+            token = token.masked_fill(self._done, self.eos)
+        self._put(token, ~self._done)
+        if self._seen is not None:
+            self._seen.scatter_(1, token[:, None], True)
+        self._newest = token
+        if self.eos is not None:
+            self._done = self._done | (token == self.eos)
+
+    def _put(self, token: Tensor, rows: Tensor) -> None:
+        """Puts tokens (b,) where they are in their segments, in those rows."""
+        column = self._column[:, None]
+        old = self._tokens.gather(1, column)
+        self._tokens.scatter_(1, column, torch.where(rows[:, None], token[:, None], old))
+        self._in_cursor = torch.where(rows, self._column + 1, self._in_cursor)
+
+    def _check(self) -> None:
+        """Raises if logits since the last look were no numbers. Waits for the device."""
+        if not self._unchecked:
+            return
+        bad = torch.stack(self._unchecked).tolist()
+        first, self._checked = self._checked, self._checked + len(bad)
+        self._unchecked.clear()
+        for step, flags in enumerate(bad, start=first):
+            if any(flags):
+                row = flags.index(True)
+                raise ValueError(
+                    f'the logits of row {row} after {self._start[row] + step} tokens (new token {step}) are NaN or '
+                    'infinite: look at the weights, or at the state that was given'
+                )
+
+
+def read_segments(model: SegmentModel, cursor: Cursor, segment_length: int) -> tuple[State, Tensor, Tensor]:
+    """Reads all of a cursor's tokens but the last 1 to segment_length of each row, at least one token a row.
+
+    Returns the state at the last borders, the tokens since, (b, n) from the left, and how many each row has, (b,).
+    """
+    state, tokens, lengths = cursor
+    whole = (lengths - 1) // segment_length
+    shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
+    columns = torch.arange(longest, device=tokens.device)
+    segments = segments_at_once(model, segment_length)
+    for window in plan_windows(longest, segment_length, segments_per_pass=segments):
+        at = slice(window.start, window.stop)
+        mask = None if window.stop <= shortest else columns[at] < (whole * segment_length)[:, None]
+        _, state = read_window(model, tokens[:, at], state, mask, segment_length, need_hidden=False)
+    rest = lengths - whole * segment_length
+    place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
+    left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
+    state = model.initial_state(len(tokens)) if state is None else state
+    return state, left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0), rest
+
+
+def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> Cursor:
+    """The cursor of a state (or a cursor) followed by a prompt.
+
+    prompt: (b, n), or a list of b tensors (n_i,), or None. prompt_lengths: (b,), how many of each row of (b, n) count.
+    """
+    rows: list[Tensor] | None = None
+    if isinstance(prompt, Tensor):
+        if prompt.ndim != 2 or prompt.is_floating_point():
+            raise ValueError(
+                f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
+                'list of rows (length,)'
+            )
+        counts = [prompt.shape[1]] * len(prompt) if prompt_lengths is None else _counts(prompt_lengths, prompt)
+        rows = [row[:count] for row, count in zip(prompt.to(device), counts, strict=True)]
+    elif prompt is not None:
+        if prompt_lengths is not None:
+            raise ValueError('prompt_lengths says how long the rows of one tensor are: leave it out for a list')
+        for row in prompt:
+            if not isinstance(row, Tensor) or row.ndim != 1 or row.is_floating_point():
+                raise ValueError('the prompt is a list: give one tensor of token ids (length,) a row')
+        rows = [row.to(device) for row in prompt]
+    if isinstance(state, Cursor):
+        before = [row[:count] for row, count in zip(state.tokens.to(device), state.lengths.tolist(), strict=True)]
+        if rows is not None and len(rows) != len(before):
+            raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` makes copies')
+        rows = before if rows is None else [torch.cat(pair) for pair in zip(before, rows, strict=True)]
+        state = state.state
+    if not rows or not all(map(len, rows)):
+        raise ValueError(
+            'the prompt is empty: give at least one token in every row, or batch_size= to begin with start_token'
+        )
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return Cursor(state, pad_sequence(rows, batch_first=True), lengths)
+
+
+def new_token_count(name: str, length: int | None, max_new_tokens: int | None, prompt: Any) -> int:
+    """How many tokens to add: max_new_tokens, or what is missing from a published length, which counts the prompt."""
+    if (length is None) == (max_new_tokens is None):
+        raise ValueError(f'{name} is {length} and max_new_tokens is {max_new_tokens}: give one of them')
+    if max_new_tokens is not None:
+        return max_new_tokens
+    assert length is not None
+    if not isinstance(prompt, Tensor):
+        raise ValueError(f'{name}={length} counts a prompt of shape (batch, length): give max_new_tokens')
+    return length - prompt.shape[-1]
 
 
 @contextmanager
@@ -24,31 +254,33 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = mode
 
 
-@torch.no_grad()
-def generate_by_rereading(
-    model: SegmentModel,
-    prompt: Tensor,
-    num_tokens: int,
-    choose: Callable[[Tensor], Tensor],
-    *,
-    segment_length: int,
-    state: State = None,
-) -> Tensor:
-    """New tokens (b, num_tokens) after a prompt (b, n), n >= 1. choose: logits (b, v) -> ids (b,).
+def _counts(prompt_lengths: Any, prompt: Tensor) -> list[int]:
+    counts = torch.as_tensor(prompt_lengths).tolist()
+    if not isinstance(counts, list) or len(counts) != len(prompt) or not all(0 <= n <= prompt.shape[1] for n in counts):
+        raise ValueError(f'prompt_lengths is {counts}: give {len(prompt)} numbers from 0 to {prompt.shape[1]}')
+    return [int(count) for count in counts]
 
-    A segment is closed, and its memory written, when the token after its last one arrives.
-    """
-    *past, current = prompt.split(segment_length, dim=1)
-    with evaluating(model):
-        for segment in past:
-            _, state = model.advance(segment, state, need_hidden=False)
-        tokens = []
-        for _ in range(num_tokens):
-            hidden, next_state = model.advance(current, state)
-            token = choose(model.to_logits(hidden[:, -1:])[:, 0])[:, None]
-            tokens.append(token)
-            if current.shape[1] == segment_length:
-                current, state = token, next_state
-            else:
-                current = torch.cat((current, token), dim=1)
-    return torch.cat(tokens, dim=1) if tokens else prompt[:, :0]
+
+def _occurrences(cursor: Cursor, num_tokens: int) -> Tensor:
+    """(b, num_tokens) bool: which tokens a cursor holds."""
+    _, tokens, lengths = cursor
+    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    counts = torch.zeros(len(tokens), num_tokens, dtype=torch.long, device=tokens.device)
+    return counts.scatter_add_(1, tokens, valid.long()) > 0
+
+
+def _step(model: SegmentModel, cache: SegmentCache, tokens: Tensor) -> Tensor:
+    hidden, _ = model.extend(cache, tokens)
+    return model.to_logits(hidden[:, -1])
+
+
+def _close(model: SegmentModel, cache: SegmentCache, rows: Tensor | None) -> None:
+    model.close_segment(cache, rows)
+
+
+@cache
+def _compiled(device_type: str) -> tuple[Callable, Callable]:
+    """`_step` and `_close`, compiled; on CUDA they are replayed as graphs."""
+    mode = 'reduce-overhead' if device_type == 'cuda' else None
+    step, close = (torch.compile(fn, fullgraph=True, dynamic=False, mode=mode) for fn in (_step, _close))
+    return step, close

@@ -23,9 +23,11 @@ class SegmentModel(nn.Module, ABC):
     num_tokens: size of the vocabulary.
     causal: whether position i sees no later position, so that the next token can be learned.
     max_segment_length: the longest segment that it can read, None if there is no limit.
+    arguments: what the constructor was called with; a saved state goes back only into a model of the same.
     parallel_segments: whether one `advance` can take many segments (`segment_length` tells the borders).
     """
 
+    arguments: dict[str, Any]
     num_tokens: int
     dim: int
     dim_head: int

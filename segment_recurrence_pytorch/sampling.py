@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil, inf
 
 import torch
 from torch import Tensor
 
+FilterFn = Callable[..., Tensor]
+# options that choose which tokens may be drawn
+FILTERS = frozenset({'filter_fn', 'top_k', 'top_p', 'min_p'})
+
+
+class Sampler:
+    """Chooses tokens: filter_fn, then the repetition penalty, then temperature, then top_k, top_p and min_p.
+
+    temperature: 0 means the most likely token. top_k: that many most likely tokens. top_p: the smallest set whose
+    probability reaches it (arXiv 1904.09751). min_p: tokens at least min_p times as likely as the first
+    (arXiv 2407.01082). repetition_penalty: divides positive and multiplies negative logits of tokens that occurred
+    (arXiv 1909.05858). filter_fn: logits (b, v) -> logits. generator: of the random numbers.
+    ValueError for values outside their range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        filter_fn: FilterFn | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        if not 0 <= temperature < inf:
+            raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more, and a finite number')
+        if top_k is not None and top_k < 1:
+            raise ValueError(f'top_k is {top_k}: give 1 or more tokens, or None for all')
+        for name, value in (('top_p', top_p), ('min_p', min_p)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f'{name} is {value}: give a share in (0, 1], or None')
+        if not 0 < repetition_penalty < inf:
+            raise ValueError(f'repetition_penalty is {repetition_penalty}: give a number above 0, 1 for none')
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.repetition_penalty, self.filter_fn, self.generator = repetition_penalty, filter_fn, generator
+
+    @property
+    def needs_seen(self) -> bool:
+        """Whether it asks which tokens occurred."""
+        return self.repetition_penalty != 1
+
+    def __call__(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Token ids (b,) from logits (b, v); seen (b, v) bool: which tokens occurred."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.filter_fn is not None:
+            logits = self.filter_fn(logits)
+        if seen is not None:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = _tempered(logits, self.temperature)
+        if self.top_k is not None:
+            logits = _largest(logits, self.top_k)
+        if self.top_p is not None:
+            logits = top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = min_p(logits, self.min_p)
+        return _draw(logits, self.generator)
+
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Keeps the ceil((1 - thres) * vocabulary) largest logits (b, v), the others become -inf."""
+    """Keeps the ceil((1 - thres) * vocabulary) largest logits (b, v), the others become -inf. As published."""
     k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # 1 - 0.7 is a little more than 0.3
-    smallest = logits.topk(k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < smallest, float('-inf'))
+    return _largest(logits, k)
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
@@ -25,17 +87,26 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
     return logits.masked_fill(beyond.scatter(-1, order, beyond), float('-inf'))
 
 
-def sample(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Token ids (b,) drawn from softmax(logits / temperature), logits (b, v); temperature 0: the largest."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature == 0:
-        return logits.argmax(dim=-1)
+def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
+    """Keeps the logits (b, v) at least thres times as likely as the first, the others become -inf."""
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest, float('-inf'))
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    if temperature == 1:
+        return logits
     # from the largest down: a small temperature must not overflow
-    shifted = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    return torch.multinomial(shifted.softmax(dim=-1), num_samples=1).squeeze(-1)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
-def check_temperature(temperature: float) -> None:
-    """ValueError unless it is a finite number from 0 (greedy) on."""
-    if not 0 <= temperature < inf:
-        raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more, and a finite number')
+def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    # the first of v exponential clocks, with the probabilities as rates: unlike torch.multinomial it waits for no
+    # device, and does not end the process at a NaN, which the caller reports
+    probabilities = logits.softmax(dim=-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from beartype import beartype
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from segment_recurrence_pytorch.backprop import (
     Batch,
@@ -16,17 +17,16 @@ from segment_recurrence_pytorch.backprop import (
     plan_windows,
     read_window,
     replay,
+    segments_at_once,
     sequence_nll,
     touch_parameters,
 )
 from segment_recurrence_pytorch.checks import check_input
-from segment_recurrence_pytorch.generation import generate_by_rereading
+from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import State, detach
-
-# tokens a window, for models that read segments in parallel: more cost memory and gain no speed
-WINDOW_TOKENS = 8192
 
 
 class LossReturn(NamedTuple):
@@ -157,25 +157,106 @@ class SegmentWrapper(nn.Module):
     @beartype
     def generate_tokens(
         self,
-        prompt: Tensor,
-        num_tokens: int,
-        choose: Callable,
+        prompt: Any = None,
+        max_new_tokens: int = 0,
+        *,
+        return_cursor: bool = False,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """New tokens (b, n), n <= max_new_tokens, and the `Cursor` to go on from if return_cursor=True.
+
+        prompt and options: see `stream`. n is less only if every row came to eos_token_id; rows that came to it
+        earlier are filled with it. progress: a bar; default, only on a terminal.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(
+                f'{max_new_tokens} new tokens: give 0 or more; a length counts the prompt, so it is at least its length'
+            )
+        on_cpu = self.model.device.type == 'cpu'
+        stream = self._open_stream(prompt, max_new_tokens, 1 if on_cpu else CHECK_EVERY, **options)
+        tokens = []
+        with (
+            evaluating(self.model),
+            torch.no_grad(),
+            tqdm(total=max_new_tokens, disable=None if progress is None else not progress, unit='token') as bar,
+        ):
+            for token in stream.unguarded():
+                tokens.append(token)
+                bar.update()
+        new = torch.stack(tokens, dim=1) if tokens else stream.cursor.tokens[:, :0]
+        if stream.eos is not None:  # a device is looked at now and then: rows may have gone on together for a while
+            running = ((new == stream.eos).cumsum(dim=1) == 0).any(dim=0)
+            new = new[:, : int(running.sum()) + 1]
+        return (new, stream.cursor) if return_cursor else new
+
+    @beartype
+    def stream(self, prompt: Any = None, *, max_new_tokens: int | None = None, **options: Any) -> Stream:
+        """An iterator over new tokens (b,), whose `cursor` tells at any time how to go on.
+
+        prompt: ids (b, n), with prompt_lengths= (b,) if not all of a row counts, or a list of b tensors (n_i,): each
+            row is continued as if alone. None: state= is a cursor that goes on, or batch_size= rows begin with
+            start_token=0.
+        state: what `loss` or `logits` returned, or a `Cursor`: the prompt is appended to its tokens.
+        max_new_tokens: None: endless. eos_token_id: a row ends with this token.
+        temperature, top_k, top_p, min_p, repetition_penalty, filter_fn, generator: see `sampling.Sampler`; a repetition
+            counts from the tokens of the prompt and of the cursor on.
+        compile: run each step under `torch.compile`, on CUDA as a graph: the first two segments are slow.
+        segment_length: instead of the wrapper's.
+        Segments start at the first token, whatever `align` says. ValueError for what does not fit, and for logits that
+        are NaN, with the place.
+        """
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
+        return self._open_stream(prompt, max_new_tokens, CHECK_EVERY if options.get('compile') else 1, **options)
+
+    @beartype
+    def read(self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None) -> Cursor:
+        """The cursor after a prompt, at the speed of an evaluation without logits; arguments as in `stream`."""
+        cursor = self._checked_cursor(prompt, prompt_lengths, state)
+        with evaluating(self.model), torch.no_grad():
+            return Cursor(*read_segments(self.model, cursor, self.segment_length))
+
+    def _open_stream(
+        self,
+        prompt: Any,
+        max_new_tokens: int | None,
+        check_every: int,
         *,
         state: Any = None,
+        prompt_lengths: Any = None,
+        batch_size: int | None = None,
+        start_token: int = 0,
         segment_length: int | None = None,
-    ) -> Tensor:
-        """New tokens (b, num_tokens) after prompt (b, n), n >= 1, and `state`. choose: logits (b, v) -> ids (b,)."""
+        eos_token_id: int | None = None,
+        compile: bool = False,
+        **sampling: Any,
+    ) -> Stream:
+        sampler = Sampler(**sampling)
+        if eos_token_id is not None and not 0 <= eos_token_id < self.model.num_tokens:
+            raise ValueError(f'eos_token_id is {eos_token_id}: give a token id in [0, {self.model.num_tokens})')
+        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+        if prompt is None and batch_size is not None and not isinstance(state, Cursor):
+            check_count('batch_size', batch_size)
+            prompt = torch.full((batch_size, 1), start_token, device=self.model.device)
+        cursor = self._checked_cursor(prompt, prompt_lengths, state)
+        return Stream(
+            self.model,
+            cursor,
+            segment_length=length,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            compile=compile,
+            check_every=check_every,
+        )
+
+    def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> Cursor:
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
-        if prompt.ndim == 2 and not prompt.shape[1]:
-            raise ValueError('the prompt is empty: give at least one token a row to start from')
-        if num_tokens < 0:
-            raise ValueError(f'{num_tokens} new tokens: the length must be at least the length of the prompt')
-        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
-        if prompt.is_floating_point():
-            raise ValueError('the prompt holds embeddings: give token ids')
-        prompt, state, _ = check_input(self.model, prompt, state)
-        return generate_by_rereading(self.model, prompt, num_tokens, choose, segment_length=length, state=state)
+        cursor = as_cursor(prompt, prompt_lengths, state, self.model.device)
+        tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state)
+        return Cursor(state, tokens, cursor.lengths)
 
     @property
     def _padding_ids(self) -> tuple[int, ...]:
@@ -200,14 +281,11 @@ class SegmentWrapper(nn.Module):
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
-        segments = self.segments_per_pass
-        if segments is None:
-            segments = max(1, WINDOW_TOKENS // length) if self.model.parallel_segments else 1
         return plan_windows(
             batch.tokens.shape[1],
             length,
             align=self.align,
-            segments_per_pass=segments,
+            segments_per_pass=self.segments_per_pass or segments_at_once(self.model, length),
             backprop_segments=backprop_segments,
         )
 

@@ -221,3 +221,18 @@ def infini_row(model, text: Tensor, segment_length: int, valid: Tensor | None = 
             hidden, memories = infini_segment(model, text[columns], [c - start for c in columns], memories)
             hiddens.append(hidden)
     return torch.cat(hiddens) if hiddens else torch.zeros(0, model.dim, dtype=model.dtype), memories
+
+
+def generate_by_rereading(model, prompt: Tensor, num_tokens: int, segment_length: int, state=None) -> Tensor:
+    """The most likely tokens (b, num_tokens) after prompt (b, n): the open segment is read again for every token."""
+    *past, current = prompt.split(segment_length, dim=1)
+    for segment in past:
+        _, state = model.advance(segment, state)
+    tokens = []
+    for _ in range(num_tokens):
+        hidden, next_state = model.advance(current, state)
+        tokens.append(model.to_logits(hidden)[:, -1:].argmax(-1))
+        full = current.shape[1] == segment_length
+        state = next_state if full else state
+        current = tokens[-1] if full else torch.cat((current, tokens[-1]), dim=1)
+    return torch.cat(tokens, dim=1)

@@ -1,15 +1,12 @@
 """The wrapper: losses over valid targets, states in and out, rows that do not disturb each other, generation."""
 
-import math
-
 import pytest
 import torch
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.sampling import sample, top_k
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import DROPOUT, RMT_OPTIONS, close, make_rmt
+from tests.conftest import RMT_OPTIONS, close, make_rmt
 from tests.reference import mean_nll, rmt_row
 
 CAUSAL = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
@@ -155,62 +152,8 @@ def test_an_encoder_needs_labels():
     wrapper, x = wrapped(causal=False), ids(2, 14)
     with pytest.raises(ValueError, match='sees the next token'):
         wrapper(x, return_loss=True)
-    with pytest.raises(ValueError, match='cannot generate'):
-        wrapper.generate(x, length=20)
     loss, _ = wrapper(x, labels=x)
     close(loss, mean_nll(wrapper(x)[0], x))
-
-
-@pytest.mark.parametrize('options', CAUSAL.values(), ids=CAUSAL.keys())
-def test_greedy_generation_is_the_argmax_of_the_parallel_forward(options):
-    wrapper = wrapped(**options)
-    for start in (1, 5, 6, 7, 15):
-        prompt = ids(2, start)
-        new = wrapper.generate(prompt, length=start + 14, temperature=0)
-        assert new.shape == (2, 14)
-        logits, _ = wrapper(torch.cat((prompt, new), 1))
-        assert torch.equal(logits[:, start - 1 : -1].argmax(-1), new)
-
-
-def test_generation_goes_on_from_memories_and_restores_modes():
-    wrapper = wrapped(**DROPOUT)
-    wrapper.train()
-    wrapper.model.layers[1].eval()
-    x = ids(1, 19)
-    with torch.no_grad():
-        wrapper.eval()
-        _, memory = wrapper(x[:, :12])
-        wrapper.train()
-        wrapper.model.layers[1].eval()
-    whole = wrapper.generate(x, length=29, temperature=0)
-    assert torch.equal(wrapper.generate(x[:, 12:], length=17, memories=memory, temperature=0), whole)
-    assert wrapper.model.layers[0].ff.training
-    assert not wrapper.model.layers[1].ff.training
-    assert wrapper.generate(x, length=19).shape == (1, 0)
-    for bad in (dict(prime=x + 20, length=25), dict(prime=x, length=3), dict(prime=x[:, :0], length=3)):
-        with pytest.raises(ValueError, match=r'outside|at least|empty'):
-            wrapper.generate(**bad)
-    for bad in (dict(temperature=-1.0), dict(filter_thres=1.5)):
-        with pytest.raises(ValueError, match=r'is -1|is 1\.5'):
-            wrapper.generate(x, length=20, **bad)
-    assert wrapper.training
-
-    def explode(*_):
-        raise RuntimeError('stop')
-
-    wrapper.model.to_logits = explode
-    with pytest.raises(RuntimeError, match='stop'):
-        wrapper.generate(x, length=25)
-    assert wrapper.training
-
-
-def test_sampling_is_in_float32():
-    logits = torch.tensor([[math.log(0.9), math.log(0.1)]]).bfloat16().expand(20_000, 2)
-    share = (sample(logits) == 0).float().mean().item()
-    expected = logits[0].float().softmax(0)[0].item()
-    assert abs(share - expected) < 5 * math.sqrt(0.09 / 20_000)
-    assert sample(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0).tolist() == [1]
-    assert top_k(torch.arange(10.0)[None], 0.7).isfinite().sum() == 3
 
 
 def bad_calls():
