@@ -4,6 +4,7 @@
     python train_enwik8.py --data enwik8.gz --preset base     # one GPU
     python train_enwik8.py --steps 500 --memory off           # the twin to compare with --steps 500
     python train_enwik8.py --resume runs/NAME                 # goes on where it stopped
+    python train_enwik8.py --sample --resume runs/NAME --prompt "import "
 
 Each row of a batch reads its documents in order; its state is carried from step to step and reset where a
 document starts. What is written to runs/NAME: metrics.jsonl, loss.png, config.json, model.safetensors.
@@ -12,6 +13,7 @@ document starts. What is written to runs/NAME: metrics.jsonl, loss.png, config.j
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import math
 import sys
@@ -34,7 +36,6 @@ from segment_recurrence_pytorch.checkpoint import (
 )
 from segment_recurrence_pytorch.data import Piece, Streams, baselines, load_corpus
 from segment_recurrence_pytorch.generation import evaluating
-from segment_recurrence_pytorch.sampling import sample, top_p
 from segment_recurrence_pytorch.state import State, detach, from_list, map_state, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
@@ -66,15 +67,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 WEIGHT_DECAY, CLIP = 0.01, 1.0
-SAMPLE_BYTES = 256
+SAMPLE_BYTES, TOP_P, PROMPT = 256, 0.9, 'import '
 SAVE_SECONDS = 600
 VALIDATED = {'on': 'carried', 'off': 'reset'}  # each twin is validated as it was trained
 
 
 def main() -> None:
-    """One run, from the corpus to the sample."""
+    """Trains, or samples."""
     args = parse_arguments()
     run, folder = open_run(args)
+    if args.sample:
+        sample_run(args, run, folder)
+    else:
+        train(args, run, folder)
+
+
+def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
+    """One run, from the corpus to the sample."""
     import matplotlib  # noqa: F401  missing is better said now than after the training
 
     preset = PRESETS[run['preset']]
@@ -202,6 +211,11 @@ def parse_arguments() -> argparse.Namespace:
     how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
     how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
     how_long.add_argument('--valid-bytes', type=int, help='validation bytes to score, default 131072; 0: all')
+    sample = parser.add_argument_group('sample from a run instead of training')
+    sample.add_argument('--sample', action='store_true', help='print how the model in --resume goes on')
+    sample.add_argument('--prompt', default=PROMPT, help=f'what it goes on after, default {PROMPT!r}')
+    sample.add_argument('--bytes', type=int, default=SAMPLE_BYTES, help=f'how far, default {SAMPLE_BYTES}')
+    sample.add_argument('--temperature', type=float, default=1.0, help='0: always the most likely byte; default 1')
     where = parser.add_argument_group('where')
     where.add_argument('--out', default='runs', help='folder of the runs, default runs')
     where.add_argument('--name', help='folder of this run in --out; default MODEL-PRESET-TIME')
@@ -210,7 +224,11 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     where.add_argument('--threads', type=int, help='CPU threads')
     args = parser.parse_args()
-    for name in ('steps', 'minutes', 'threads'):
+    if args.sample and not args.resume:
+        parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
+    if args.sample and not args.prompt:
+        parser.error('--prompt is empty: give at least one character')
+    for name in ('steps', 'minutes', 'threads', 'bytes'):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f'--{name} is {getattr(args, name)}: it must be above 0')
     if (args.valid_bytes or 0) < 0:
@@ -241,7 +259,8 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         for name, value in given.items():
             if saved[name] != value:
                 raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {value}: leave --{name} out')
-        check_writable(folder)
+        if not args.sample:
+            check_writable(folder)
         run = saved | length if any(length.values()) else saved
     else:
         run = fixed | given
@@ -330,15 +349,34 @@ def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: fl
 def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
     """Prints how the model goes on; inside one segment, if it was trained without memory."""
     prompt = text[: wrapper.segment_length // 2].long()[None].to(wrapper.model.device)
-    new_tokens = SAMPLE_BYTES if memory else wrapper.segment_length - prompt.shape[1]
-    new = wrapper.generate_tokens(prompt, new_tokens, lambda logits: sample(top_p(logits)))
-    print(f'sample      the model goes on after the first bytes of the validation text, {text_of(prompt)!r}:')
-    print(text_of(new))
+    shown = bytes(prompt[0].tolist()).decode(errors='replace')
+    print(f'sample      the model goes on after the first bytes of the validation text, {shown!r}:')
+    write_on(wrapper, prompt, SAMPLE_BYTES if memory else wrapper.segment_length - prompt.shape[1])
 
 
-def text_of(tokens: Tensor) -> str:
-    """Bytes (1, n) as text."""
-    return bytes(tokens[0].tolist()).decode(errors='replace')
+def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
+    """Prints how a trained model goes on after a prompt."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    wrapper = MODELS[run['model']](**PRESETS[run['preset']][run['model']]).to(args.device)
+    load_weights(wrapper.model, folder / 'model.safetensors')
+    prompt = torch.tensor([list(args.prompt.encode())], device=args.device)
+    count, room = args.bytes, wrapper.segment_length - prompt.shape[1]
+    if run['memory'] == 'off' and count > room:
+        raise ValueError(
+            f'{folder} was trained without memory, for one segment of {wrapper.segment_length} bytes: '
+            f'{prompt.shape[1]} in the prompt leave --bytes {max(0, room)}'
+        )
+    print(args.prompt, end='', flush=True)
+    write_on(wrapper, prompt, count, temperature=args.temperature)
+
+
+def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: float = 1.0) -> None:
+    """Prints new bytes after a prompt (1, n) as they come."""
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    for token in wrapper.stream(prompt, max_new_tokens=count, temperature=temperature, top_p=TOP_P):
+        print(decoder.decode(bytes(token.tolist())), end='', flush=True)
+    print(decoder.decode(b'', final=True))
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ class Worker:
         if not Path(python).exists():
             raise SystemExit(f'{python} is missing: `make bench` makes the environment of the published packages')
         env = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+        env['TQDM_DISABLE'] = '1'  # the published packages draw bars that cannot be turned off
         env.pop('PYTHONPATH', None)
         if ours:
             env['PYTHONPATH'] = str(ROOT)
@@ -60,14 +61,14 @@ class Worker:
 
 
 def serve(step: Callable[[], object], **about) -> None:
-    """The worker's side: runs `step` for every line of standard input."""
+    """The worker's side: runs `step` for every line of standard input. A step that measures itself returns seconds."""
     import torch
 
     print(json.dumps({'torch': torch.__version__, **about}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
+        measured = step()
+        print(measured if isinstance(measured, float) else time.perf_counter() - start, flush=True)
 
 
 def interleaved_medians(workers: dict[str, Worker], repetitions: int, warmup: int = 2) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import Memories, Writes, mix, read, write
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import rotary_turns, rotate
+from segment_recurrence_pytorch.layers import no_autocast, rotary_turns, rotate
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
 ROTARY_THETA = 10000.0
@@ -114,7 +114,7 @@ class FastweightMemory(nn.Module):
     def transformed(self, memories: Memories) -> Memories:
         """The memories as they are read: M and z through the same positive maps, so that a read stays a mean."""
         kv_mem, k_norm = memories
-        with torch.autocast(kv_mem.device.type, enabled=False):
+        with no_autocast(kv_mem.device.type):
             if self.mem_transform == 'talking_heads':
                 over_heads = _near_identity(self.talking_heads, kv_mem.dtype)
                 kv_mem = torch.einsum('hg,sbgde->sbhde', over_heads, kv_mem)
@@ -194,7 +194,15 @@ class InfiniAttention(nn.Module):
         # copied once into the order of the products that follow: each of them would copy a view again
         *q, k, v = (t.unflatten(-1, (-1, d)).transpose(-3, -2).contiguous() for t in (*q, k, v))
         query = self.q_norm(q[0]) if need_query else k
-        return query, self.k_norm(k), v, *self._strength_and_decay(x)
+        return query, self.k_norm(k), v, *self.strength_and_decay(x)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """x (b, n, dim) normed -> queries, keys and values side by side (b, h + 2 g, n, d), not rotated."""
+        heads = self.to_qkv(x).unflatten(-1, (-1, self.dim_head)).transpose(1, 2)
+        if isinstance(self.q_norm, nn.Identity):
+            return heads
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
 
     def merge(self, out: Tensor) -> Tensor:
         """(..., h, n, d) -> (..., n, dim)."""
@@ -216,7 +224,7 @@ class InfiniAttention(nn.Module):
         positions = torch.arange(length, device=weight.device)
         return rotary_turns(positions, self.dim_head, theta=ROTARY_THETA, dtype=weight.dtype)
 
-    def _strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """beta and log gamma (..., g, n) of each token, in float32 at least."""
         strength = log_decay = None
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infini_transformer_pytorch.memory import Memories, Writes, phi
 from segment_recurrence_pytorch.cache import SegmentCache
-from segment_recurrence_pytorch.layers import rotate
+from segment_recurrence_pytorch.layers import no_autocast, rotate
 
 if TYPE_CHECKING:
     from infini_transformer_pytorch.attention import FastweightMemory
@@ -23,44 +23,48 @@ if TYPE_CHECKING:
 
 
 class InfiniCache(SegmentCache):
-    """Keys (rotated) and values of the text. raw_keys: the keys before rotation, strength and log_decay (b, g, n): what
-    is written at the border. matrices and shares: what each layer reads, see `_as_read`."""
+    """keys: those of the text, rotated. written: its keys before rotation and its values, with strength and log_decay
+    (b, g, n): what is written at the border. matrices and shares: what each layer reads, see `_as_read`."""
 
     state: tuple[Memories, ...]
 
     def __init__(self, model: InfiniTransformer, state: tuple[Memories, ...], segment_length: int):
         batch, layers = state[0].k_norm.shape[0], len(model.layers)
-        super().__init__(
-            tuple(state), layers=layers, batch=batch, heads=model.kv_heads, prefix=0, length=segment_length,
-            dim_head=model.dim_head, dtype=model.compute_dtype, device=model.device,
-        )  # fmt: skip
-        wide = state[0].kv_mem.new_zeros(batch, model.kv_heads, segment_length + 1)
-        attn = model.layers[0].attn
-        self.raw_keys = [torch.zeros_like(keys) for keys in self.keys]
-        self.strength = [None if attn.to_strength is None else wide.clone() for _ in self.keys]
-        self.log_decay = [None if attn.to_decay is None else wide.clone() for _ in self.keys]
+        super().__init__(tuple(state), batch=batch, prefix=0, length=segment_length, device=model.device)
+        attn, d, g = model.layers[0].attn, model.dim_head, model.kv_heads
+        slots, wide = segment_length + 1, state[0].kv_mem.dtype
+        self.keys = self.buffers(layers, g, slots, d, dtype=model.compute_dtype)
+        self.written = self.buffers(layers, 2 * g, slots, d, dtype=model.compute_dtype)
+        self.strength = self.buffers(layers if attn.to_strength else 0, g, slots, dtype=wide)
+        self.log_decay = self.buffers(layers if attn.to_decay else 0, g, slots, dtype=wide)
         self.turns = attn.turns(segment_length)
-        d = model.dim_head
         columns = d if model.memory_rule == 'deltanet' else d + 1
-        self.matrices = [wide.new_zeros(batch, model.kv_heads, d, columns) for _ in self.keys]
-        self.shares = [wide.new_zeros(batch, attn.heads, 1, 1) for _ in self.keys]
+        self.matrices = [matrix.flatten(0, 1) for matrix in self.buffers(layers, g, d, columns, dtype=wide)]
+        self.shares = self.buffers(layers, attn.heads, 1, 1, dtype=wide)
         self._enter(model)
 
     def extend(self, model: InfiniTransformer, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """See `SegmentModel.extend`."""
-        slots = self.slots(tokens.shape[1], lengths)
+        slots, g = self.slots(tokens.shape[1], lengths), model.kv_heads
         x = tokens.to(model.dtype) if tokens.is_floating_point() else model.token_emb(tokens)
         turns = self.of(self.turns, slots)
         turns = turns if slots.columns is None else turns[:, None]
         for index, block in enumerate(model.layers):
             normed = block.attn_norm(x)
-            query, k, v, strength, log_decay = block.attn.project(normed)
-            self.put(self.raw_keys[index], k, slots)
-            for buffer, new in ((self.strength[index], strength), (self.log_decay[index], log_decay)):
-                if buffer is not None and new is not None:
-                    self.put(buffer, new, slots)
-            local = self.attend(index, rotate(query, turns), rotate(k, turns), v, slots, model.backend)
-            x = block.add(x, block.attn.merge(self._recall(index, local, query, block.attn.fastweight_mem)))
+            attn = block.attn
+            heads = attn.heads_of(normed)
+            turned = rotate(heads[:, : attn.heads + g], turns)
+            self.put(self.keys[index], turned[:, attn.heads :], slots)
+            self.put(self.written[index], heads[:, attn.heads :], slots)
+            strength, log_decay = attn.strength_and_decay(normed)
+            if strength is not None:
+                self.put(self.strength[index], strength, slots)
+            if log_decay is not None:
+                self.put(self.log_decay[index], log_decay, slots)
+            values = self.written[index][:, g:]
+            local = self.attend(turned[:, : attn.heads], self.keys[index], values, slots, model.backend)
+            out = self._recall(index, local, heads[:, : attn.heads], attn.fastweight_mem)
+            x = block.add(x, attn.merge(out))
         self.move(slots, lengths)
         return model.norm(x)
 
@@ -75,10 +79,9 @@ class InfiniCache(SegmentCache):
             end, mask = self.length, (self.text_valid() & rows[:, None])[None]
         after = []
         for index, (block, past) in enumerate(zip(model.layers, self.state, strict=True)):
-            keys, values = self.raw_keys[index][None, :, :, :end], self.values[index][None, :, :, :end]
+            keys, values = self.written[index][None, :, :, :end].chunk(2, dim=2)
             strength, log_decay = (
-                part if part is None else part[None, :, :, :end]
-                for part in (self.strength[index], self.log_decay[index])
+                buffers[index][None, :, :, :end] if buffers else None for buffers in (self.strength, self.log_decay)
             )
             writes = Writes(keys, values, strength, log_decay, mask)
             after.append(block.attn.fastweight_mem.write(writes, past)[1])
@@ -90,20 +93,19 @@ class InfiniCache(SegmentCache):
         """Takes what the layers read from the state."""
         for index, block in enumerate(model.layers):
             matrix, share = _as_read(block.attn.fastweight_mem, self.state[model.layer_read(index)])
-            self.matrices[index].copy_(matrix)
+            self.matrices[index].copy_(matrix.flatten(0, 1))
             self.shares[index].copy_(share)
 
     def _recall(self, index: int, local: Tensor, query: Tensor, memory: FastweightMemory) -> Tensor:
         """local (b, h, n, e) mixed with what query (b, h, n, d), before rotation, reads (equations 3 and 6)."""
-        with torch.autocast(local.device.type, enabled=False):
-            b, _, n, d = query.shape
-            features = phi(query, memory.memory_rule).view(b, memory.kv_heads, -1, d)
-            recalled = features @ self.matrices[index]
-            if recalled.shape[-1] > d:
+        with no_autocast(local.device.type):
+            features = phi(query, memory.memory_rule)
+            recalled = torch.bmm(features.reshape(len(self.matrices[index]), -1, query.shape[-1]), self.matrices[index])
+            recalled = recalled.view(*query.shape[:-1], -1)
+            if memory.memory_rule != 'deltanet':
+                recalled, normaliser = recalled.tensor_split((-1,), dim=-1)
                 # 0 / tiny = 0 where nothing was written
-                normaliser = recalled[..., d:].clamp_min(torch.finfo(recalled.dtype).tiny)
-                recalled = recalled[..., :d] / normaliser
-            recalled = recalled.view(b, -1, n, d)
+                recalled = recalled / normaliser.clamp_min(torch.finfo(recalled.dtype).tiny)
             return torch.lerp(recalled, local.to(recalled.dtype), self.shares[index]).to(local.dtype)
 
 

@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 from infini_transformer_pytorch.scan import affine_scan
+from segment_recurrence_pytorch.layers import no_autocast
 
 MEMORY_RULES = ('linear', 'delta', 'deltanet')
 DELTANET_CHUNK = 64  # tokens whose delta rule is solved as one triangular system
@@ -60,7 +61,7 @@ def write(
     writes: Writes, past: Memories, rule: str, *, strength_in_normaliser: bool = True
 ) -> tuple[Memories, Memories]:
     """The memories that enter each segment (s, b, ...), and those after the last (b, ...)."""
-    with torch.autocast(writes.keys.device.type, enabled=False):
+    with no_autocast(writes.keys.device.type):
         writes = _prepared(writes, rule)
         if rule == 'deltanet':
             return _write_deltanet(writes, past)
@@ -89,7 +90,7 @@ def write(
 def read(queries: Tensor, memories: Memories, rule: str) -> tuple[Tensor, Tensor]:
     """Equation 3 for queries (s, b, h, n, d) and the memories that enter each segment: values (s, b, h, n, e), and
     whether anything was ever written (s, b, h). An empty memory reads as 0."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries.device.type):
         groups = memories.k_norm.shape[2]
         q = rearrange(phi(queries, rule), 's b (g r) n d -> s b g (r n) d', g=groups)
         values = q @ memories.kv_mem

@@ -32,10 +32,9 @@ class RMTCache(SegmentCache):
 
     def __init__(self, model: RecurrentMemoryTransformer, state: RMTState, segment_length: int):
         batch, prefix = state.memory.shape[0], model.xl_mem_len + model.num_memory_tokens
-        super().__init__(
-            state, layers=len(model.layers), batch=batch, heads=model.kv_heads, prefix=prefix, length=segment_length,
-            dim_head=model.dim_head, dtype=model.compute_dtype, device=model.device,
-        )  # fmt: skip
+        super().__init__(state, batch=batch, prefix=prefix, length=segment_length, device=model.device)
+        shape = len(model.layers), model.kv_heads, prefix + segment_length + 1, model.dim_head
+        self.keys, self.values = (self.buffers(*shape, dtype=model.compute_dtype) for _ in range(2))
         self.raw_keys: list[Tensor] = []
         if model.xl_mem_len:
             self.raw_keys = [torch.zeros_like(keys[:, :, prefix:]) for keys in self.keys]
@@ -82,7 +81,9 @@ class RMTCache(SegmentCache):
                 self.put(self.raw_keys[index], k, slots)
             if turns is not None:
                 q, k = rotate(q, turns), rotate(k, turns)
-            out = self.attend(index, q, k, v, slots, model.backend)
+            self.put(self.keys[index], k, slots, self.prefix)
+            self.put(self.values[index], v, slots, self.prefix)
+            out = self.attend(q, self.keys[index], self.values[index], slots, model.backend)
             x = block.add(x, block.attn.merge(out))
         self.move(slots, lengths)
         return model.norm(x)

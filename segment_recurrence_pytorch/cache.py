@@ -31,7 +31,7 @@ class SegmentCache(ABC):
     """Not a value: `extend` and `close_segment` change it in place. A model's own cache adds what it needs.
 
     state: the state at the border where each row's segment began.
-    keys, values: one (b, g, p + length + 1, d) a layer; the last slot takes what a row does not append.
+    Its buffers have p + length + 1 slots: the last one takes what a row does not append.
     aligned: the number of tokens in the open segment, in every row; None: `positions` (b,) says it for each row.
     static: shapes and addresses never change, for compiled steps.
     """
@@ -40,17 +40,15 @@ class SegmentCache(ABC):
     static = False
     first_key = 0  # while aligned, keys before it are empty
 
-    def __init__(
-        self, state: State, *, layers: int, batch: int, heads: int, prefix: int, length: int, dim_head: int,
-        dtype: torch.dtype, device: torch.device,
-    ):  # fmt: skip
+    def __init__(self, state: State, *, batch: int, prefix: int, length: int, device: torch.device):
         self.state, self.batch, self.prefix, self.length = state, batch, prefix, length
-        # zeros: what is masked must be finite
-        shape = (batch, heads, prefix + length + 1, dim_head)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
         self.prefix_valid = torch.ones(batch, prefix, dtype=torch.bool, device=device)
+
+    def buffers(self, layers: int, *shape: int, dtype: torch.dtype) -> list[Tensor]:
+        """Buffers (b, heads, slots, ...), one a layer. Zeros: what a mask hides must be finite."""
+        return [torch.zeros(self.batch, *shape, dtype=dtype, device=self.positions.device) for _ in range(layers)]
 
     @abstractmethod
     def extend(self, model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
@@ -79,11 +77,8 @@ class SegmentCache(ABC):
         mask = torch.cat((self.prefix_valid[:, None].expand(-1, count, -1), mask), dim=-1)
         return Slots(count, None, index, mask[:, None])
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots, backend: str) -> Tensor:
-        """Stores the keys and values (b, g, n, d) of new tokens; their queries' output (b, h, n, d)."""
-        self.put(self.keys[layer], k, slots, self.prefix)
-        self.put(self.values[layer], v, slots, self.prefix)
-        keys, values = self.keys[layer], self.values[layer]
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots, backend: str) -> Tensor:
+        """What new queries (b, h, n, d) see in buffers (b, g, p + length + 1, d) that hold their keys and values."""
         if slots.start is not None:
             seen = slice(self.first_key, self.prefix + slots.start + slots.tokens)
             keys, values = keys[:, :, seen], values[:, :, seen]
@@ -96,8 +91,8 @@ class SegmentCache(ABC):
             start = prefix + slots.start
             buffer[:, :, start : start + slots.tokens] = new
         elif slots.columns is not None:
-            index = (slots.columns + prefix).view(self.batch, 1, slots.tokens, *[1] * (new.ndim - 3))
-            buffer.scatter_(2, index.expand_as(new), new.to(buffer.dtype))
+            # of the ways to say it, the one that a compiler does in place
+            buffer[self.rows, :, slots.columns + prefix] = new.transpose(1, 2).to(buffer.dtype)
 
     def of(self, table: Tensor, slots: Slots) -> Tensor:
         """Rows of a table (positions, ...) for the new tokens: (n, ...), or (b, n, ...) where rows differ."""

@@ -68,8 +68,11 @@ class Stream:
             state, rest, lengths = read_segments(model, cursor, segment_length)
             self._cache = model.open_segment(state, segment_length)
             hidden, self._cache = model.extend(self._cache, rest, None if len(set(lengths.tolist())) == 1 else lengths)
-            self._logits: Tensor | None = model.to_logits(hidden[torch.arange(len(rest)), lengths - 1])
-        self._step, self._close = _compiled(model.device.type) if compile else (_step, _close)
+            self._logits: Tensor | None = model.to_logits(
+                hidden[torch.arange(len(rest), device=rest.device), lengths - 1]
+            )
+        steps: tuple[Callable, Callable] = _compiled(model.device.type) if compile else (_step, _close)
+        self._step, self._close = steps
         if compile:
             self._cache.make_static()
         # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
@@ -99,7 +102,7 @@ class Stream:
         if self._logits is None:
             self._logits = self._next_logits()
         token = self.sampler(self._logits, self._seen)
-        self._unchecked.append(~self._logits.isfinite().all(dim=-1))
+        self._unchecked.append(self._logits.sum(dim=-1, dtype=torch.promote_types(self._logits.dtype, torch.float32)))
         if len(self._unchecked) >= self.check_every:
             self._check()
         self._take(token)
@@ -162,7 +165,7 @@ class Stream:
         """Raises if logits since the last look were no numbers. Waits for the device."""
         if not self._unchecked:
             return
-        bad = torch.stack(self._unchecked).tolist()
+        bad = (~torch.stack(self._unchecked).isfinite()).tolist()
         first, self._checked = self._checked, self._checked + len(bad)
         self._unchecked.clear()
         for step, flags in enumerate(bad, start=first):
@@ -245,13 +248,14 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the `with` block; afterwards every submodule is back in the mode that it was in."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
     try:
         yield
     finally:
-        for submodule, mode in modes.items():
-            submodule.training = mode
+        for submodule in training:
+            submodule.training = True
 
 
 def _counts(prompt_lengths: Any, prompt: Tensor) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,11 @@ class FeedForward(nn.Module):
         return self.proj_out(self.dropout(F.gelu(gates) * x))
 
 
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off inside the `with` block; costs nothing where it is off already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def rotary_turns(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
     """Cosine and sine (n, dim_head / 2, 2) for positions (n,), in float32 at least: at position 10000 half types
     cannot tell neighbours apart. Nothing is stored on the module, so `.half()` cannot round the frequencies."""
@@ -36,7 +43,7 @@ def rotary_turns(positions: Tensor, dim_head: int, *, theta: float, dtype: torch
 
 def rotate(t: Tensor, turns: Tensor) -> Tensor:
     """Turns the pairs (2i, 2i + 1) of t (..., n, d) by turns (..., n, d / 2, 2); computed in the turns' dtype."""
-    with torch.autocast(t.device.type, enabled=False):
+    with no_autocast(t.device.type):
         pairs = t.to(turns.dtype).unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # compilers fuse real operations, and have no complex ones
             x, y = pairs.unbind(-1)

@@ -327,7 +327,9 @@ def test_filters_keep_what_they_say():
 def test_a_repetition_counts_from_the_prompt_on(case):
     wrapper, prompt = wrapped(case), ids(2, 9)
     # above 0 the penalty makes a logit that occurred the smallest
-    new = wrapper.generate_tokens(prompt, 8, temperature=0, repetition_penalty=1e9, filter_fn=lambda logits: logits + 99)
+    new = wrapper.generate_tokens(
+        prompt, 8, temperature=0, repetition_penalty=1e9, filter_fn=lambda logits: logits + 99
+    )
     text = torch.cat((prompt, new), 1)
     for row in text:
         for position in range(9, 17):

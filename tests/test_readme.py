@@ -26,6 +26,7 @@ SMALLER = {
     'length = 2048': 'length = 30',
     'seq_len = 8192': 'seq_len = 40',
     '[:, :1000]': '[:, :20]',
+    'max_new_tokens = 100': 'max_new_tokens = 20',
 }
 
 

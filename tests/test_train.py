@@ -164,3 +164,20 @@ def test_a_damaged_training_state_is_refused(tmp_path, corpus):
     error = run(tmp_path, '--resume', 'runs/a', fails=True)
     assert 'no training state' in error
     assert 'Traceback' not in error
+
+
+def test_a_trained_model_writes_on(tmp_path, corpus):
+    run(tmp_path, '--data', corpus, '--steps', 2, '--valid-bytes', 3000, '--name', 'a')
+    run(tmp_path, '--data', corpus, '--steps', 2, '--valid-bytes', 3000, '--name', 'off', '--memory', 'off')
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*'))
+    options = '--sample', '--resume', 'runs/a', '--prompt', 'import ', '--temperature', 0
+    out = run(tmp_path, *options, '--bytes', 150)
+    assert out.startswith('import ')
+    assert run(tmp_path, *options, '--bytes', 150) == out
+    assert 'give --bytes' not in run(tmp_path, '--sample', '--resume', 'runs/off', '--bytes', 20)
+    assert '7 in the prompt leave --bytes 57' in run(tmp_path, '--sample', '--resume', 'runs/off', fails=True)
+    assert 'needs a trained model' in run(tmp_path, '--sample', fails=True)
+    assert '--prompt is empty' in run(tmp_path, '--sample', '--resume', 'runs/a', '--prompt', '', fails=True)
+    assert '--bytes is 0' in run(tmp_path, '--sample', '--resume', 'runs/a', '--bytes', 0, fails=True)
+    assert 'no run to go on with' in run(tmp_path, '--sample', '--resume', 'runs/b', fails=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*')) == before

@@ -1,0 +1,219 @@
+"""Time per new token, against both published packages.
+
+    make bench, or: python -m benchmarks.generation
+
+dim 256, depth 4, heads 4 x 64, float32, one thread; RMT with 32 memory tokens and no XL memories (four residual streams
+in the published package, its default), Infini with the delta rule. A step draws `TOKENS` tokens after the first one:
+the prompt is not in the time. Also: cost by position, of a batch, of rows of different lengths, and of a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64)
+SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
+TOKENS = 32
+POSITIONS = (0, 1, 4, 16, 64, 256)  # whole segments before the half one, for the plot
+LONG = 65_536
+BATCH = 16
+
+
+def worker(name: str) -> None:
+    """Serves one kind of step of one package. NAME: what, model, segment length, tokens of the prompt, rows, how."""
+    import torch
+    from interleave import serve
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    what, model, *numbers, how = name.split()
+    length, prompt_length, batch = map(int, numbers)
+    wrapper = make(model, length, published=how == 'published')
+    wrapper.eval()
+    prompt = torch.randint(0, SIZES['num_tokens'], (batch, prompt_length))
+
+    def published_token() -> float:
+        seconds = []
+        for count in (1, 1 + TOKENS):
+            start = time.perf_counter()
+            if model == 'rmt':
+                wrapper.generate(prompt, length=prompt_length + count)
+            else:
+                wrapper.generate(prompt=prompt, seq_len=prompt_length + count)
+            seconds.append(time.perf_counter() - start)
+        return (seconds[1] - seconds[0]) / TOKENS
+
+    if what == 'token' and how == 'published':
+        serve(published_token)
+    elif what == 'token':
+        serve(lambda: draw(wrapper, prompt, TOKENS, compile=how == 'compiled'))
+    elif what == 'segment':  # all of a segment, its border in it
+        rows = list(prompt)
+        if how == 'ragged':
+            rows = [row[: prompt_length - i * length // batch] for i, row in enumerate(rows)]
+        draw(wrapper, rows, length)
+        serve(lambda: draw(wrapper, rows, length), megabytes=resident())
+    elif how == 'read':
+        serve(lambda: timed(lambda: wrapper.read(prompt)))
+    else:
+        serve(lambda: timed(lambda: evaluate(wrapper, prompt)))
+
+
+def make(model: str, length: int, *, published: bool):
+    """A wrapper of the package that this process imports."""
+    if model == 'rmt':
+        from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+
+        sizes = {**SIZES, 'seq_len': length, 'num_memory_tokens': 32, 'causal': True}
+        if published:
+            sizes['use_xl_memories'] = False
+        rmt = RecurrentMemoryTransformer(**sizes)
+        return RecurrentMemoryTransformerWrapper(rmt)
+    from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+
+    return InfiniTransformerWrapper(InfiniTransformer(**SIZES, use_mem_delta_rule=True), segment_length=length)
+
+
+def draw(wrapper, prompt, count: int, *, compile: bool = False) -> float:
+    """Seconds per token, of `count` tokens after the first, in the loop that `generate` runs."""
+    import torch
+
+    from segment_recurrence_pytorch.generation import evaluating
+
+    with evaluating(wrapper), torch.no_grad():
+        tokens = wrapper.stream(prompt, compile=compile, max_new_tokens=1 + count).unguarded()
+        next(tokens)
+        return timed(lambda: list(tokens)) / count
+
+
+def evaluate(wrapper, prompt) -> None:
+    """The hidden states of all positions, without logits."""
+    import torch
+
+    from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+
+    model, length, state = wrapper.model, wrapper.segment_length, None
+    with torch.no_grad():
+        for window in plan_windows(prompt.shape[1], length, segments_per_pass=segments_at_once(model, length)):
+            _, state = read_window(model, prompt[:, window.start : window.stop], state, None, length)
+
+
+def timed(run) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def resident() -> float:
+    """Resident megabytes of this process (Linux)."""
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def compare(names: dict[str, str], repetitions: int, warmup: int = 1) -> tuple[dict[str, float], dict]:
+    """Median seconds of each named worker, in turn, and what the workers say of themselves."""
+    from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians
+
+    workers = {
+        label: Worker(PEER_PYTHON if 'published' in name else sys.executable, __file__, name,
+                      ours='published' not in name)
+        for label, name in names.items()
+    }  # fmt: skip
+    about = {label: worker.about for label, worker in workers.items()}
+    return interleaved_medians(workers, repetitions, warmup), about
+
+
+def main(repetitions: int) -> None:
+    """Runs all comparisons, writes the JSON and the plot."""
+    from benchmarks.interleave import write_results
+
+    tokens = []
+    for model, length in SEGMENTS:
+        at = f'token {model} {length} {length // 2}'
+        medians, _ = compare(
+            {
+                **{how: f'{at} 1 {how}' for how in ('eager', 'compiled', 'published')},
+                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ('eager', 'compiled')},
+            },
+            repetitions,
+        )
+        row = {'model': model, 'segment_length': length}
+        for how in ('eager', 'compiled'):
+            row[f'times_faster_{how}'] = round(medians['published'] / medians[how], 1)
+            row[f'batch_{how}'] = round(BATCH * medians[how] / medians[f'{how}, batch'], 1)
+        tokens.append(row)
+        print(row, flush=True)
+
+    positions, ragged, prompts = {}, {}, {}
+    for model, length in (('rmt', 256), ('infini', 512)):
+        near, far = (f'segment {model} {length} {place} 1 eager' for place in (1024, LONG))
+        medians, about = compare({'near': near, 'far': far}, repetitions)
+        grown = about['far']['megabytes'] - about['near']['megabytes']
+        positions[model] = {'time_ratio': round(medians['far'] / medians['near'], 3), 'megabytes_more': round(grown, 1)}
+        print(f'{model}: a token at {LONG:,} against 1,024: {positions[model]}', flush=True)
+        rows = {how: f'segment {model} {length} {2 * length} {BATCH} {how}' for how in ('aligned', 'ragged')}
+        medians, _ = compare(rows, max(3, repetitions // 2))
+        ragged[model] = round(medians['ragged'] / medians['aligned'], 2)
+        print(f'{model}: rows of different lengths cost {ragged[model]} times aligned ones', flush=True)
+        medians, _ = compare(
+            {how: f'prompt {model} {length} {LONG} 1 {how}' for how in ('read', 'evaluation')}, max(3, repetitions // 2)
+        )
+        prompts[model] = round(medians['evaluation'] / medians['read'], 2)
+        print(f'{model}: a prompt is read at {prompts[model]} times the speed of an evaluation', flush=True)
+
+    curves: dict[str, dict[int, float]] = {}
+    for model, length in (('rmt', 256), ('infini', 512)):
+        for segments in POSITIONS:
+            position = segments * length + length // 2
+            names = {f'{model}, {how}': f'token {model} {length} {position} 1 {how}'
+                     for how in ('eager', 'compiled', 'published')}  # fmt: skip
+            medians, _ = compare(names, 3 if segments > 16 else max(3, repetitions // 2))
+            for label, seconds in medians.items():
+                curves.setdefault(label, {})[position] = seconds
+    smallest = statistics.median(curves['rmt, eager'].values())
+    relative = {label: {p: round(s / smallest, 2) for p, s in curve.items()} for label, curve in curves.items()}
+    write_results(
+        __file__,
+        {
+            'sizes': SIZES, 'tokens': tokens, 'positions': positions, 'ragged_times_aligned': ragged,
+            'prompt_times_evaluation': prompts, 'time_by_position': relative,
+        },
+    )  # fmt: skip
+    plot(relative)
+
+
+def plot(curves: dict[str, dict[int, float]]) -> None:
+    """results/generation.png: time per token against position, in units of our eager RMT's."""
+    import matplotlib.pyplot as plt
+
+    styles = {'eager': '-o', 'compiled': '--o', 'published': ':s'}
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    for label, curve in curves.items():
+        model, how = label.split(', ')
+        who = 'published package' if how == 'published' else f'this library, {how}'
+        name = {'rmt': 'RMT', 'infini': 'Infini'}[model]
+        color = {'rmt': 'tab:blue', 'infini': 'tab:orange'}[model]
+        axes.plot([int(p) for p in curve], list(curve.values()), styles[how], color=color, label=f'{name}, {who}',
+                  markersize=4)  # fmt: skip
+    axes.set(xscale='log', yscale='log', xlabel='position of the token', ylabel='time per token, our eager RMT = 1',
+             title='Segments of 256 (RMT) and 512 (Infini) tokens, one CPU thread')  # fmt: skip
+    axes.legend(fontsize=8)
+    path = Path(__file__).parent / 'results' / 'generation.png'
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--repetitions', type=int, default=9)
+    parser.add_argument('--worker')
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker)
+    else:
+        main(arguments.repetitions)
