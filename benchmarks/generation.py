@@ -55,8 +55,9 @@ def worker(name: str) -> None:
         rows = list(prompt)
         if how == 'ragged':
             rows = [row[: prompt_length - i * length // batch] for i, row in enumerate(rows)]
-        draw(wrapper, rows, length)
-        serve(lambda: draw(wrapper, rows, length), megabytes=resident())
+        cursor = wrapper.read(rows)
+        draw(wrapper, None, length, state=cursor)
+        serve(lambda: draw(wrapper, None, length, state=cursor), megabytes=resident())
     elif how == 'read':
         serve(lambda: timed(lambda: wrapper.read(prompt)))
     else:
@@ -78,14 +79,14 @@ def make(model: str, length: int, *, published: bool):
     return InfiniTransformerWrapper(InfiniTransformer(**SIZES, use_mem_delta_rule=True), segment_length=length)
 
 
-def draw(wrapper, prompt, count: int, *, compile: bool = False) -> float:
+def draw(wrapper, prompt, count: int, **options) -> float:
     """Seconds per token, of `count` tokens after the first, in the loop that `generate` runs."""
     import torch
 
     from segment_recurrence_pytorch.generation import evaluating
 
     with evaluating(wrapper), torch.no_grad():
-        tokens = wrapper.stream(prompt, compile=compile, max_new_tokens=1 + count).unguarded()
+        tokens = wrapper.stream(prompt, max_new_tokens=1 + count, **options).unguarded()
         next(tokens)
         return timed(lambda: list(tokens)) / count
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import Memories, Writes, mix, read, write
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import no_autocast, rotary_turns, rotate
+from segment_recurrence_pytorch.layers import FeedForward, no_autocast, rotary_turns, rotate
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
 ROTARY_THETA = 10000.0
@@ -163,16 +163,18 @@ class InfiniAttention(nn.Module):
         need_output: bool = True,
         read_from: Memories | None = None,
         cached: CachedKV | None = None,
+        write_scale: Tensor | None = None,
     ) -> tuple[Tensor | None, Memories, Writes]:
         """x (s, b, n, dim) normed. past: the memories entering the first segment, (b, g, ...).
 
         mask (s, b, n): which keys are written. attn_mask: for the local attention, None = causal.
         read_from: memories to read instead of the layer's own (b, g, ...), for one segment.
+        write_scale (s, b): how often each segment is written.
         cached: keys and values of the segment's tokens before x, for one segment.
         Returns output (s, b, n, dim), the memories after the last segment, and what was written.
         """
         query, k, v, strength, log_decay = self.project(x, need_output)
-        writes = Writes(k, v, strength, log_decay, mask)
+        writes = Writes(k, v, strength, log_decay, mask, write_scale)
         if cached is not None:
             writes = cached.followed_by(writes)
         entering, after = self.fastweight_mem.write(writes, past)
@@ -233,6 +235,29 @@ class InfiniAttention(nn.Module):
         if self.to_decay is not None:
             log_decay = F.logsigmoid(self.to_decay(x).to(wide)).transpose(-1, -2)
         return strength, log_decay
+
+
+class Block(nn.Module):
+    """Pre-norm Infini-attention and GEGLU feed-forward, each with a residual; arguments as in `InfiniAttention`."""
+
+    def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attn = InfiniAttention(dim, **attention)
+        self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+
+    def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, Writes]:
+        """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
+        out, after, writes = self.attn(self.attn_norm(x), past, **attention)
+        if out is not None:
+            x = self.add(x, out)
+        return x, after, writes
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x (..., n, dim) after the attention's output and the feed-forward."""
+        x = x + out
+        return x + self.ff(self.ff_norm(x))
 
 
 def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:

@@ -19,11 +19,10 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, CachedKV, InfiniAttention, empty_memories
+from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, Block, CachedKV, empty_memories
 from infini_transformer_pytorch.decoding import InfiniCache
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
-from segment_recurrence_pytorch.layers import FeedForward
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import detach
 
@@ -98,7 +97,7 @@ class InfiniTransformer(SegmentModel):
         rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
 
         self.num_tokens, self.dim, self.kv_heads, self.dim_head = num_tokens, dim, kv_heads, dim_head
-        self.memory_rule, self.mem_read_from = rule, mem_read_from
+        self.memory_rule, self.mem_read_from, self.memory_decay = rule, mem_read_from, memory_decay
         self.parallel_segments = mem_read_from == 'same'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
         self.token_emb = nn.Embedding(num_tokens, dim)
@@ -217,11 +216,17 @@ class InfiniTransformer(SegmentModel):
         segment_length: int | None = None,
         mask: Tensor | None = None,
         need_hidden: bool = True,
+        write_scale: Tensor | None = None,
     ) -> tuple[Any, tuple[Memories, ...]]:
-        """Reads any number of segments, see `SegmentModel.advance`; with mem_read_from='above' one."""
+        """Reads any number of segments, see `SegmentModel.advance`; with mem_read_from='above' one.
+
+        write_scale (b, segments): what a segment writes counts so often: virtual length, for training.
+        """
         length = min(segment_length or tokens.shape[1], tokens.shape[1])
         if not self.parallel_segments and tokens.shape[1] > length:
             raise ValueError("mem_read_from='above' reads one segment at a time")
+        if write_scale is not None and (self.memory_rule == 'deltanet' or self.memory_decay):
+            raise ValueError("write_scale needs memory_rule 'linear' or 'delta', and memory_decay=False")
         state = self.initial_state(tokens.shape[0]) if state is None else state
         # all at once fills a GPU; a CPU is full with fewer segments, whose activations stay in its cache
         at_once = max(1, tokens.shape[1])
@@ -231,7 +236,10 @@ class InfiniTransformer(SegmentModel):
         for start in range(0, tokens.shape[1], at_once):
             part = slice(start, start + at_once)
             part_mask = None if mask is None else mask[:, part]
-            hidden, state, _ = self._read(tokens[:, part], state, length, part_mask, need_hidden=need_hidden)
+            scale = None if write_scale is None else write_scale[:, start // length : -(-part.stop // length)].mT
+            hidden, state, _ = self._read(
+                tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale
+            )
             hiddens.append(hidden)
         if not need_hidden:
             return None, state
@@ -246,6 +254,7 @@ class InfiniTransformer(SegmentModel):
         *,
         need_hidden: bool = True,
         cached: list[CachedKV] | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
         """Hidden states (b, n, dim), the memories after the last segment, and what each layer wrote."""
         batch, n = tokens.shape[:2]
@@ -279,6 +288,7 @@ class InfiniTransformer(SegmentModel):
                 need_output=index < last or not skip,
                 read_from=state[self.layer_read(index)] if self.mem_read_from == 'above' else None,
                 cached=None if cached is None else cached[index],
+                write_scale=scale,
             )
             after.append(memories)
             written.append(writes)
@@ -320,26 +330,3 @@ class InfiniTransformer(SegmentModel):
         shape = (2, x.shape[0], self.kv_heads, cached_kv[0].kv.shape[3], self.dim_head)
         for cached in cached_kv:
             check_like('cached_kv', cached.kv, cached.kv.new_empty(()).expand(shape))
-
-
-class Block(nn.Module):
-    """Pre-norm Infini-attention and GEGLU feed-forward, each with a residual; arguments as in `InfiniAttention`."""
-
-    def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attn = InfiniAttention(dim, **attention)
-        self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
-
-    def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, Writes]:
-        """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
-        out, after, writes = self.attn(self.attn_norm(x), past, **attention)
-        if out is not None:
-            x = self.add(x, out)
-        return x, after, writes
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """x (..., n, dim) after the attention's output and the feed-forward."""
-        x = x + out
-        return x + self.ff(self.ff_norm(x))

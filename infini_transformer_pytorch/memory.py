@@ -49,6 +49,7 @@ class Writes(NamedTuple):
     strength: Tensor | None = None  # beta in (0, 1), (s, b, g, n)
     log_decay: Tensor | None = None  # log gamma, (s, b, g, n)
     mask: Tensor | None = None  # (s, b, n), True = valid
+    scale: Tensor | None = None  # (s, b), how often a segment is written; not for deltanet, nor with decay
 
 
 def phi(t: Tensor, rule: str) -> Tensor:
@@ -65,13 +66,15 @@ def write(
         writes = _prepared(writes, rule)
         if rule == 'deltanet':
             return _write_deltanet(writes, past)
-        keys, values, strength, log_decay, _ = writes
+        keys, values, strength, log_decay, *_ = writes
         decay, weighted = None, keys
         if log_decay is not None:
             passed = log_decay.cumsum(-1)
             decay = passed[..., -1].exp()
             # ratios of products as exp of differences: quotients of products give NaN
             weighted = weighted * (passed[..., -1:] - passed).exp()[..., None]
+        if writes.scale is not None:
+            weighted = weighted * writes.scale[:, :, None, None, None]
         in_normaliser = weighted
         if strength is not None:
             weighted = weighted * strength[..., None]
@@ -116,7 +119,7 @@ def _prepared(writes: Writes, rule: str) -> Writes:
         hidden = ~writes.mask[:, :, None]
         keys = keys.masked_fill(hidden[..., None], 0)
         log_decay = None if log_decay is None else log_decay.masked_fill(hidden, 0)
-    return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask)
+    return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask, writes.scale)
 
 
 def _prefix(updates: Tensor, start: Tensor, decay: Tensor | None) -> Tensor:
@@ -133,7 +136,7 @@ def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]
 
     so a chunk turns M into G_n M + sum (G_n / G_i) k_i^T u_i, which is affine in M.
     """
-    keys, values, strength, log_decay, mask = writes
+    keys, values, strength, log_decay, mask, _ = writes
     assert strength is not None
     segments, n = keys.shape[0], keys.shape[3]
     size = min(n, DELTANET_CHUNK)

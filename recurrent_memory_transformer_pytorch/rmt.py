@@ -19,11 +19,11 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from recurrent_memory_transformer_pytorch.attention import Attention, Layout, attention_mask, layout_turns
+from recurrent_memory_transformer_pytorch.attention import Block, Layout, attention_mask, layout_turns
 from recurrent_memory_transformer_pytorch.decoding import RMTCache
 from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
-from segment_recurrence_pytorch.layers import NORM_EPS, FeedForward
+from segment_recurrence_pytorch.layers import NORM_EPS
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import where_rows
@@ -43,6 +43,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         published name for 'block' / 'causal'.
     write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as the paper has it), or
         their 'sum' (default: of the three it keeps the gradient through many segments, see README).
+    memory_noise: while training, Gaussian noise of this size is added to the memory that comes from a segment before.
     use_flash_attn: the fastest backend that computes the same thing here (`attention_backend` tells which).
     ignore_index: labels with this value, and with -100, are not counted.
     """
@@ -78,6 +79,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         write_init: Literal['learned', 'previous', 'sum'] = 'sum',
         qk_norm: bool = False,
         tie_embeddings: bool = False,
+        memory_noise: int | float = 0.0,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         super().__init__()
@@ -88,6 +90,8 @@ class RecurrentMemoryTransformer(SegmentModel):
         check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if num_memory_tokens < 0:
             raise ValueError(f'num_memory_tokens is {num_memory_tokens}: give 0 (no memory) or more')
+        if memory_noise < 0:
+            raise ValueError(f'memory_noise is {memory_noise}: give 0 (none) or more')
         if heads % kv_heads:
             raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
         if rotary_pos_emb and dim_head % 2:
@@ -108,7 +112,12 @@ class RecurrentMemoryTransformer(SegmentModel):
         self.dim, self.num_tokens, self.causal, self.ignore_index = dim, num_tokens, causal, ignore_index
         self.seq_len = self.max_segment_length = seq_len
         self.num_memory_tokens, self.write_init = num_memory_tokens, write_init
-        self.memory_mask, self.dim_head, self.kv_heads = memory_mask, dim_head, kv_heads
+        self.memory_mask, self.dim_head, self.kv_heads, self.memory_noise = (
+            memory_mask,
+            dim_head,
+            kv_heads,
+            memory_noise,
+        )
         self.rotary_pos_emb, self.enhanced_xl_recurrence = rotary_pos_emb, enhanced_xl_recurrence
         self.xl_mem_len = (seq_len if xl_mem_len is None else xl_mem_len) if use_xl_memories else 0
         self.backend = 'auto' if use_flash_attn else 'sdpa'
@@ -217,7 +226,10 @@ class RecurrentMemoryTransformer(SegmentModel):
         m = self.num_memory_tokens
         if segment_length is not None and n > segment_length:
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
-        state = self.initial_state(batch) if state is None else state
+        if state is None:
+            state = self.initial_state(batch)
+        elif self.training and self.memory_noise and n:
+            state = state._replace(memory=state.memory + self.memory_noise * torch.randn_like(state.memory))
         if not n:
             return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
         x = self.embed(tokens)
@@ -323,24 +335,3 @@ class RecurrentMemoryTransformer(SegmentModel):
             return [None] * len(self.layers)
         pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
         return pairs[1:] + pairs[-1:] if self.enhanced_xl_recurrence else pairs
-
-
-class Block(nn.Module):
-    """Pre-norm attention and GEGLU feed-forward, each with a residual; arguments as in `Attention`."""
-
-    def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, **attention)
-        self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
-
-    def forward(self, x: Tensor, layout: Layout, *, first_row: int, **attention) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, rows, dim) -> the rows from first_row on, and the text's keys and values, see `Attention`."""
-        out, keys, values = self.attn(self.attn_norm(x), layout, first_row=first_row, **attention)
-        return self.add(x[:, first_row:], out), keys, values
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """The rows x (b, n, dim) after the attention's output and the feed-forward."""
-        x = x + out
-        return x + self.ff(self.ff_norm(x))

@@ -31,27 +31,30 @@ BackwardFn = Callable[[Tensor], Any]
 
 class Window(NamedTuple):
     """Columns [start, stop) of a sequence, read in segments of segment_length columns.
-    truncate: the state entering it is cut from the graph."""
+    truncate: the state entering it is cut from the graph. segments: which of the sequence's segments it holds."""
 
     start: int
     stop: int
     segment_length: int
     truncate: bool
+    segments: slice
 
 
 class Batch(NamedTuple):
     """One call's columns: tokens (b, n) or (b, n, dim), targets (b, n) with IGNORE (b, 0 where only
-    logits are wanted), mask (b, n) or None."""
+    logits are wanted), mask (b, n) or None. per_segment: further arguments of `advance`, (b, segments) each."""
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None
+    per_segment: dict[str, Tensor] = {}  # noqa: RUF012  a field's default, never changed
 
     def columns(self, window: Window) -> Batch:
         """The columns of one window."""
         at = slice(window.start, window.stop)
         mask = None if self.mask is None else self.mask[:, at]
-        return Batch(self.tokens[:, at], self.targets[:, at], mask)
+        per_segment = {name: value[:, window.segments] for name, value in self.per_segment.items()}
+        return Batch(self.tokens[:, at], self.targets[:, at], mask, per_segment)
 
 
 def plan_windows(
@@ -78,7 +81,7 @@ def plan_windows(
         if first and i == 0:
             stop = 1
         truncate = backprop_segments is not None and i > 0 and i % backprop_segments == 0
-        windows.append(Window(borders[i], borders[stop], segment_length, truncate))
+        windows.append(Window(borders[i], borders[stop], segment_length, truncate, slice(i, stop)))
         i = stop
     return windows
 
@@ -95,15 +98,21 @@ def read_window(
     mask: Tensor | None,
     segment_length: int,
     need_hidden: bool = True,
+    per_segment: dict[str, Tensor] | None = None,
 ) -> tuple[Any, State]:
-    """`advance` over the segments of one window: at once where the model can, else one after the other."""
+    """`advance` over the segments of one window: at once where the model can, else one after the other.
+
+    per_segment: further arguments of `advance`, (b, segments) each.
+    """
+    more: dict[str, Any] = per_segment or {}
     if model.parallel_segments or tokens.shape[1] <= segment_length:
-        return model.advance(tokens, state, segment_length=segment_length, mask=mask, need_hidden=need_hidden)
+        return model.advance(tokens, state, segment_length=segment_length, mask=mask, need_hidden=need_hidden, **more)
     pieces = tokens.split(segment_length, dim=1)
     masks = [None] * len(pieces) if mask is None else mask.split(segment_length, dim=1)
     hiddens = []
-    for piece, piece_mask in zip(pieces, masks, strict=True):
-        hidden, state = model.advance(piece, state, mask=piece_mask, need_hidden=need_hidden)
+    for i, (piece, piece_mask) in enumerate(zip(pieces, masks, strict=True)):
+        one = {name: value[:, i : i + 1] for name, value in more.items()}
+        hidden, state = model.advance(piece, state, mask=piece_mask, need_hidden=need_hidden, **one)
         hiddens.append(hidden)
     return (torch.cat(hiddens, dim=1) if need_hidden else None), state
 
@@ -112,7 +121,7 @@ def window_nll(
     model: SegmentModel, batch: Batch, state: State, segment_length: int, per_token: bool = False
 ) -> tuple[Tensor, State]:
     """Summed (or per token, (b, n)) negative log likelihood of one window's targets, and the next state."""
-    hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length)
+    hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length, per_segment=batch.per_segment)
     nll = target_nll(model.to_logits(hidden), batch.targets)
     return (nll if per_token else nll.sum()), state
 
@@ -179,8 +188,8 @@ def _replay_block(
     entering, random_states = [state], [_random_state(model)]
     with torch.no_grad():
         for window in windows[:-1]:
-            tokens, _, mask = batch.columns(window)
-            _, state = read_window(model, tokens, state, mask, window.segment_length, need_hidden=False)
+            tokens, _, mask, more = batch.columns(window)
+            _, state = read_window(model, tokens, state, mask, window.segment_length, False, more)
             entering.append(state)
             random_states.append(_random_state(model))
     # autocast would hand the weights that it cast without a graph to the pass that needs one

@@ -86,6 +86,7 @@ class SegmentWrapper(nn.Module):
         backward_fn: Callable | None = None,
         backprop_segments: int | None = None,
         segment_length: int | None = None,
+        per_segment: dict | None = None,
     ) -> LossReturn:
         """The loss over all valid targets of a sequence.
 
@@ -96,6 +97,7 @@ class SegmentWrapper(nn.Module):
             no graph. backward_fn: called with each window's scalar instead of `Tensor.backward`
             (`accelerator.backward`, or a gradient scaler).
         backprop_segments, segment_length: instead of the wrapper's, for this call.
+        per_segment: further arguments of the model's `advance` by name, (b, segments) each.
         Returns (loss, num_targets, state); the state is attached to the graph unless backward=True. Every trainable
         parameter gets a gradient. ValueError, before anything is changed, for what does not fit.
         """
@@ -110,6 +112,10 @@ class SegmentWrapper(nn.Module):
         if state is None and not batch.tokens.shape[1]:
             state = self.model.initial_state(x.shape[0])
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
+        batch = batch._replace(per_segment=per_segment or {})
+        for name, value in batch.per_segment.items():
+            if tuple(value.shape[:2]) != (x.shape[0], windows[-1].segments.stop if windows else 0):
+                raise ValueError(f'{name} has shape {tuple(value.shape)}: give one value a segment, (batch, segments)')
         num_targets = (batch.targets != IGNORE).sum()
 
         if backward:
@@ -133,7 +139,7 @@ class SegmentWrapper(nn.Module):
         logits = [x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)]
         state = self.model.initial_state(x.shape[0]) if state is None else state
         for window in self._windows(batch, self.backprop_segments):
-            tokens, _, window_mask = batch.columns(window)
+            tokens, _, window_mask, _ = batch.columns(window)
             state = detach(state) if window.truncate else state
             hidden, state = read_window(self.model, tokens, state, window_mask, window.segment_length)
             logits.append(self.model.to_logits(hidden))

@@ -1,0 +1,197 @@
+"""What the memories really learn: trains one row of docs/results.md and evaluates it at growing lengths.
+
+    python -m benchmarks.evidence                      # the rows, and which of them have results
+    python -m benchmarks.evidence rmt_memorize         # trains its seeds, writes JSON and the plot, then the page
+    python -m benchmarks.evidence rmt_memorize --seed 2
+    python -m benchmarks.evidence --all --quick        # every row at reduced size, into a scratch folder
+    python -m benchmarks.evidence --report             # the page and the plots from the JSON: make evidence
+
+One CPU thread a process. Recipes were chosen on other seeds (100 and up) than those of the table (0, 1, 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.evidence_report import report
+from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
+from segment_recurrence_pytorch.data import Streams, load_corpus
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.state import detach
+from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.training import warmup_cosine
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+RESULTS = Path(__file__).parent / 'results' / 'evidence'
+SEEDS = (0, 1, 2)
+EVALUATION_SEED = 1000  # plus the seed: fresh data, never trained on
+
+
+def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
+    """Trains through the row's curriculum; what happened, at every fiftieth step."""
+    generator = torch.Generator().manual_seed(seed)
+    task = row.task()
+    curriculum = SegmentCurriculum(row.stages, threshold=row.threshold, mix=row.mix)
+    groups = wrapper.model.param_groups(row.lr, 0.01)
+    if row.one_rate:
+        groups = [{**group, 'lr': row.lr} for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    rates = [group['lr'] for group in optimizer.param_groups]
+    history = []
+    wrapper.train()
+    for step in tqdm(range(steps), desc=f'{row.name}, seed {seed}', disable=None):
+        # warm up, then straight down
+        factor = min(1, (step + 1) / 50) * max(0.03, 1 - step / steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group['lr'] = rate * factor
+        segments = curriculum.draw(generator)
+        tokens, labels = task.batch(segments, row.batch_size, generator)
+        per_segment = {}
+        if row.repetition:
+            per_segment['write_scale'] = repetitions(row.batch_size, segments, row.repetition, generator)
+        loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+        curriculum.update(math.exp(-loss.item()), segments)
+        if step % 50 == 49 or step == steps - 1:
+            history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
+    return history
+
+
+def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
+    """(b, segments): in 70 % of the rows one middle segment counts up to `most` times, log-uniformly."""
+    scale = torch.ones(batch_size, segments)
+    if segments < 3:
+        return scale
+    middle = torch.randint(1, segments - 1, (batch_size, 1), generator=generator)
+    factor = torch.exp(torch.rand(batch_size, 1, generator=generator) * math.log(most))
+    chosen = torch.rand(batch_size, 1, generator=generator) < 0.7
+    return scale.scatter(1, middle, torch.where(chosen, factor, 1.0))
+
+
+def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
+    """Trains and evaluates one seed."""
+    torch.manual_seed(seed)
+    wrapper = row.wrapper()
+    start = time.perf_counter()
+    history = train_task(row, wrapper, seed, 3 if quick else row.steps)
+    trained = time.perf_counter() - start
+    curve, seconds = {}, {}
+    for segments in row.lengths[:2] if quick else row.lengths:
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+        start = time.perf_counter()
+        share = accuracy(wrapper, row.task(), segments, batch_size=4 if quick else row.sequences, generator=generator)
+        curve[segments], seconds[segments] = round(share, 4), round(time.perf_counter() - start, 1)
+        print(f'{row.name} seed {seed}: {segments:6,} segments {share:.3f} {seconds[segments]:6.1f} s', flush=True)
+    return {'curve': curve, 'history': history, 'train_seconds': round(trained), 'evaluation_seconds': seconds}
+
+
+def run_language(row: LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
+    """Trains a model with memory and its twin without, on the same bytes; their bits per byte."""
+    corpus = load_corpus(None)
+    limit = 2_000 if quick else 131_072
+    bits, seconds = {}, {}
+    for name in ('with memory', 'without'):
+        torch.manual_seed(seed)
+        wrapper = row.wrapper()
+        order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        length = wrapper.segment_length * row.segments
+        streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
+        optimizer = torch.optim.AdamW(wrapper.model.param_groups(row.lr, 0.01), betas=(0.9, 0.95))
+        rates = [group['lr'] for group in optimizer.param_groups]
+        steps, state = 3 if quick else row.steps, None
+        start = time.perf_counter()
+        wrapper.train()
+        for step in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group['lr'] = rate * warmup_cosine(step / steps)
+            loss, state = language_loss(wrapper, next(streams), state, name == 'with memory')
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+            optimizer.step()
+        seconds[name] = round(time.perf_counter() - start)
+        held_out = torch.cat(corpus.valid)[:limit].view(8, -1).long()
+        bits[name] = round(language_bits(wrapper, held_out, name == 'with memory'), 4)
+        print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)
+    return {'bits': bits, 'gain': round(bits['without'] - bits['with memory'], 4), 'train_seconds': seconds}
+
+
+def language_loss(wrapper: SegmentWrapper, piece, state, memory: bool):
+    """The loss of a piece, and the state after it; without memory every segment is a row of its own."""
+    if not memory:
+        rows = piece.tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
+        return wrapper.loss(rows).loss, None
+    loss, _, state = wrapper.loss(piece.tokens, wrapper.reset(state, piece.starts))
+    return loss, detach(state)
+
+
+@torch.no_grad()
+def language_bits(wrapper: SegmentWrapper, text: torch.Tensor, memory: bool) -> float:
+    """Bits per byte of 8 rows of held-out text (8, n), the state carried through each or reset at every segment."""
+    with evaluating(wrapper):
+        if memory:
+            loss = wrapper.loss(text).loss
+        else:
+            length = wrapper.segment_length
+            loss = wrapper.loss(text.unfold(1, length + 1, length).flatten(0, 1)).loss
+    return loss.item() / math.log(2)
+
+
+def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
+    """One seed of one row, written as JSON."""
+    done = run_language(row, seed, quick) if isinstance(row, LanguageRow) else run_task(row, seed, quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {'row': row.name, 'seed': seed, 'quick': quick, 'command': f'python -m benchmarks.evidence {row.name}'}
+    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
+    config = {key: value for key, value in vars(row).items() if not callable(value)}
+    result = {**about, **versions, 'config': config, **done}
+    (folder / f'{row.name}-{seed}.json').write_text(json.dumps(result, indent=1, default=str) + '\n')
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('rows', nargs='*', metavar='ROW', help='names of rows')
+    parser.add_argument('--all', action='store_true', help='every row')
+    parser.add_argument('--seed', type=int, help='only this seed')
+    parser.add_argument('--quick', action='store_true', help='three steps a row, into a scratch folder')
+    parser.add_argument('--report', action='store_true', help='the page and the plots from the JSON that is there')
+    parser.add_argument('--out', type=Path, help='folder of the JSON')
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else RESULTS)
+    names = list(ROWS) if arguments.all else arguments.rows
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        sys.exit(f'no row {", ".join(unknown)}: choose from {", ".join(ROWS)}')
+    for name in names:
+        seeds = [arguments.seed] if arguments.seed is not None else [0] if arguments.quick else SEEDS
+        for seed in seeds:
+            run(ROWS[name], seed, folder, arguments.quick)
+    if names or arguments.report:
+        page = folder / 'results.md' if folder != RESULTS else Path(__file__).parents[1] / 'docs' / 'results.md'
+        report(folder, page)
+        return
+    for name, row in ROWS.items():
+        seeds = [seed for seed in range(1000) if (RESULTS / f'{name}-{seed}.json').exists()]
+        print(f'{name:28} {row.claim:70} seeds {seeds or "not run"}')
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    main()

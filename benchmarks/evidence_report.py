@@ -1,0 +1,105 @@
+"""docs/results.md and its plots, from the JSON of `benchmarks.evidence`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
+
+INTRODUCTION = """# Results
+
+Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
+`make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` trains a row again.
+Means over the seeds, the worst seed in brackets; no row is chosen by its outcome. 'Without memory' is the best score
+that a model can have that sees only its own segment.
+"""
+
+
+def report(folder: Path, page: Path) -> None:
+    """Writes the page, and a plot for each row of tasks that has results."""
+    results = {name: load(folder, name) for name in ROWS}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    parts = [INTRODUCTION]
+    for name, row in ROWS.items():
+        if not results[name]:
+            continue
+        parts.append(f'## {row.claim}\n\n`python -m benchmarks.evidence {name}`. Published: {row.published}.\n')
+        if isinstance(row, TaskRow):
+            parts.append(task_table(row, results[name]))
+            if len(results[name][0]['curve']) > 4:
+                plot_curves({name: results[name]}, page.parent / f'{name}.png')
+                parts.append(f'![{row.claim}]({name}.png)\n')
+        elif isinstance(row, LanguageRow):
+            parts.append(language_table(row, results[name]))
+    missing = [name for name in ROWS if not results[name]]
+    if missing:
+        parts.append(f'## Not run\n\n{", ".join(missing)}.\n')
+    page.write_text('\n'.join(parts))
+    long = {name: found for name, found in results.items() if found and isinstance(ROWS[name], TaskRow)
+            and max(map(int, found[0]['curve'])) > 1000}  # fmt: skip
+    if long:
+        plot_curves(long, page.parent / 'memory.png')
+    print(f'wrote {page}')
+
+
+def load(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The results of a row, by seed."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f'{name}-*.json')]
+    return sorted((result for result in found if result['row'] == name), key=lambda result: result['seed'])
+
+
+def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
+    """A line for each length."""
+    task = row.task()
+    lines = ['| segments | tokens | accuracy | without memory | at least |', '|---|---|---|---|---|']
+    for length in results[0]['curve']:
+        shares = [result['curve'][length] for result in results if length in result['curve']]
+        target = row.targets.get(int(length))
+        met = '' if target is None else f'{target:.2f}{"" if sum(shares) / len(shares) >= target else " (missed)"}'
+        trained = '' if int(length) <= row.stages[-1] else ' (longer than trained)'
+        tokens = int(length) * task.segment_length
+        lines.append(
+            f'| {int(length):,}{trained} | {tokens:,} | {sum(shares) / len(shares):.3f} ({min(shares):.3f}) '
+            f'| {task.without_memory:.3f} | {met} |'
+        )
+    seconds = ', '.join(str(result['train_seconds']) for result in results)
+    return '\n'.join(lines) + f'\n\n{len(results)} seeds, {row.steps:,} steps, {row.sequences} sequences a length; ' \
+        f'trained in {seconds} s.\n'  # fmt: skip
+
+
+def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
+    """A line for each seed."""
+    lines = ['| seed | with memory | twin without | gain in bits per byte |', '|---|---|---|---|']
+    for result in results:
+        cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
+        lines.append(f'| {result["seed"]} | {" | ".join(cells)} | {result["gain"]:+.4f} |')
+    gains = [result['gain'] for result in results]
+    mean = sum(gains) / len(gains)
+    lines.append(f'| mean | | | {mean:+.4f}, at least {row.target:.2f}{"" if mean >= row.target else " (missed)"} |')
+    return '\n'.join(lines) + '\n'
+
+
+def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy against length, a line for each row: the mean, and the seeds as points."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    trained, chance = 0, 0.0
+    for color, (name, results) in enumerate(rows.items()):
+        row = ROWS[name]
+        assert isinstance(row, TaskRow)
+        task = row.task()
+        trained, chance = row.stages[-1] * task.segment_length, task.without_memory
+        tokens = [int(length) * task.segment_length for length in results[0]['curve']]
+        shares = [[result['curve'][length] for result in results] for length in results[0]['curve']]
+        axes.plot(tokens, [sum(each) / len(each) for each in shares], color=f'C{color}', label=name)
+        for at, each in zip(tokens, shares, strict=True):
+            axes.plot([at] * len(each), each, '.', color=f'C{color}', alpha=0.5)
+    axes.axvline(trained, color='gray', linestyle=':', label='longest in training')
+    axes.axhline(chance, color='gray', linestyle='--', label='without memory')
+    axes.set(xscale='log', xlabel='tokens', ylabel='accuracy', ylim=(-0.02, 1.02))
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

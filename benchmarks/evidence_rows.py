@@ -1,0 +1,163 @@
+"""The rows of docs/results.md: what is trained, on what, how long, and what is asked of it.
+
+Recipes were chosen on development seeds; `python -m benchmarks.evidence NAME` trains the table's seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Copy, Memorize, Task
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+MILLION = 31_250  # segments of 32 tokens
+
+
+@dataclass(kw_only=True)
+class Row:
+    """name; claim: what the row says, in a line; published: the number to compare with, and where it stands."""
+
+    name: str
+    claim: str
+    published: str
+    model: str
+    options: dict[str, Any]
+    batch_size: int
+    lr: float
+    steps: int
+
+    def build(self, num_tokens: int, segment_length: int) -> SegmentWrapper:
+        """A new model in its wrapper."""
+        if self.model == 'rmt':
+            rmt = RecurrentMemoryTransformer(num_tokens=num_tokens, seq_len=segment_length, **self.options)
+            return RecurrentMemoryTransformerWrapper(rmt)
+        return InfiniTransformerWrapper(InfiniTransformer(num_tokens=num_tokens, **self.options), segment_length)
+
+
+@dataclass(kw_only=True)
+class TaskRow(Row):
+    """stages, threshold, mix: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
+    sequences. targets: the least accuracy asked for at some of them. repetition: up to how often a segment is written
+    in training (virtual length). one_rate: gates learn as all else."""
+
+    task: Callable[[], Task]
+    stages: list[int]
+    lengths: list[int]
+    targets: dict[int, float] = field(default_factory=dict)
+    sequences: int = 64
+    threshold: float = 0.9
+    mix: float = 0.5
+    repetition: float = 0.0
+    one_rate: bool = False
+
+    def wrapper(self) -> SegmentWrapper:
+        """A new model for the task."""
+        task = self.task()
+        return self.build(task.num_tokens, task.segment_length)
+
+
+@dataclass(kw_only=True)
+class LanguageRow(Row):
+    """segment_length in bytes; segments a step; target: the least gain in bits per byte."""
+
+    segment_length: int
+    segments: int
+    target: float
+
+    def wrapper(self) -> SegmentWrapper:
+        """A new model of bytes."""
+        return self.build(256, self.segment_length)
+
+
+RMT: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16, num_memory_tokens=4, memory_noise=0.1)
+INFINI: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16)
+LENGTHS = [2, 5, 7, 16, 64, 256, 1024, MILLION]
+MEMORIZE: dict[str, Any] = dict(task=Memorize, stages=[2, 3, 4, 5], lengths=LENGTHS, batch_size=32, lr=3e-3)
+PASSKEY = 'passkey at 1M tokens with a 1B model (arXiv 2404.07143); this task: none'
+
+_tasks: list[TaskRow | LanguageRow] = [
+    TaskRow(
+        name='rmt_memorize',
+        claim='RMT keeps a fact through a million tokens, trained on at most 5 segments',
+        published='near 1.00 to 1M tokens and more (arXiv 2304.11062, BERT-base)',
+        model='rmt', options=RMT, steps=2500, targets={5: 0.99, 7: 0.99, 1024: 0.95, MILLION: 0.85}, **MEMORIZE,
+    ),
+    TaskRow(
+        name='infini_passkey',
+        claim='Infini keeps a fact, trained on at most 5 segments, no virtual length',
+        published=PASSKEY, model='infini', options=INFINI, steps=1500, targets={16: 0.99}, **MEMORIZE,
+    ),
+    TaskRow(
+        name='infini_passkey_strength',
+        claim='the same with learned strength',
+        published=PASSKEY, model='infini', options={**INFINI, 'learned_delta_update': True}, steps=1500,
+        targets={16: 0.99}, **MEMORIZE,
+    ),
+    TaskRow(
+        name='infini_passkey_deltanet',
+        claim='the same with the deltanet rule',
+        published=PASSKEY, model='infini', options={**INFINI, 'memory_rule': 'deltanet'}, steps=1500,
+        targets={16: 0.99}, **MEMORIZE,
+    ),
+    TaskRow(
+        name='infini_passkey_repetition',
+        claim='the same, a training segment written up to 10,000 times: virtual length',
+        published=PASSKEY, model='infini', options=INFINI, steps=1500, repetition=1e4,
+        targets={16: 0.99, MILLION: 0.9}, **MEMORIZE,
+    ),
+    TaskRow(
+        name='infini_published_gate',
+        claim="the same with the published package's gate start and its one learning rate: at most 0.2",
+        published='gate start 10 (infini-transformer-pytorch 0.2.1)', one_rate=True,
+        model='infini', options={**INFINI, 'head_gate_init_value': 10.0}, steps=1500,
+        **{**MEMORIZE, 'lengths': [2, 5, 16]},
+    ),
+    TaskRow(
+        name='infini_associative',
+        claim='Infini retrieves values by key: 10 pairs over 6 segments, and 12 untrained',
+        published='none', model='infini', options=INFINI, task=lambda: AssociativeRetrieval(pairs_per_segment=2),
+        stages=[2, 3, 4, 5, 6], lengths=[2, 4, 6, 7], targets={6: 0.98, 7: 0.98}, batch_size=64, lr=2e-3, steps=2500,
+        sequences=1024,
+    ),
+    TaskRow(
+        name='rmt_copy',
+        claim='RMT copies a source twice',
+        published='1.00 / 1.00 / 1.00 at 3 / 6 / 9 segments (arXiv 2207.06881)',
+        model='rmt', options={**RMT, 'num_memory_tokens': 8, 'memory_noise': 0.0}, task=Copy, stages=[3, 6, 9],
+        lengths=[3, 6, 9], targets={3: 0.95, 6: 0.85}, batch_size=64, lr=2e-3, steps=3000, sequences=512,
+    ),
+    TaskRow(
+        name='rmt_reverse',
+        claim='RMT writes a source backwards',
+        published='1.00 / 1.00 / 0.90 at 2 / 4 / 6 segments (arXiv 2207.06881)',
+        model='rmt', options={**RMT, 'num_memory_tokens': 8, 'memory_noise': 0.0}, task=lambda: Copy(reverse=True),
+        stages=[2, 4, 6], lengths=[2, 4, 6], targets={4: 0.2}, batch_size=64, lr=2e-3, steps=3000, sequences=512,
+    ),
+    TaskRow(
+        name='rmt_associative',
+        claim='RMT retrieves values by key, one pair a segment',
+        published='0.99 / 1.00 / 0.99 / 0.97 at 2 / 3 / 4 / 5 segments (arXiv 2207.06881)',
+        model='rmt', options={**RMT, 'num_memory_tokens': 8, 'memory_noise': 0.0}, task=AssociativeRetrieval,
+        stages=[2, 3, 4, 5], lengths=[2, 3, 4, 5], targets={4: 0.4}, batch_size=64, lr=1e-3, steps=4000,
+        sequences=1024,
+    ),
+]  # fmt: skip
+_language: list[TaskRow | LanguageRow] = [
+    LanguageRow(
+        name=f'{model}_bytes_{length}',
+        claim=f'{title} on bytes, segments of {length}, against a twin trained without memory',
+        published='none for models of this size',
+        model=model, options=options, segment_length=length, segments=128 // length,
+        batch_size=16, lr=3e-3, steps=1500, target=0.03 if (model, length) == ('rmt', 16) else 0.0,
+    )
+    for model, title, options in (
+        ('rmt', 'RMT', dict(dim=96, depth=2, heads=4, dim_head=24, num_memory_tokens=4)),
+        ('infini', 'Infini', dict(dim=96, depth=2, heads=4, dim_head=24)),
+    )
+    for length in (16, 64)
+]  # fmt: skip
+ROWS = {row.name: row for row in _tasks + _language}

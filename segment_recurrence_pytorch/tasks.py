@@ -1,0 +1,221 @@
+"""Synthetic tasks that only a memory can solve, seeded and of any length, and a curriculum over their length.
+
+A task deals in segments: what is asked for in the last ones stands in earlier ones, so a model without memory is at
+`without_memory`. Labels are aligned with the tokens, and IGNORE where nothing is asked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.loss import IGNORE
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+PIECE_SEGMENTS = 256  # segments that are made at once: a sequence of a million tokens is never held
+
+
+class Example(NamedTuple):
+    """tokens (b, n) and labels (b, n); labels None: nothing is asked in this piece."""
+
+    tokens: Tensor
+    labels: Tensor | None
+
+
+class Task(ABC):
+    """num_tokens: size of the vocabulary. without_memory: the best accuracy that a model without memory can have."""
+
+    num_tokens: int
+    segment_length: int
+    without_memory: float
+
+    @abstractmethod
+    def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
+        """A sequence of so many segments, in pieces of whole segments. ValueError for too few."""
+
+    def batch(self, segments: int, batch_size: int, generator: torch.Generator) -> Example:
+        """The same in one piece, with labels."""
+        pieces = list(self.pieces(segments, batch_size, generator))
+        labels = [torch.full_like(tokens, IGNORE) if given is None else given for tokens, given in pieces]
+        return Example(torch.cat([tokens for tokens, _ in pieces], 1), torch.cat(labels, 1))
+
+
+class Memorize(Task):
+    """Which value was marked? Noise with `MARK value` somewhere in the first segment, and QUERY as the last token.
+
+    The noise holds the values too, so that only the mark tells. anywhere: the mark is in any segment but the last
+    (detect and memorize). repeated: instead of noise one sentence over and over, as in passkey retrieval.
+    key_length: tokens of the marked value; the answer is read back token by token.
+    """
+
+    def __init__(
+        self,
+        values: int = 16,
+        noise: int = 64,
+        segment_length: int = 32,
+        *,
+        anywhere: bool = False,
+        repeated: bool = False,
+        key_length: int = 1,
+    ):
+        if not 1 <= values <= noise:
+            raise ValueError(f'values={values}: give 1 to noise={noise}, since the noise holds the values too')
+        if segment_length < key_length + 1:
+            raise ValueError(f'segment_length={segment_length}: the mark and key_length={key_length} need a place')
+        self.values, self.noise, self.segment_length, self.key_length = values, noise, segment_length, key_length
+        self.anywhere, self.repeated = anywhere, repeated
+        self.mark, self.query, self.num_tokens = noise, noise + 1, noise + 2
+        self.without_memory = 1 / values
+
+    def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
+        """See `Task.pieces`; at least two segments."""
+        if segments < 2:
+            raise ValueError(f'{segments} segments: give at least 2, one with the mark and one with the question')
+        length, k = self.segment_length, self.key_length
+        key = _draw(self.values, (batch_size, k), generator)
+        where = _draw(segments - 1 if self.anywhere else 1, (batch_size,), generator)
+        place = where * length + _draw(length - k, (batch_size,), generator)
+        for start in range(0, segments - 1, PIECE_SEGMENTS):
+            stop = min(segments - 1, start + PIECE_SEGMENTS)
+            tokens = self._filler(batch_size, stop - start, generator)
+            marked = torch.cat((torch.full_like(key[:, :1], self.mark), key), dim=1)
+            columns = place[:, None] - start * length + torch.arange(k + 1)
+            here = (columns >= 0) & (columns < tokens.shape[1])
+            columns = columns.clamp(0, tokens.shape[1] - 1)
+            yield Example(tokens.scatter(1, columns, torch.where(here, marked, tokens.gather(1, columns))), None)
+        tokens = self._filler(batch_size, 1, generator)
+        tokens[:, -k:] = torch.cat((torch.full_like(key[:, :1], self.query), key[:, :-1]), dim=1)
+        labels = torch.full_like(tokens, IGNORE)
+        labels[:, -k:] = key
+        yield Example(tokens, labels)
+
+    def _filler(self, batch_size: int, segments: int, generator: torch.Generator) -> Tensor:
+        if not self.repeated:
+            return _draw(self.noise, (batch_size, segments * self.segment_length), generator)
+        sentence = _draw(self.noise, (1, self.segment_length), torch.Generator().manual_seed(0))
+        return sentence.repeat(batch_size, segments)
+
+
+class AssociativeRetrieval(Task):
+    """Pairs of a key and its value, `pairs_per_segment` of them in each segment but the last, which asks for one key.
+
+    rewritten: keys repeat, and the last value counts. Without, `keys` is the most pairs that fit.
+    """
+
+    def __init__(self, keys: int = 26, values: int = 10, *, pairs_per_segment: int = 1, rewritten: bool = False):
+        self.keys, self.values, self.pairs, self.rewritten = keys, values, pairs_per_segment, rewritten
+        self.segment_length = 2 * pairs_per_segment
+        self.go, self.pad, self.num_tokens = keys + values, keys + values + 1, keys + values + 2
+        self.without_memory = 1 / values
+
+    def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
+        """See `Task.pieces`; at least two segments."""
+        count = (segments - 1) * self.pairs
+        if segments < 2 or (count > self.keys and not self.rewritten):
+            most = 1 + self.keys // self.pairs
+            raise ValueError(f'{segments} segments of {self.pairs} pairs: give 2 to {most}, or rewritten=True')
+        if self.rewritten:
+            keys = _draw(self.keys, (batch_size, count), generator)
+        else:
+            keys = torch.rand(batch_size, self.keys, generator=generator).argsort(1)[:, :count]
+        values = _draw(self.values, (batch_size, count), generator)
+        asked = keys.gather(1, _draw(count, (batch_size, 1), generator))
+        last = torch.where(keys == asked, torch.arange(count), -1).amax(1, keepdim=True)
+        pairs = torch.stack((keys, values + self.keys), dim=-1).flatten(1)
+        question = torch.full((batch_size, self.segment_length), self.pad)
+        question[:, -2], question[:, -1] = self.go, asked[:, 0]
+        labels = torch.full_like(question, IGNORE)
+        labels[:, -1] = values.gather(1, last)[:, 0] + self.keys
+        yield Example(pairs, None)
+        yield Example(question, labels)
+
+
+class Copy(Task):
+    """A random source, then the source again `copies` times, or backwards once (reverse=True), token by token.
+
+    The source takes 1 / (1 + copies) of the segments: arXiv 2207.06881 copies twice, at 3, 6 and 9 segments.
+    """
+
+    def __init__(self, alphabet: int = 10, segment_length: int = 8, *, copies: int = 2, reverse: bool = False):
+        self.alphabet, self.segment_length, self.reverse = alphabet, segment_length, reverse
+        self.copies = 1 if reverse else copies
+        self.go, self.num_tokens = alphabet, alphabet + 1
+        self.without_memory = 1 / alphabet
+
+    def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
+        """See `Task.pieces`; a multiple of 1 + copies segments."""
+        parts = 1 + self.copies
+        if segments < parts or segments % parts:
+            raise ValueError(f'{segments} segments: give a multiple of {parts}, a share for the source and each copy')
+        source = _draw(self.alphabet, (batch_size, segments // parts * self.segment_length), generator)
+        answer = source.flip(1) if self.reverse else source.repeat(1, self.copies)
+        go = torch.full_like(source[:, :1], self.go)
+        yield Example(source, None)
+        yield Example(torch.cat((go, answer[:, :-1]), dim=1), answer)
+
+
+class SegmentCurriculum:
+    """From few segments to many: the next stage when the moving average of a metric passes `threshold`.
+
+    stages: numbers of segments. mix: the share of steps with a random smaller stage (vary the number of segments).
+    patience: at the earliest after so many steps of a stage.
+    """
+
+    def __init__(self, stages: Sequence[int], *, threshold: float = 0.96, mix: float = 0.5, patience: int = 20):
+        if not stages or any(a >= b for a, b in pairwise(stages)):
+            raise ValueError(f'stages={list(stages)}: give growing numbers of segments')
+        self.stages, self.threshold, self.mix, self.patience = list(stages), threshold, mix, patience
+        self.stage, self.average, self.steps = 0, 0.0, 0
+
+    def draw(self, generator: torch.Generator) -> int:
+        """The number of segments of the next step."""
+        stage = self.stage
+        if stage and torch.rand((), generator=generator) < self.mix:
+            stage = int(_draw(stage, (), generator))
+        return self.stages[stage]
+
+    def update(self, metric: float, segments: int) -> None:
+        """Counts a step with that metric; only steps of the present stage move it."""
+        if segments != self.stages[self.stage]:
+            return
+        self.steps += 1
+        self.average += (metric - self.average) / min(self.steps, self.patience)
+        if self.average >= self.threshold and self.steps >= self.patience and self.stage + 1 < len(self.stages):
+            self.stage, self.average, self.steps = self.stage + 1, 0.0, 0
+
+
+@torch.no_grad()
+def accuracy(
+    wrapper: SegmentWrapper, task: Task, segments: int, *, batch_size: int, generator: torch.Generator
+) -> float:
+    """The share of labelled tokens that are predicted, on sequences of so many segments; memory does not grow with
+    them, and logits are computed only where something is asked."""
+    model, length, state = wrapper.model, task.segment_length, None
+    if wrapper.segment_length != length:
+        raise ValueError(f'the wrapper has segment_length={wrapper.segment_length}, the task {length}')
+    right = asked = 0
+    with evaluating(wrapper):
+        for tokens, labels in task.pieces(segments, batch_size, generator):
+            tokens = tokens.to(model.device)
+            for window in plan_windows(tokens.shape[1], length, segments_per_pass=segments_at_once(model, length)):
+                at = slice(window.start, window.stop)
+                hidden, state = read_window(model, tokens[:, at], state, None, length, need_hidden=labels is not None)
+                if labels is None:
+                    continue
+                chosen = labels[:, at].to(model.device)
+                is_asked = chosen != IGNORE
+                predicted = model.to_logits(hidden[is_asked]).argmax(-1)
+                right += int((predicted == chosen[is_asked]).sum())
+                asked += int(is_asked.sum())
+    return right / asked
+
+
+def _draw(limit: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, limit, shape, generator=generator)
