@@ -246,6 +246,8 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """What this run fixes, and its folder: one to go on with, or one that can be made. Changes nothing."""
     fixed: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
     given = {name: value for name, value in vars(args).items() if name in fixed}
+    if args.sample:  # it has a seed of its own
+        given.pop('seed', None)
     length = {'steps': args.steps, 'minutes': args.minutes}
     if args.resume:
         folder = Path(args.resume)
@@ -358,6 +360,8 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
     """Prints how a trained model goes on after a prompt."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if hasattr(args, 'seed'):
+        torch.manual_seed(args.seed)
     wrapper = MODELS[run['model']](**PRESETS[run['preset']][run['model']]).to(args.device)
     load_weights(wrapper.model, folder / 'model.safetensors')
     prompt = torch.tensor([list(args.prompt.encode())], device=args.device)

@@ -18,7 +18,7 @@ from pathlib import Path
 SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64)
 SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
 TOKENS = 32
-POSITIONS = (0, 1, 4, 16, 64, 256)  # whole segments before the half one, for the plot
+POSITIONS = (0, 1, 16, 256)  # whole segments before the half one, for the plot
 LONG = 65_536
 BATCH = 16
 
@@ -81,14 +81,10 @@ def make(model: str, length: int, *, published: bool):
 
 def draw(wrapper, prompt, count: int, **options) -> float:
     """Seconds per token, of `count` tokens after the first, in the loop that `generate` runs."""
-    import torch
-
-    from segment_recurrence_pytorch.generation import evaluating
-
-    with evaluating(wrapper), torch.no_grad():
-        tokens = wrapper.stream(prompt, max_new_tokens=1 + count, **options).unguarded()
-        next(tokens)
-        return timed(lambda: list(tokens)) / count
+    stream = wrapper.stream(prompt, max_new_tokens=1 + count, **options)
+    next(stream)
+    with stream.guarded():
+        return timed(lambda: list(stream.unguarded())) / count
 
 
 def evaluate(wrapper, prompt) -> None:
@@ -211,7 +207,7 @@ def plot(curves: dict[str, dict[int, float]]) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--repetitions', type=int, default=9)
+    parser.add_argument('--repetitions', type=int, default=7)
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:

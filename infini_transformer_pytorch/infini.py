@@ -310,6 +310,13 @@ class InfiniTransformer(SegmentModel):
         """The layer whose memories layer `index` reads."""
         return min(index + 1, len(self.layers) - 1) if self.mem_read_from == 'above' else index
 
+    def as_state(self, state: Any, batch_size: int) -> Any:
+        """See `SegmentModel.as_state`: lists and plain pairs are memories too."""
+        if not isinstance(state, (tuple, list)):
+            return state
+        pairs = (isinstance(layer, (tuple, list)) and len(layer) == 2 for layer in state)
+        return tuple(Memories(*layer) if pair else layer for layer, pair in zip(state, pairs, strict=True))
+
     def check_state(self, state: Any, batch_size: int) -> None:
         """Raises ValueError if `state` is not one `Memories` a layer, of this model and batch size."""
         expected = self.initial_state(batch_size)

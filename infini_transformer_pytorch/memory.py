@@ -87,7 +87,8 @@ def write(
             shares = torch.where(normaliser > 0, normaliser, 1).reciprocal() * (normaliser > 0)
             erase = weighted.mT @ (keys * shares)
         states = affine_scan(weighted.mT @ values, past.kv_mem, erase=erase, decay=decay)
-        return Memories(states[:-1], norms[:-1]), Memories(states[-1], norms[-1])
+        # copies: a view of the last would keep the memories of all segments alive
+        return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
 
 
 def read(queries: Tensor, memories: Memories, rule: str) -> tuple[Tensor, Tensor]:
@@ -168,4 +169,4 @@ def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]
         torch.cat((past.k_norm[None], valid[..., None, None].expand(-1, -1, *past.k_norm.shape[1:]))).cummax(0).values
     )
     entering = Memories(states[:-1:chunks], marks[:-1])
-    return entering, Memories(states[-1], marks[-1])
+    return entering, Memories(states[-1].clone(), marks[-1].clone())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
 from segment_recurrence_pytorch.generation import Cursor, new_token_count
-from segment_recurrence_pytorch.sampling import FILTERS, top_p
+from segment_recurrence_pytorch.sampling import has_filter, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
@@ -115,7 +115,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
             prompt = torch.full((batch_size, 1), options.pop('start_token', 0), device=self.model.device)
         if not exclude_prompt and not isinstance(prompt, Tensor):
             raise ValueError('exclude_prompt=False needs a prompt of shape (batch, length)')
-        if filter_fn is None and not FILTERS & set(options):
+        if filter_fn is None and not has_filter(options):
             filter_fn = top_p
         if filter_fn is not None:
             options['filter_fn'] = partial(filter_fn, **(filter_kwargs or {}))
@@ -123,6 +123,6 @@ class InfiniTransformerWrapper(SegmentWrapper):
         out = self.generate_tokens(prompt, count, state=past_memories, **options)
         if exclude_prompt:
             return out
-        if isinstance(out, Tensor):
-            return torch.cat((prompt, out), dim=1)
-        return torch.cat((prompt, out[0]), dim=1), out[1]
+        new, *cursor = (out,) if isinstance(out, Tensor) else out
+        whole = torch.cat((prompt.to(new.device), new), dim=1)
+        return (whole, *cursor) if cursor else whole

@@ -276,13 +276,11 @@ class RecurrentMemoryTransformer(SegmentModel):
         """See `SegmentModel.open_segment`."""
         return RMTCache(self, state, segment_length)
 
-    def reset(self, state: RMTState, rows: Tensor) -> RMTState:
-        """See `SegmentModel.reset`. From then on the rows differ in the number of their XL memories."""
-        initial = self.initial_state(rows.shape[0])
-        if initial.xl is not None and state.xl is not None:
-            initial = initial._replace(xl=initial.xl.counted())
-            state = state._replace(xl=state.xl.counted())
-        return where_rows(rows, initial, state)
+    def where(self, rows: Tensor, chosen: RMTState, other: RMTState) -> RMTState:
+        """See `SegmentModel.where`. From then on the rows differ in the number of their XL memories."""
+        if chosen.xl is not None and other.xl is not None:
+            chosen, other = (state._replace(xl=state.xl.counted()) for state in (chosen, other) if state.xl is not None)
+        return where_rows(rows, chosen, other)
 
     def check_state(self, state: Any, batch_size: int) -> None:
         """Raises ValueError if `state` does not fit this model and batch size."""

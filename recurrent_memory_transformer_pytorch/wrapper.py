@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from segment_recurrence_pytorch.generation import new_token_count
-from segment_recurrence_pytorch.sampling import FILTERS, top_k
+from segment_recurrence_pytorch.sampling import has_filter, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, check_count, same_option
 
 
@@ -111,7 +111,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         num_tokens) most likely tokens; 0.9 unless top_k, top_p, min_p or filter_fn is given.
         The other options: see `SegmentWrapper.generate_tokens`.
         """
-        if filter_thres is None and not FILTERS & set(options):
+        if filter_thres is None and not has_filter(options):
             filter_thres = 0.9
         if filter_thres is not None:
             if not 0 <= filter_thres <= 1:

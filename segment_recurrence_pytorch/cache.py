@@ -59,7 +59,8 @@ class SegmentCache(ABC):
         """See `SegmentModel.close_segment`."""
 
     def slots(self, count: int, lengths: Tensor | None) -> Slots:
-        """Where `count` columns of tokens go, of which row i has lengths[i]. ValueError if the segment is too short."""
+        """Where `count` columns of tokens go, of which row i has lengths[i]. ValueError if the segment is too short for
+        aligned rows; where each row has its own position, no value is looked at."""
         if self.aligned is not None and lengths is None:
             if self.aligned + count > self.length:
                 raise ValueError(

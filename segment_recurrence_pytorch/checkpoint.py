@@ -1,4 +1,4 @@
-"""Weights and training states on disk. A file is written beside its place, then moved there: never half a file."""
+"""Weights, training states and cursors on disk. A file is written beside its place, then moved: never half a file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     """Writes a place in a text (the state, and the tokens since its border) as safetensors, with the fingerprint of
-    the model that read it."""
+    the model that read it. ValueError for a cursor that is not the model's."""
+    cursor = _checked(cursor, model)
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
     with replacing(path) as part_path:
         save_file(
@@ -78,8 +79,17 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
             raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
     if saved['sha256'] != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
-    like = Cursor(model.initial_state(1), parts[0], parts[0])
-    return from_list([parts.get(i) for i in range(len(to_list(like)))], like)
+    like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
+    if any(part is not None and i not in parts for i, part in enumerate(to_list(like))):
+        raise ValueError(f'{path} holds no cursor: parts are missing')
+    return _checked(from_list([parts.get(i) for i in range(len(to_list(like)))], like), model)
+
+
+def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:
+    rows = len(cursor.tokens)
+    state = model.initial_state(rows) if cursor.state is None else model.as_state(cursor.state, rows)
+    model.check_state(state, rows)
+    return cursor._replace(state=state)
 
 
 def fingerprint(model: SegmentModel) -> dict[str, Any]:

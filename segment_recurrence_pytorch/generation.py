@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from segment_recurrence_pytorch.backprop import plan_windows, read_window, segme
 from segment_recurrence_pytorch.cache import SegmentCache
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, map_state, where_rows
+from segment_recurrence_pytorch.state import State, map_state
 
 CHECK_EVERY = 32  # tokens between two looks at a device
 
@@ -58,41 +59,54 @@ class Stream:
         eos_token_id: int | None = None,
         compile: bool = False,
         check_every: int = 1,
+        segments_per_pass: int | None = None,
     ):
         self.model, self.sampler, self.max_new_tokens, self.eos = model, sampler, max_new_tokens, eos_token_id
         self.segment_length, self.check_every = segment_length, check_every
         self.produced, self._checked, self._unchecked = 0, 0, list[Tensor]()
         self._start = cursor.lengths.tolist()
-        self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
-        with evaluating(model), torch.no_grad():
-            state, rest, lengths = read_segments(model, cursor, segment_length)
+        device = model.device.type
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with self.guarded():
+            state, rest, lengths = read_segments(model, cursor, segment_length, segments_per_pass)
             self._cache = model.open_segment(state, segment_length)
-            hidden, self._cache = model.extend(self._cache, rest, None if len(set(lengths.tolist())) == 1 else lengths)
-            self._logits: Tensor | None = model.to_logits(
-                hidden[torch.arange(len(rest), device=rest.device), lengths - 1]
-            )
-        steps: tuple[Callable, Callable] = _compiled(model.device.type) if compile else (_step, _close)
-        self._step, self._close = steps
+            uniform = len(set(lengths.tolist())) == 1
+            hidden, self._cache = model.extend(self._cache, rest, None if uniform else lengths)
+            last = hidden[torch.arange(len(rest), device=rest.device), lengths - 1]
+            self._logits: Tensor | None = model.to_logits(last)
+            if compile:
+                self._cache.make_static()
+            # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
+            self._tokens = rest.new_zeros(len(rest), segment_length + 1)
+            self._tokens[:, : rest.shape[1]] = rest
+            self._in_cache, self._in_cursor, self._column = lengths.tolist(), lengths, lengths.clone()
+            self._newest = rest[:, -1]
+            self._done = torch.zeros_like(lengths, dtype=torch.bool)
+            self._state = self._cache.state_now()  # of a finished row it stays, while the cache goes on
+            self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
+        steps: tuple[Callable, Callable] = _step, _close
         if compile:
-            self._cache.make_static()
-        # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
-        self._tokens = rest.new_zeros(len(rest), segment_length + 1)
-        self._tokens[:, : rest.shape[1]] = rest
-        self._in_cache, self._in_cursor = lengths.tolist(), lengths
-        self._column = lengths.clone()
-        self._newest = rest[:, -1]
-        self._done = torch.zeros_like(lengths, dtype=torch.bool)
-        self._state = self._cache.state_now()  # of a finished row it stays, while the cache goes on
+            shape = type(model), model.arguments, model.dtype, len(rest), segment_length, self._autocast
+            steps = _compiled(device, repr(shape))
+        self._step, self._close = steps
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        with evaluating(self.model), torch.no_grad():
+        with self.guarded():
             token = self._advance()
         if token is None:
             raise StopIteration
         return token
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Where tokens are computed: without gradients or dropout, under the autocast that the stream began with."""
+        enabled, dtype = self._autocast
+        autocast = torch.autocast(self.model.device.type, dtype, enabled=enabled)
+        with evaluating(self.model), torch.inference_mode(False), torch.no_grad(), autocast:
+            yield
 
     def _advance(self) -> Tensor | None:
         look = self.eos is not None and self.produced % self.check_every == 0
@@ -101,17 +115,17 @@ class Stream:
             return None
         if self._logits is None:
             self._logits = self._next_logits()
-        token = self.sampler(self._logits, self._seen)
-        self._unchecked.append(self._logits.sum(dim=-1, dtype=torch.promote_types(self._logits.dtype, torch.float32)))
+        token, most = self.sampler(self._logits, self._seen)
+        self._unchecked.append(most)
         if len(self._unchecked) >= self.check_every:
             self._check()
         self._take(token)
         self._logits = None
         self.produced += 1
-        return self._newest
+        return self._newest.clone()  # the caller's own
 
     def unguarded(self) -> Iterator[Tensor]:
-        """The same tokens, for a caller who has put the model into evaluation mode, without gradients."""
+        """The same tokens, for use inside one `with stream.guarded()`, which costs something a token."""
         while (token := self._advance()) is not None:
             yield token
 
@@ -120,7 +134,7 @@ class Stream:
         """Where each row stands: goes back into `generate` and `stream`, with more prompt or without."""
         state = self._cache.state_now() if self.eos is None else self._state
         longest = int(self._in_cursor.max())
-        return Cursor(state, self._tokens[:, :longest].clone(), self._in_cursor.clone())
+        return map_state(torch.clone, Cursor(state, self._tokens[:, :longest], self._in_cursor))
 
     @property
     def finished(self) -> Tensor:
@@ -134,7 +148,7 @@ class Stream:
             rows = torch.tensor(full, device=self.model.device)
             self._close(self.model, self._cache, None if all(full) and not self._cache.static else rows)
             if self.eos is not None:
-                self._state = where_rows(self._done, self._state, self._cache.state_now())
+                self._state = self.model.where(self._done, self._state, self._cache.state_now())
             self._column.masked_fill_(rows, 0)
             self._in_cache = [0 if is_full else count for count, is_full in zip(self._in_cache, full, strict=True)]
             self._put(self._newest, rows & ~self._done)
@@ -147,7 +161,10 @@ class Stream:
         """Adds the chosen tokens (b,) to the cursor, but not in rows that were finished before."""
         if self.eos is not None:
             token = token.masked_fill(self._done, self.eos)
-        self._put(token, ~self._done)
+            self._put(token, ~self._done)
+        else:
+            self._tokens.scatter_(1, self._column[:, None], token[:, None])
+            self._in_cursor = self._column + 1
         if self._seen is not None:
             self._seen.scatter_(1, token[:, None], True)
         self._newest = token
@@ -173,11 +190,13 @@ class Stream:
                 row = flags.index(True)
                 raise ValueError(
                     f'the logits of row {row} after {self._start[row] + step} tokens (new token {step}) are NaN or '
-                    'infinite: look at the weights, or at the state that was given'
+                    'infinite, or a filter forbids every token: look at the weights, the state and filter_fn'
                 )
 
 
-def read_segments(model: SegmentModel, cursor: Cursor, segment_length: int) -> tuple[State, Tensor, Tensor]:
+def read_segments(
+    model: SegmentModel, cursor: Cursor, segment_length: int, segments_per_pass: int | None = None
+) -> tuple[State, Tensor, Tensor]:
     """Reads all of a cursor's tokens but the last 1 to segment_length of each row, at least one token a row.
 
     Returns the state at the last borders, the tokens since, (b, n) from the left, and how many each row has, (b,).
@@ -186,7 +205,7 @@ def read_segments(model: SegmentModel, cursor: Cursor, segment_length: int) -> t
     whole = (lengths - 1) // segment_length
     shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
     columns = torch.arange(longest, device=tokens.device)
-    segments = segments_at_once(model, segment_length)
+    segments = segments_per_pass or segments_at_once(model, segment_length)
     for window in plan_windows(longest, segment_length, segments_per_pass=segments):
         at = slice(window.start, window.stop)
         mask = None if window.stop <= shortest else columns[at] < (whole * segment_length)[:, None]
@@ -194,7 +213,9 @@ def read_segments(model: SegmentModel, cursor: Cursor, segment_length: int) -> t
     rest = lengths - whole * segment_length
     place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
+    # a value of its own: no view of a parameter or of a window, and no graph
     state = model.initial_state(len(tokens)) if state is None else state
+    state = map_state(lambda t: t.detach().clone(), state)
     return state, left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0), rest
 
 
@@ -204,15 +225,25 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
     prompt: (b, n), or a list of b tensors (n_i,), or None. prompt_lengths: (b,), how many of each row of (b, n) count.
     """
     rows: list[Tensor] | None = None
+    if prompt is None and prompt_lengths is not None:
+        raise ValueError('prompt_lengths without a prompt: leave one out, or give the other')
     if isinstance(prompt, Tensor):
         if prompt.ndim != 2 or prompt.is_floating_point():
             raise ValueError(
                 f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
                 'list of rows (length,)'
             )
-        counts = [prompt.shape[1]] * len(prompt) if prompt_lengths is None else _counts(prompt_lengths, prompt)
+        counts = (
+            [prompt.shape[1]] * len(prompt)
+            if prompt_lengths is None
+            else _counts(prompt_lengths, prompt, 'prompt_lengths')
+        )
         rows = [row[:count] for row, count in zip(prompt.to(device), counts, strict=True)]
     elif prompt is not None:
+        if not isinstance(prompt, (list, tuple)):
+            raise ValueError(
+                f'the prompt is a {type(prompt).__name__}: give a tensor (batch, length), or a list of rows'
+            )
         if prompt_lengths is not None:
             raise ValueError('prompt_lengths says how long the rows of one tensor are: leave it out for a list')
         for row in prompt:
@@ -220,7 +251,8 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
                 raise ValueError('the prompt is a list: give one tensor of token ids (length,) a row')
         rows = [row.to(device) for row in prompt]
     if isinstance(state, Cursor):
-        before = [row[:count] for row, count in zip(state.tokens.to(device), state.lengths.tolist(), strict=True)]
+        counts = _counts(state.lengths, state.tokens, 'the lengths of the cursor')
+        before = [row[:count] for row, count in zip(state.tokens.to(device), counts, strict=True)]
         if rows is not None and len(rows) != len(before):
             raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` makes copies')
         rows = before if rows is None else [torch.cat(pair) for pair in zip(before, rows, strict=True)]
@@ -258,11 +290,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = True
 
 
-def _counts(prompt_lengths: Any, prompt: Tensor) -> list[int]:
-    counts = torch.as_tensor(prompt_lengths).tolist()
-    if not isinstance(counts, list) or len(counts) != len(prompt) or not all(0 <= n <= prompt.shape[1] for n in counts):
-        raise ValueError(f'prompt_lengths is {counts}: give {len(prompt)} numbers from 0 to {prompt.shape[1]}')
-    return [int(count) for count in counts]
+def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
+    counts, (rows, most) = torch.as_tensor(lengths).tolist(), tokens.shape
+    fits = isinstance(counts, list) and len(counts) == rows
+    if not fits or not all(isinstance(count, int) and 0 <= count <= most for count in counts):
+        raise ValueError(f'{name} is {counts}: give {rows} whole numbers from 0 to {most}')
+    return counts
 
 
 def _occurrences(cursor: Cursor, num_tokens: int) -> Tensor:
@@ -282,9 +315,13 @@ def _close(model: SegmentModel, cache: SegmentCache, rows: Tensor | None) -> Non
     model.close_segment(cache, rows)
 
 
-@cache
-def _compiled(device_type: str) -> tuple[Callable, Callable]:
-    """`_step` and `_close`, compiled; on CUDA they are replayed as graphs."""
+@lru_cache(maxsize=32)
+def _compiled(device_type: str, shape: str) -> tuple[Callable, Callable]:
+    """`_step` and `_close`, compiled for a model and shape; on CUDA they are replayed as graphs."""
     mode = 'reduce-overhead' if device_type == 'cuda' else None
-    step, close = (torch.compile(fn, fullgraph=True, dynamic=False, mode=mode) for fn in (_step, _close))
+    # code objects of their own: the compiler keeps a few variants a code object, and then refuses
+    step, close = (
+        torch.compile(FunctionType(fn.__code__.replace(), fn.__globals__), fullgraph=True, dynamic=False, mode=mode)
+        for fn in (_step, _close)
+    )
     return step, close

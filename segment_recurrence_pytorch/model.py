@@ -93,7 +93,11 @@ class SegmentModel(nn.Module, ABC):
 
     def reset(self, state: State, rows: Tensor) -> State:
         """The state with the rows where `rows` (b,) is True back at the initial state."""
-        return where_rows(rows, self.initial_state(rows.shape[0]), state)
+        return self.where(rows, self.initial_state(rows.shape[0]), state)
+
+    def where(self, rows: Tensor, chosen: State, other: State) -> State:
+        """The state with the rows of `chosen` where `rows` (b,) is True, and those of `other` elsewhere."""
+        return where_rows(rows, chosen, other)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: weight decay for the matrices of the layers, none for embeddings, gains and biases."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil, inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FilterFn = Callable[..., Tensor]
-# options that choose which tokens may be drawn
-FILTERS = frozenset({'filter_fn', 'top_k', 'top_p', 'min_p'})
 
 
 class Sampler:
@@ -36,13 +35,15 @@ class Sampler:
     ):
         if not 0 <= temperature < inf:
             raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more, and a finite number')
-        if top_k is not None and top_k < 1:
-            raise ValueError(f'top_k is {top_k}: give 1 or more tokens, or None for all')
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f'top_k is {top_k}: give a whole number of tokens from 1 on, or None for all')
         for name, value in (('top_p', top_p), ('min_p', min_p)):
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f'{name} is {value}: give a share in (0, 1], or None')
         if not 0 < repetition_penalty < inf:
             raise ValueError(f'repetition_penalty is {repetition_penalty}: give a number above 0, 1 for none')
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f'generator is a {type(generator).__name__}: give a torch.Generator, or None')
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.filter_fn, self.generator = repetition_penalty, filter_fn, generator
 
@@ -51,16 +52,21 @@ class Sampler:
         """Whether it asks which tokens occurred."""
         return self.repetition_penalty != 1
 
-    def __call__(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Token ids (b,) from logits (b, v); seen (b, v) bool: which tokens occurred."""
+    def __call__(self, logits: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids (b,) from logits (b, v), and the largest logit of each row that they were drawn from, (b,): if that
+        is not finite there was nothing to draw from, and the token means nothing. seen (b, v) bool: which occurred."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.filter_fn is not None:
-            logits = self.filter_fn(logits)
+            shape = logits.shape
+            logits = self.filter_fn(logits.clone())
+            if logits.shape != shape:
+                raise ValueError(f'filter_fn made {tuple(logits.shape)} of {tuple(shape)}: it must keep the shape')
         if seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
+        most = logits.amax(dim=-1)
+        if self.temperature < torch.finfo(torch.float32).tiny:
+            return logits.argmax(dim=-1), most
         logits = _tempered(logits, self.temperature)
         if self.top_k is not None:
             logits = _largest(logits, self.top_k)
@@ -68,7 +74,12 @@ class Sampler:
             logits = top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
-        return _draw(logits, self.generator)
+        return _draw(logits, self.generator), most
+
+
+def has_filter(options: dict[str, Any]) -> bool:
+    """Whether options choose which tokens may be drawn: then no published default does."""
+    return any(options.get(name) is not None for name in ('filter_fn', 'top_k', 'top_p', 'min_p'))
 
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:

@@ -163,8 +163,8 @@ class SegmentWrapper(nn.Module):
     @beartype
     def generate_tokens(
         self,
-        prompt: Any = None,
-        max_new_tokens: int = 0,
+        prompt: Any,
+        max_new_tokens: int,
         *,
         return_cursor: bool = False,
         progress: bool | None = None,
@@ -181,15 +181,9 @@ class SegmentWrapper(nn.Module):
             )
         on_cpu = self.model.device.type == 'cpu'
         stream = self._open_stream(prompt, max_new_tokens, 1 if on_cpu else CHECK_EVERY, **options)
-        tokens = []
-        with (
-            evaluating(self.model),
-            torch.no_grad(),
-            tqdm(total=max_new_tokens, disable=None if progress is None else not progress, unit='token') as bar,
-        ):
-            for token in stream.unguarded():
-                tokens.append(token)
-                bar.update()
+        hidden = None if progress is None else not progress  # None: tqdm hides the bar where there is no terminal
+        with stream.guarded():
+            tokens = list(tqdm(stream.unguarded(), total=max_new_tokens, disable=hidden, unit='token'))
         new = torch.stack(tokens, dim=1) if tokens else stream.cursor.tokens[:, :0]
         if stream.eos is not None:  # a device is looked at now and then: rows may have gone on together for a while
             running = ((new == stream.eos).cumsum(dim=1) == 0).any(dim=0)
@@ -207,8 +201,10 @@ class SegmentWrapper(nn.Module):
         max_new_tokens: None: endless. eos_token_id: a row ends with this token.
         temperature, top_k, top_p, min_p, repetition_penalty, filter_fn, generator: see `sampling.Sampler`; a repetition
             counts from the tokens of the prompt and of the cursor on.
-        compile: run each step under `torch.compile`, on CUDA as a graph: the first two segments are slow.
+        compile: run each step under `torch.compile`, on CUDA as a graph: the first two segments are slow. The device is
+            then looked at every 32 tokens only: an error, and the end of all rows, may come that much later.
         segment_length: instead of the wrapper's.
+        A finished row goes on if its cursor is given again: `cursor.rows(~stream.finished)` leaves it out.
         Segments start at the first token, whatever `align` says. ValueError for what does not fit, and for logits that
         are NaN, with the place.
         """
@@ -217,11 +213,14 @@ class SegmentWrapper(nn.Module):
         return self._open_stream(prompt, max_new_tokens, CHECK_EVERY if options.get('compile') else 1, **options)
 
     @beartype
-    def read(self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None) -> Cursor:
+    def read(
+        self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None, segment_length: int | None = None
+    ) -> Cursor:
         """The cursor after a prompt, at the speed of an evaluation without logits; arguments as in `stream`."""
+        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
         with evaluating(self.model), torch.no_grad():
-            return Cursor(*read_segments(self.model, cursor, self.segment_length))
+            return Cursor(*read_segments(self.model, cursor, length, self.segments_per_pass))
 
     def _open_stream(
         self,
@@ -239,11 +238,15 @@ class SegmentWrapper(nn.Module):
         **sampling: Any,
     ) -> Stream:
         sampler = Sampler(**sampling)
+        if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
+            raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
         if eos_token_id is not None and not 0 <= eos_token_id < self.model.num_tokens:
             raise ValueError(f'eos_token_id is {eos_token_id}: give a token id in [0, {self.model.num_tokens})')
         length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
-        if prompt is None and batch_size is not None and not isinstance(state, Cursor):
+        if batch_size is not None:
             check_count('batch_size', batch_size)
+            if prompt is not None or isinstance(state, Cursor):
+                raise ValueError(f'batch_size={batch_size} begins new rows with start_token: give no prompt or cursor')
             prompt = torch.full((batch_size, 1), start_token, device=self.model.device)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
         return Stream(
@@ -255,6 +258,7 @@ class SegmentWrapper(nn.Module):
             eos_token_id=eos_token_id,
             compile=compile,
             check_every=check_every,
+            segments_per_pass=self.segments_per_pass,
         )
 
     def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> Cursor:

@@ -21,7 +21,8 @@ from tests.reference import generate_by_rereading
 LENGTH = 6
 CASES = {f'rmt, {name}': (make_rmt, options) for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
 CASES |= {f'infini, {name}': (make_infini, options) for name, options in INFINI_OPTIONS.items()}
-FEW = ['rmt, plain', 'rmt, xl mixed', 'rmt, no memory', 'infini, delta, gqa', 'infini, deltanet, decay, gqa']
+FEW = ['rmt, plain', 'rmt, xl mixed', 'rmt, xl long', 'rmt, no memory', 'infini, delta, gqa']
+FEW += ['infini, deltanet, decay, gqa']
 ALL = pytest.mark.parametrize('case', CASES)
 SOME = pytest.mark.parametrize('case', FEW)
 
@@ -131,9 +132,21 @@ def test_compiled_decoding_is_eager_decoding_and_compiles_twice(case, compile_co
     new, logits, cursor = recorded(wrapper, prompt, 10, compile=True)
     assert compile_counter.frame_count == 2  # a token, a border
     more, more_logits, _ = recorded(wrapper, None, 20, state=cursor, compile=True)
-    assert compile_counter.frame_count == 2
     assert torch.equal(torch.cat((new, more), 1), expected)
     close(torch.cat((logits, more_logits), 1), expected_logits)
+    short = prompt[:, :4]  # its first segment's state is the model's own
+    expected = wrapper.generate_tokens(short, 20, temperature=0)
+    assert torch.equal(wrapper.generate_tokens(short, 20, temperature=0, compile=True), expected)
+    assert compile_counter.frame_count == 2
+
+
+def test_compiled_decoding_takes_any_number_of_shapes(compile_counter):
+    wrapper = wrapped('rmt, plain')
+    for batch in range(1, 12):
+        prompt = ids(batch, 4)
+        new = wrapper.generate_tokens(prompt, 4, temperature=0, compile=True)
+        assert torch.equal(new, wrapper.generate_tokens(prompt, 4, temperature=0))
+    assert compile_counter.frame_count == 22
 
 
 @pytest.mark.cuda
@@ -212,7 +225,7 @@ def test_a_fork_goes_on_as_its_row_would(case):
 @pytest.mark.parametrize('ragged', [False, True])
 def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged):
     wrapper = wrapped(case)
-    prompts = [ids(n) for n in ((3, 9, 8) if ragged else (8, 8, 8))]
+    prompts = [ids(n) for n in ((3, 9, 8) if ragged else (3, 3, 3))]
     free, _ = wrapper.generate_tokens(prompts, 40, temperature=0, return_cursor=True)
     # a token that comes early in one row
     eos = int(free[0, 3])
@@ -235,8 +248,9 @@ def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged):
     )  # fmt: skip
     tokens = torch.stack(list(late), 1)
     assert torch.equal(tokens[:, : new.shape[1]], new)
-    for have, want in zip(leaves(late.cursor), leaves(cursor), strict=True):
-        assert torch.equal(have, want)
+    assert torch.equal(late.cursor.tokens, cursor.tokens)
+    question = ids(3, 2)
+    close(recorded(wrapper, question, 9, state=late.cursor)[1], recorded(wrapper, question, 9, state=cursor)[1])
     assert late.finished.tolist() == [bool((row == eos).any()) for row in free]
 
 
@@ -302,7 +316,7 @@ def test_sampled_frequencies_are_the_softmax(dtype):
         ({'top_p': 0.7, 'temperature': 2.0}, top_p(logits.float()[None] / 2, 0.7)[0].softmax(0)),
         ({'min_p': 0.2}, min_p(logits.float()[None], 0.2)[0].softmax(0)),
     ]:
-        drawn = Sampler(**options)(batch)
+        drawn, _ = Sampler(**options)(batch)
         counts = torch.bincount(drawn, minlength=12).double()
         assert not counts[expected == 0].any()
         # of 11 degrees of freedom: exceeded once in 100,000
@@ -316,11 +330,12 @@ def test_filters_keep_what_they_say():
     kept = top_p(logits, 0.9).isfinite()[0]
     assert probabilities[kept].sum() >= 0.9 > probabilities[kept].sum() - probabilities[kept].min()
     assert min_p(logits, 0.1).isfinite().sum() == (probabilities >= 0.1 * probabilities.max()).sum()
-    penalised = Sampler(repetition_penalty=2.0, temperature=0)(
+    penalised, _ = Sampler(repetition_penalty=2.0, temperature=0)(
         torch.tensor([[3.0, 2.0, -1.0], [-1.0, -3.0, -1.5]]), torch.tensor([[True, False, False], [True, False, False]])
     )
     assert penalised.tolist() == [1, 2]
-    assert Sampler(temperature=0)(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [1]
+    for temperature in (0, 1e-50):
+        assert Sampler(temperature=temperature)(torch.tensor([[1.0, 3.0, 2.0]]))[0].tolist() == [1]
 
 
 @SOME
@@ -413,13 +428,25 @@ def bad_calls():
     yield dict(prompt=prompt, state=Cursor(state, ids(3, 2), torch.tensor([2, 2, 2]))), '2 prompts for a cursor of 3'
     yield dict(prompt=prompt, eos_token_id=20), 'eos_token_id is 20'
     yield dict(prompt=prompt, prompt_lengths=[3, 8]), r'prompt_lengths is \[3, 8\]'
-    yield dict(prompt=prompt, prompt_lengths=[3]), 'give 2 numbers from 0 to 7'
+    yield dict(prompt=prompt, prompt_lengths=[3]), 'give 2 whole numbers from 0 to 7'
     yield dict(prompt=[ids(2)], prompt_lengths=[2]), 'leave it out'
     yield dict(prompt=[ids(2, 2)]), 'one tensor of token ids'
     yield dict(prompt=torch.randn(2, 7, 16)), 'give token ids'
     yield dict(prompt=prompt + 20), 'outside'
     yield dict(prompt=prompt, segment_length=7), 'segment_length is 7'
-    yield dict(batch_size=0), 'batch_size is 0'
+    yield dict(prompt=None, batch_size=0), 'batch_size is 0'
+    yield dict(prompt=prompt, batch_size=2), 'give no prompt or cursor'
+    yield dict(prompt=5), 'the prompt is a int'
+    yield dict(prompt=prompt, prompt_lengths=[1.5, 2.0]), 'whole numbers'
+    cursor = Cursor(None, prompt, torch.tensor([7, 1]))
+    yield dict(prompt=None, state=cursor, prompt_lengths=[1, 1]), 'prompt_lengths without a prompt'
+    yield dict(prompt=None, state=Cursor(None, prompt, torch.tensor([9, 1]))), 'the lengths of the cursor'
+    yield dict(prompt=None, state=Cursor(None, prompt, torch.tensor([1]))), 'the lengths of the cursor'
+    yield dict(prompt=prompt, top_k=2.5), 'top_k is 2.5'
+    yield dict(prompt=prompt, generator=7), 'generator is a int'
+    yield dict(prompt=prompt, filter_fn=lambda logits: logits[:1]), 'it must keep the shape'
+    yield dict(prompt=prompt, filter_fn=lambda logits: logits - math.inf), r'row 0 after 7 tokens \(new token 0\)'
+    yield dict(prompt=prompt, filter_fn=lambda logits: logits * math.nan), 'are NaN'
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
@@ -522,6 +549,74 @@ def test_a_cursor_file_of_another_model_or_a_damaged_one_is_refused(tmp_path):
         load_cursor(path, wrapper.model)
     with pytest.raises(ValueError, match='no cursor'):
         load_cursor(tmp_path / 'missing.safetensors', wrapper.model)
+
+
+@SOME
+def test_a_cursor_is_a_value_of_its_own(case, tmp_path):
+    wrapper, prompt = wrapped(case), ids(2, 40)
+    _, state = wrapper.logits(prompt[:, :6])
+    for cursor in (wrapper.read(prompt[:, :3]), wrapper.read(prompt), wrapper.read(prompt[:, 6:], state)):
+        owned = {parameter.untyped_storage().data_ptr() for parameter in wrapper.parameters()}
+        for leaf in leaves(cursor):
+            assert not leaf.requires_grad
+            assert leaf.untyped_storage().data_ptr() not in owned
+            assert leaf.untyped_storage().nbytes() <= leaf.nbytes + 64
+    stream = wrapper.stream(prompt, temperature=0)
+    expected = wrapper.generate_tokens(prompt, 20, temperature=0)
+    for at in range(20):
+        token = next(stream)
+        assert torch.equal(token, expected[:, at])
+        token.zero_()
+        for leaf in leaves(stream.cursor):
+            leaf.zero_()
+    # a state in any form that a model takes
+    save_cursor(Cursor(None, prompt, torch.tensor([40, 40])), tmp_path / 'a', wrapper.model)
+    cursor = load_cursor(tmp_path / 'a', wrapper.model)
+    assert torch.equal(wrapper.generate_tokens(None, 5, state=cursor, temperature=0), expected[:, :5])
+
+
+def test_a_stream_keeps_the_autocast_that_it_began_with():
+    wrapper, prompt = wrapped('rmt, xl mixed').float(), ids(2, 9)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = wrapper.generate_tokens(prompt, 20, temperature=0)
+        stream = wrapper.stream(prompt, max_new_tokens=20, temperature=0)
+    assert torch.equal(torch.stack(list(stream), 1), expected)
+    stream = wrapper.stream(prompt, max_new_tokens=20, temperature=0)
+    with torch.autocast('cpu', torch.bfloat16):
+        tokens = torch.stack(list(stream), 1)
+    assert torch.equal(tokens, wrapper.generate_tokens(prompt, 20, temperature=0))
+    with torch.inference_mode():
+        stream = wrapper.stream(prompt, max_new_tokens=20, temperature=0)
+    assert torch.equal(torch.stack(list(stream), 1), tokens)
+
+
+def test_a_filter_may_work_in_place_and_forbid_tokens():
+    wrapper, prompt = wrapped('rmt, plain'), ids(2, 9)
+    free = wrapper.generate_tokens(prompt, 1, temperature=0)
+    forbidden = int(free[0, 0])
+
+    def forbid(logits):
+        logits[:, forbidden] = -math.inf
+        return logits
+
+    for options in ({'temperature': 0}, {}):
+        assert not (wrapper.generate_tokens(prompt, 40, filter_fn=forbid, **options) == forbidden).any()
+
+
+@SOME
+def test_a_prompt_is_read_in_windows_of_segments_per_pass(case):
+    model, prompt = wrapped(case).model, ids(2, 40)
+    longest = []
+    advance = model.advance
+
+    def watched(tokens, *arguments, **options):
+        longest.append(tokens.shape[1])
+        return advance(tokens, *arguments, **options)
+
+    model.advance = watched
+    SegmentWrapper(model, segment_length=LENGTH, segments_per_pass=1).read(prompt)
+    assert max(longest) == LENGTH
+    assert SegmentWrapper(model, segment_length=LENGTH).read(prompt, segment_length=4).tokens.shape == (2, 4)
 
 
 def test_a_bar_shows_only_on_request(capsys):

@@ -174,6 +174,8 @@ def test_a_trained_model_writes_on(tmp_path, corpus):
     out = run(tmp_path, *options, '--bytes', 150)
     assert out.startswith('import ')
     assert run(tmp_path, *options, '--bytes', 150) == out
+    drawn = [run(tmp_path, *options[:-2], '--bytes', 150, '--seed', seed) for seed in (5, 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
     assert 'give --bytes' not in run(tmp_path, '--sample', '--resume', 'runs/off', '--bytes', 20)
     assert '7 in the prompt leave --bytes 57' in run(tmp_path, '--sample', '--resume', 'runs/off', fails=True)
     assert 'needs a trained model' in run(tmp_path, '--sample', fails=True)
