@@ -1,11 +1,11 @@
-# make train | test | lint | bench: each makes the environment that it needs, once, from constraints.txt
+# make train | test | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench evidence clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -26,6 +26,10 @@ bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.infini_training
 	$(BIN)/python -m benchmarks.infini_million
 	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.generation
+
+evidence: $(VENV)/ready
+	$(BIN)/python -m benchmarks.evidence --report
 
 clean:
 	rm -rf $(VENV) .venv-peer build dist *.egg-info

@@ -55,7 +55,9 @@ def worker(name: str) -> None:
         rows = list(prompt)
         if how == 'ragged':
             rows = [row[: prompt_length - i * length // batch] for i, row in enumerate(rows)]
-        cursor = wrapper.read(rows)
+        cursor = None
+        for start in range(0, prompt_length, 1024):  # in pieces: what reading needs does not depend on the length
+            cursor = wrapper.read([row[start : start + 1024] for row in rows], cursor)
         draw(wrapper, None, length, state=cursor)
         serve(lambda: draw(wrapper, None, length, state=cursor), megabytes=resident())
     elif how == 'read':

@@ -68,6 +68,19 @@ def test_speeds_are_those_that_were_measured():
     for name, words in (('chunked', 'than a\nchunked scan'), ('associative', 'than an associative one')):
         slower = [round(row[name], 1) for row in times]
         assert f'{min(slower)} to {max(slower)} times faster {words}' in README
+    generation = json.loads((results / 'generation.json').read_text())
+    for row in generation['tokens']:
+        model = {'rmt': 'RMT', 'infini': 'Infini'}[row['model']]
+        cells = [row[f'{what}_{how}'] for what in ('times_faster', 'batch') for how in ('eager', 'compiled')]
+        assert f'| {model}, {row["segment_length"]} | {" | ".join(map(str, cells))} |' in README
+    places = generation['positions'].values()
+    for words, values in (
+        ('costs {} (RMT) and {} (Infini) times one at 1,024', [place['time_ratio'] for place in places]),
+        ('with {} and {} MB more', [place['megabytes_more'] for place in places]),
+        ('Rows of different lengths cost {} and {} times', generation['ragged_times_aligned'].values()),
+        ('is read at {} and {} times', generation['prompt_times_evaluation'].values()),
+    ):
+        assert words.format(*values) in README.replace('\n', ' ')
     growth = json.loads((results / 'write_init.json').read_text())['gradient_norm']
     grown = [round(growth[name]['32'] / growth[name]['1']) for name in ('sum', 'previous', 'learned')]
     assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
