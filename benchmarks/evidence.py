@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.evidence_report import report
-from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
+from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
 from segment_recurrence_pytorch.data import Streams, load_corpus
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import detach
@@ -94,7 +94,8 @@ def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
     for segments in row.lengths[:2] if quick else row.lengths:
         generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
         start = time.perf_counter()
-        share = accuracy(wrapper, row.task(), segments, batch_size=4 if quick else row.sequences, generator=generator)
+        count = 4 if quick else row.million_sequences if segments >= MILLION else row.sequences
+        share = accuracy(wrapper, row.task(), segments, batch_size=count, generator=generator)
         curve[segments], seconds[segments] = round(share, 4), round(time.perf_counter() - start, 1)
         print(f'{row.name} seed {seed}: {segments:6,} segments {share:.3f} {seconds[segments]:6.1f} s', flush=True)
     return {'curve': curve, 'history': history, 'train_seconds': round(trained), 'evaluation_seconds': seconds}

@@ -28,7 +28,7 @@ def report(folder: Path, page: Path) -> None:
         parts.append(f'## {row.claim}\n\n`python -m benchmarks.evidence {name}`. Published: {row.published}.\n')
         if isinstance(row, TaskRow):
             parts.append(task_table(row, results[name]))
-            if len(results[name][0]['curve']) > 4:
+            if len(results[name][0]['curve']) > 1:
                 plot_curves({name: results[name]}, page.parent / f'{name}.png')
                 parts.append(f'![{row.claim}]({name}.png)\n')
         elif isinstance(row, LanguageRow):
@@ -65,7 +65,8 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
             f'| {task.without_memory:.3f} | {met} |'
         )
     seconds = ', '.join(str(result['train_seconds']) for result in results)
-    return '\n'.join(lines) + f'\n\n{len(results)} seeds, {row.steps:,} steps, {row.sequences} sequences a length; ' \
+    return '\n'.join(lines) + f'\n\n{len(results)} seeds, {row.steps:,} steps, {row.sequences} sequences a length, ' \
+        f'{row.million_sequences} at a million tokens; ' \
         f'trained in {seconds} s.\n'  # fmt: skip
 
 

@@ -53,14 +53,15 @@ class Row:
 @dataclass(kw_only=True)
 class TaskRow(Row):
     """stages, threshold, mix: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
-    sequences. targets: the least accuracy asked for at some of them. repetition: up to how often a segment is written
-    in training (virtual length). one_rate: gates learn as all else."""
+    sequences, a million tokens with `million_sequences`. targets: the least accuracy asked for at some of them.
+    repetition: up to how often a segment is written in training (virtual length). one_rate: gates learn as all else."""
 
     task: Callable[[], Task]
     stages: list[int]
     lengths: list[int]
     targets: dict[int, float] = field(default_factory=dict)
     sequences: int = 64
+    million_sequences: int = 16
     threshold: float = 0.9
     mix: float = 0.5
     repetition: float = 0.0
@@ -111,7 +112,7 @@ _tasks: list[TaskRow | LanguageRow] = [
         name='rmt_memorize',
         claim='RMT keeps a fact through a million tokens, trained on at most 5 segments',
         published='near 1.00 to 1M tokens and more (arXiv 2304.11062, BERT-base)',
-        model='rmt', options=RMT, steps=1500, embedding_std=0.5,
+        model='rmt', options=RMT, steps=1500, embedding_std=0.5, million_sequences=64,
         targets={5: 0.99, 7: 0.99, 1024: 0.95, MILLION: 0.85}, **MEMORIZE,
     ),
     TaskRow(
