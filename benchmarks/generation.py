@@ -10,6 +10,7 @@ the prompt is not in the time. Also: cost by position, of a batch, of rows of di
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64)
 SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
 TOKENS = 32
-POSITIONS = (0, 1, 16, 256)  # whole segments before the half one, for the plot
+# whole segments before the half one, for the plot: up to 65,536 tokens
+POSITIONS = {'rmt': (0, 2, 16, 256), 'infini': (0, 1, 8, 128)}
 LONG = 65_536
 BATCH = 16
 
@@ -37,15 +39,16 @@ def worker(name: str) -> None:
     prompt = torch.randint(0, SIZES['num_tokens'], (batch, prompt_length))
 
     def published_token() -> float:
-        seconds = []
-        for count in (1, 1 + TOKENS):
-            start = time.perf_counter()
-            if model == 'rmt':
-                wrapper.generate(prompt, length=prompt_length + count)
-            else:
-                wrapper.generate(prompt=prompt, seq_len=prompt_length + count)
-            seconds.append(time.perf_counter() - start)
-        return (seconds[1] - seconds[0]) / TOKENS
+        # from one forward pass to the next, at the end: the prompt is not in it
+        began: list[float] = []
+        network = wrapper.transformer if model == 'rmt' else wrapper.model
+        hook = network.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
+        if model == 'rmt':
+            wrapper.generate(prompt, length=prompt_length + 1 + TOKENS)
+        else:
+            wrapper.generate(prompt=prompt, seq_len=prompt_length + 1 + TOKENS)
+        hook.remove()
+        return (began[-1] - began[-TOKENS]) / (TOKENS - 1)
 
     if what == 'token' and how == 'published':
         serve(published_token)
@@ -165,24 +168,31 @@ def main(repetitions: int) -> None:
         prompts[model] = round(medians['evaluation'] / medians['read'], 2)
         print(f'{model}: a prompt is read at {prompts[model]} times the speed of an evaluation', flush=True)
 
-    curves: dict[str, dict[int, float]] = {}
+    results = {
+        'sizes': SIZES, 'tokens': tokens, 'positions': positions, 'ragged_times_aligned': ragged,
+        'prompt_times_evaluation': prompts,
+    }  # fmt: skip
+    write_results(__file__, results)
+    curves(repetitions)
+
+
+def curves(repetitions: int) -> None:
+    """Time per token by position, into the JSON that is there, and its plot."""
+    from benchmarks.interleave import write_results
+
+    seconds: dict[str, dict[int, float]] = {}
     for model, length in (('rmt', 256), ('infini', 512)):
-        for segments in POSITIONS:
+        for segments in POSITIONS[model]:
             position = segments * length + length // 2
             names = {f'{model}, {how}': f'token {model} {length} {position} 1 {how}'
                      for how in ('eager', 'compiled', 'published')}  # fmt: skip
             medians, _ = compare(names, 3 if segments > 16 else max(3, repetitions // 2))
-            for label, seconds in medians.items():
-                curves.setdefault(label, {})[position] = seconds
-    smallest = statistics.median(curves['rmt, eager'].values())
-    relative = {label: {p: round(s / smallest, 2) for p, s in curve.items()} for label, curve in curves.items()}
-    write_results(
-        __file__,
-        {
-            'sizes': SIZES, 'tokens': tokens, 'positions': positions, 'ragged_times_aligned': ragged,
-            'prompt_times_evaluation': prompts, 'time_by_position': relative,
-        },
-    )  # fmt: skip
+            for label, taken in medians.items():
+                seconds.setdefault(label, {})[position] = taken
+    one = statistics.median(seconds['rmt, eager'].values())
+    relative = {label: {p: round(s / one, 2) for p, s in curve.items()} for label, curve in seconds.items()}
+    before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
+    write_results(__file__, {**before, 'time_by_position': relative})
     plot(relative)
 
 
@@ -210,9 +220,10 @@ def plot(curves: dict[str, dict[int, float]]) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repetitions', type=int, default=7)
+    parser.add_argument('--curves', action='store_true', help='only the time by position')
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
     else:
-        main(arguments.repetitions)
+        (curves if arguments.curves else main)(arguments.repetitions)
