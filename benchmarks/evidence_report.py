@@ -12,7 +12,7 @@ INTRODUCTION = """# Results
 
 Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
 `make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` trains a row again.
-Means over the seeds, the worst seed in brackets; no row is chosen by its outcome. 'Without memory' is the best score
+Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the best score
 that a model can have that sees only its own segment.
 """
 
@@ -35,7 +35,7 @@ def report(folder: Path, page: Path) -> None:
             parts.append(language_table(row, results[name]))
     missing = [name for name in ROWS if not results[name]]
     if missing:
-        parts.append(f'## Not run\n\n{", ".join(missing)}.\n')
+        parts.append(f'## Without results yet\n\n{", ".join(missing)}.\n')
     page.write_text('\n'.join(parts))
     long = {name: found for name, found in results.items() if found and isinstance(ROWS[name], TaskRow)
             and max(map(int, found[0]['curve'])) > 1000}  # fmt: skip
