@@ -12,8 +12,8 @@ INTRODUCTION = """# Results
 
 Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
 `make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` trains a row again.
-Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the best score
-that a model can have that sees only its own segment.
+Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
+best score that a model can have that sees only its own segment.
 """
 
 
