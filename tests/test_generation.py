@@ -140,6 +140,16 @@ def test_compiled_decoding_is_eager_decoding_and_compiles_twice(case, compile_co
     assert compile_counter.frame_count == 2
 
 
+@SOME
+def test_compiled_steps_move_nothing(case, compile_counter):
+    """Graphs that are replayed write where they were recorded."""
+    stream = wrapped(case).stream(ids(2, 4), compile=True)
+    addresses = [leaf.data_ptr() for leaf in leaves(vars(stream._cache))]
+    for _ in range(3 * LENGTH):
+        next(stream)
+    assert [leaf.data_ptr() for leaf in leaves(vars(stream._cache))] == addresses
+
+
 def test_compiled_decoding_takes_any_number_of_shapes(compile_counter):
     wrapper = wrapped('rmt, plain')
     for batch in range(1, 12):
@@ -484,7 +494,7 @@ def test_other_refusals():
         wrapper.model.extend(cache, ids(1, 5))
 
 
-@pytest.mark.parametrize('check_every', [1, 4])
+@pytest.mark.parametrize('check_every', [1, 4, 32])
 def test_logits_that_are_no_numbers_are_an_error_that_names_the_place(check_every):
     model = make_rmt()
     prompt, calls = ids(2, 7), 0
