@@ -33,9 +33,10 @@ def report(folder: Path, page: Path) -> None:
                 parts.append(f'![{row.claim}]({name}.png)\n')
         elif isinstance(row, LanguageRow):
             parts.append(language_table(row, results[name]))
-    missing = [name for name in ROWS if not results[name]]
+    missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
+               for name, row in ROWS.items() if not results[name]]  # fmt: skip
     if missing:
-        parts.append(f'## Without results yet\n\n{", ".join(missing)}.\n')
+        parts.append('## Without results yet\n\n' + '\n'.join(missing) + '\n')
     page.write_text('\n'.join(parts))
     long = {name: found for name, found in results.items() if found and isinstance(ROWS[name], TaskRow)
             and max(map(int, found[0]['curve'])) > 1000}  # fmt: skip
