@@ -27,23 +27,26 @@ from tqdm import tqdm
 
 from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import LossReturn, SegmentWrapper
+from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import (
     load_training_state,
     load_weights,
     save_training_state,
     save_weights,
 )
-from segment_recurrence_pytorch.data import Piece, Streams, baselines, load_corpus
-from segment_recurrence_pytorch.generation import evaluating
-from segment_recurrence_pytorch.state import State, detach, from_list, map_state, to_list
+from segment_recurrence_pytorch.data import Streams, baselines, load_corpus
+from segment_recurrence_pytorch.state import from_list, map_state, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
+    bits_per_byte,
     check_writable,
     drop_lines_after,
+    first_bytes,
     has_bfloat16,
     plot_losses,
     plot_memory_shares,
+    train_loss,
+    valid_streams,
     warmup_cosine,
 )
 
@@ -157,7 +160,7 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
             for group, scale in zip(optimizer.param_groups, scales, strict=True):
                 group['lr'] = lr * scale
             with precision:
-                loss, num_targets, state = train_loss(wrapper, next(streams), state, run['memory'] == 'on', device)
+                loss, num_targets, state = train_loss(wrapper, next(streams), state, run['memory'] == 'on')
             optimizer.zero_grad()
             loss.backward()
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
@@ -187,7 +190,7 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
         scores = {}
         for name, memory in (('carried', True), ('reset', False)):
             with precision:
-                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), memory, device)
+                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), memory)
         metrics.write(json.dumps({'step': step, 'valid': scores, **reference}) + '\n')
 
     report(run, scores, step, seconds)
@@ -289,47 +292,6 @@ def build_infini(*, segment_length: int, **sizes: Any) -> SegmentWrapper:
 
 
 MODELS = {'rmt': build_rmt, 'infini': build_infini}
-
-
-def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool, device: torch.device) -> LossReturn:
-    """The loss of one piece of the streams, and the detached state to start the next piece with."""
-    tokens = piece.tokens.to(device)
-    if not memory:
-        # every segment a row of its own, with its next token as the last target: no state is carried
-        rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
-        return wrapper.loss(rows)._replace(state=None)
-    returned = wrapper.loss(tokens, wrapper.reset(state, piece.starts.to(device)))
-    return returned._replace(state=detach(returned.state))
-
-
-@torch.no_grad()
-def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool, device: torch.device) -> float:
-    """Bits per byte of all bytes but each text's first, the state carried through a text or reset at every segment."""
-    nats = targets = 0.0
-    state = None
-    with evaluating(wrapper):
-        for piece in streams:
-            loss, num_targets, state = train_loss(wrapper, piece, state, memory, device)
-            nats += loss.item() * num_targets.item()
-            targets += num_targets.item()
-    return nats / targets / math.log(2)
-
-
-def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
-    """The first `limit` bytes of the documents; 0: all."""
-    kept, total = [], 0
-    for document in documents:
-        kept.append(document[: limit - total] if limit else document)
-        total += len(kept[-1])
-        if total == limit:
-            break
-    return kept
-
-
-def valid_streams(documents: list[Tensor], length: int) -> Streams:
-    """Streams over the validation text: up to 16 rows of at least four pieces each."""
-    rows = sum(map(len, documents)) // (4 * length)
-    return Streams(documents, max(1, min(16, rows)), length, loop=False)
 
 
 def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:

@@ -23,15 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence_report import report
 from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
 from segment_recurrence_pytorch.data import Streams, load_corpus
-from segment_recurrence_pytorch.generation import evaluating
-from segment_recurrence_pytorch.state import detach
 from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
-from segment_recurrence_pytorch.training import warmup_cosine
+from segment_recurrence_pytorch.training import (
+    bits_per_byte,
+    first_bytes,
+    train_loss,
+    valid_streams,
+    warmup_cosine,
+)
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 RESULTS = Path(__file__).parent / 'results' / 'evidence'
@@ -43,19 +48,16 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
     """Trains through the row's curriculum; what happened, at every fiftieth step."""
     generator = torch.Generator().manual_seed(seed)
     task = row.task()
-    curriculum = SegmentCurriculum(row.stages, threshold=row.threshold, mix=row.mix)
+    curriculum = SegmentCurriculum(row.stages, threshold=0.9)
     groups = wrapper.model.param_groups(row.lr, 0.01)
     if row.one_rate:
         groups = [{**group, 'lr': row.lr} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    rates = [group['lr'] for group in optimizer.param_groups]
+    # warm up, then straight down
+    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
     history = []
     wrapper.train()
     for step in tqdm(range(steps), desc=f'{row.name}, seed {seed}', disable=None):
-        # warm up, then straight down
-        factor = min(1, (step + 1) / 50) * max(0.03, 1 - step / steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group['lr'] = rate * factor
         segments = curriculum.draw(generator)
         tokens, labels = task.batch(segments, row.batch_size, generator)
         per_segment = {}
@@ -66,6 +68,7 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         curriculum.update(math.exp(-loss.item()), segments)
         if step % 50 == 49 or step == steps - 1:
             history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
@@ -104,53 +107,30 @@ def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
 def run_language(row: LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
     """Trains a model with memory and its twin without, on the same bytes; their bits per byte."""
     corpus = load_corpus(None)
-    limit = 2_000 if quick else 131_072
+    held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
+    steps = 3 if quick else row.steps
     bits, seconds = {}, {}
-    for name in ('with memory', 'without'):
+    for name, memory in (('with memory', True), ('without', False)):
         torch.manual_seed(seed)
         wrapper = row.wrapper()
         order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
         length = wrapper.segment_length * row.segments
         streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
         optimizer = torch.optim.AdamW(wrapper.model.param_groups(row.lr, 0.01), betas=(0.9, 0.95))
-        rates = [group['lr'] for group in optimizer.param_groups]
-        steps, state = 3 if quick else row.steps, None
-        start = time.perf_counter()
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
+        start, state = time.perf_counter(), None
         wrapper.train()
-        for step in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group['lr'] = rate * warmup_cosine(step / steps)
-            loss, state = language_loss(wrapper, next(streams), state, name == 'with memory')
+        for _ in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
+            loss, _, state = train_loss(wrapper, next(streams), state, memory)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
         seconds[name] = round(time.perf_counter() - start)
-        held_out = torch.cat(corpus.valid)[:limit].view(8, -1).long()
-        bits[name] = round(language_bits(wrapper, held_out, name == 'with memory'), 4)
+        bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
         print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)
     return {'bits': bits, 'gain': round(bits['without'] - bits['with memory'], 4), 'train_seconds': seconds}
-
-
-def language_loss(wrapper: SegmentWrapper, piece, state, memory: bool):
-    """The loss of a piece, and the state after it; without memory every segment is a row of its own."""
-    if not memory:
-        rows = piece.tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
-        return wrapper.loss(rows).loss, None
-    loss, _, state = wrapper.loss(piece.tokens, wrapper.reset(state, piece.starts))
-    return loss, detach(state)
-
-
-@torch.no_grad()
-def language_bits(wrapper: SegmentWrapper, text: torch.Tensor, memory: bool) -> float:
-    """Bits per byte of 8 rows of held-out text (8, n), the state carried through each or reset at every segment."""
-    with evaluating(wrapper):
-        if memory:
-            loss = wrapper.loss(text).loss
-        else:
-            length = wrapper.segment_length
-            loss = wrapper.loss(text.unfold(1, length + 1, length).flatten(0, 1)).loss
-    return loss.item() / math.log(2)
 
 
 def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:

@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class TaskRow(Row):
-    """stages, threshold, mix: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
+    """stages: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
     sequences, a million tokens with `million_sequences`. targets: the least accuracy asked for at some of them.
     repetition: up to how often a segment is written in training (virtual length). one_rate: gates learn as all else."""
 
@@ -63,8 +63,6 @@ class TaskRow(Row):
     targets: dict[int, float] = field(default_factory=dict)
     sequences: int = 64
     million_sequences: int = 16
-    threshold: float = 0.9
-    mix: float = 0.5
     repetition: float = 0.0
     one_rate: bool = False
 

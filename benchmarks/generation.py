@@ -96,12 +96,11 @@ def evaluate(wrapper, prompt) -> None:
     """The hidden states of all positions, without logits."""
     import torch
 
-    from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+    from segment_recurrence_pytorch.backprop import read_windows
 
-    model, length, state = wrapper.model, wrapper.segment_length, None
     with torch.no_grad():
-        for window in plan_windows(prompt.shape[1], length, segments_per_pass=segments_at_once(model, length)):
-            _, state = read_window(model, prompt[:, window.start : window.stop], state, None, length)
+        for _ in read_windows(wrapper.model, prompt, None, wrapper.segment_length):
+            pass
 
 
 def timed(run) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import Memories, Writes, mix, read, write
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import FeedForward, no_autocast, rotary_turns, rotate
+from segment_recurrence_pytorch.layers import ResidualBlock, no_autocast, rotary_turns, rotate
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
 ROTARY_THETA = 10000.0
@@ -178,7 +178,7 @@ class InfiniAttention(nn.Module):
         if cached is not None:
             writes = cached.followed_by(writes)
         entering, after = self.fastweight_mem.write(writes, past)
-        if not need_output:
+        if query is None:
             return None, after, writes
         local = self._local(query, writes.keys, writes.values, attn_mask, backend)
         memories = entering if read_from is None else Memories(*(part[None] for part in read_from))
@@ -187,24 +187,30 @@ class InfiniAttention(nn.Module):
 
     def project(
         self, x: Tensor, need_query: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
         """x (..., n, dim) normed -> queries (..., h, n, d), keys and values (..., g, n, d), none of them rotated, and
         the strength and log decay (..., g, n). Queries only if need_query."""
-        width, d = self.heads * self.dim_head, self.dim_head
-        projected = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[width:])
-        *q, k, v = projected.split([width] * need_query + [self.kv_heads * d] * 2, dim=-1)
+        parts = self._parts(self.heads_of(x, need_query))
         # copied once into the order of the products that follow: each of them would copy a view again
-        *q, k, v = (t.unflatten(-1, (-1, d)).transpose(-3, -2).contiguous() for t in (*q, k, v))
-        query = self.q_norm(q[0]) if need_query else k
-        return query, self.k_norm(k), v, *self.strength_and_decay(x)
+        *query, k, v = (part.contiguous() for part in parts)
+        return self.q_norm(query[0]) if query else None, self.k_norm(k), v, *self.strength_and_decay(x)
 
-    def heads_of(self, x: Tensor) -> Tensor:
-        """x (b, n, dim) normed -> queries, keys and values side by side (b, h + 2 g, n, d), not rotated."""
-        heads = self.to_qkv(x).unflatten(-1, (-1, self.dim_head)).transpose(1, 2)
+    def heads_of(self, x: Tensor, need_query: bool = True) -> Tensor:
+        """x (..., n, dim) normed -> queries, keys and values side by side (..., h + 2 g, n, d), as projected."""
+        heads = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[self.heads * self.dim_head :])
+        return heads.unflatten(-1, (-1, self.dim_head)).transpose(-3, -2)
+
+    def normed(self, heads: Tensor) -> Tensor:
+        """What `heads_of` returned, after the norms of queries and keys."""
         if isinstance(self.q_norm, nn.Identity):
             return heads
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
+        q, k, v = self._parts(heads)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-3)
+
+    def _parts(self, heads: Tensor) -> tuple[Tensor, ...]:
+        """Queries, if there are any, keys and values."""
+        have_query = [self.heads] * (heads.shape[-3] > 2 * self.kv_heads)
+        return heads.split([*have_query, self.kv_heads, self.kv_heads], dim=-3)
 
     def merge(self, out: Tensor) -> Tensor:
         """(..., h, n, d) -> (..., n, dim)."""
@@ -237,15 +243,12 @@ class InfiniAttention(nn.Module):
         return strength, log_decay
 
 
-class Block(nn.Module):
-    """Pre-norm Infini-attention and GEGLU feed-forward, each with a residual; arguments as in `InfiniAttention`."""
+class Block(ResidualBlock):
+    """One layer; arguments as in `InfiniAttention`."""
 
     def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attn = InfiniAttention(dim, **attention)
-        self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+        attn = InfiniAttention(dim, **attention)
+        super().__init__(dim, attn, ff_mult=ff_mult, ff_dropout=ff_dropout, norm_eps=NORM_EPS)
 
     def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, Writes]:
         """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
@@ -253,11 +256,6 @@ class Block(nn.Module):
         if out is not None:
             x = self.add(x, out)
         return x, after, writes
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """x (..., n, dim) after the attention's output and the feed-forward."""
-        x = x + out
-        return x + self.ff(self.ff_norm(x))
 
 
 def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infini_transformer_pytorch.memory import Memories, Writes, phi
-from segment_recurrence_pytorch.cache import SegmentCache
+from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.layers import no_autocast, rotate
 
 if TYPE_CHECKING:
@@ -41,18 +41,15 @@ class InfiniCache(SegmentCache):
         columns = d if model.memory_rule == 'deltanet' else d + 1
         self.matrices = [matrix.flatten(0, 1) for matrix in self.buffers(layers, g, d, columns, dtype=wide)]
         self.shares = self.buffers(layers, attn.heads, 1, 1, dtype=wide)
-        self._enter(model)
+        self.enter(model)
 
-    def extend(self, model: InfiniTransformer, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """See `SegmentModel.extend`."""
-        slots, g = self.slots(tokens.shape[1], lengths), model.kv_heads
-        x = tokens.to(model.dtype) if tokens.is_floating_point() else model.token_emb(tokens)
-        turns = self.of(self.turns, slots)
-        turns = turns if slots.columns is None else turns[:, None]
+    def read(self, model: InfiniTransformer, x: Tensor, slots: Slots) -> Tensor:
+        """See `SegmentCache.read`."""
+        g, turns = model.kv_heads, self.turns_of(self.turns, slots)
         for index, block in enumerate(model.layers):
             normed = block.attn_norm(x)
             attn = block.attn
-            heads = attn.heads_of(normed)
+            heads = attn.normed(attn.heads_of(normed))
             turned = rotate(heads[:, : attn.heads + g], turns)
             self.put(self.keys[index], turned[:, attn.heads :], slots)
             self.put(self.written[index], heads[:, attn.heads :], slots)
@@ -65,14 +62,10 @@ class InfiniCache(SegmentCache):
             local = self.attend(turned[:, : attn.heads], self.keys[index], values, slots, model.backend)
             out = self._recall(index, local, heads[:, : attn.heads], attn.fastweight_mem)
             x = block.add(x, attn.merge(out))
-        self.move(slots, lengths)
-        return model.norm(x)
+        return x
 
-    def close(self, model: InfiniTransformer, rows: Tensor | None) -> None:
-        """See `SegmentModel.close_segment`."""
-        rows = self.rows_to_close(rows)
-        if self.aligned == 0:
-            return
+    def written_state(self, model: InfiniTransformer, rows: Tensor | None) -> tuple[Memories, ...]:
+        """See `SegmentCache.written_state`."""
         end, mask = self.aligned, None
         if rows is not None:
             # what does not close writes nothing, and keeps its memories bit for bit
@@ -85,11 +78,9 @@ class InfiniCache(SegmentCache):
             )
             writes = Writes(keys, values, strength, log_decay, mask)
             after.append(block.attn.fastweight_mem.write(writes, past)[1])
-        self.set_state(tuple(after))
-        self.start_again(rows)
-        self._enter(model)
+        return tuple(after)
 
-    def _enter(self, model: InfiniTransformer) -> None:
+    def enter(self, model: InfiniTransformer) -> None:
         """Takes what the layers read from the state."""
         for index, block in enumerate(model.layers):
             matrix, share = _as_read(block.attn.fastweight_mem, self.state[model.layer_read(index)])

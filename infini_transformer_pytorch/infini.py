@@ -267,7 +267,7 @@ class InfiniTransformer(SegmentModel):
             valid = tokens.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
             key_mask = nn.functional.pad(valid, (0, missing))
         tokens = rearrange(tokens, 'b (s n) ... -> s b n ...', s=segments)
-        x = tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
+        x = self.embed(tokens)
         attn_mask = None
         if key_mask is not None:
             key_mask = rearrange(key_mask, 'b (s n) -> s b n', s=segments)

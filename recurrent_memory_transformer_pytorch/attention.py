@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import NORM_EPS, FeedForward, rotary_turns, rotate
+from segment_recurrence_pytorch.layers import NORM_EPS, ResidualBlock, rotary_turns, rotate
 
 FIRST_TEXT_POSITION = 10000  # far from the memory tokens, which stand at 0
 ROTARY_THETA = 32768.0
@@ -176,22 +176,14 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
 
-class Block(nn.Module):
-    """Pre-norm attention and GEGLU feed-forward, each with a residual; arguments as in `Attention`."""
+class Block(ResidualBlock):
+    """One layer; arguments as in `Attention`."""
 
     def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, **attention)
-        self.ff_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+        attn = Attention(dim, **attention)
+        super().__init__(dim, attn, ff_mult=ff_mult, ff_dropout=ff_dropout, norm_eps=NORM_EPS)
 
     def forward(self, x: Tensor, layout: Layout, *, first_row: int, **attention) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, rows, dim) -> the rows from first_row on, and the text's keys and values, see `Attention`."""
         out, keys, values = self.attn(self.attn_norm(x), layout, first_row=first_row, **attention)
         return self.add(x[:, first_row:], out), keys, values
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """The rows x (b, n, dim) after the attention's output and the feed-forward."""
-        x = x + out
-        return x + self.ff(self.ff_norm(x))

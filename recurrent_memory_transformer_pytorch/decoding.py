@@ -16,9 +16,8 @@ from torch import Tensor
 from recurrent_memory_transformer_pytorch.attention import text_turns
 from recurrent_memory_transformer_pytorch.state import RMTState
 from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.cache import SegmentCache
+from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.layers import rotate
-from segment_recurrence_pytorch.state import where_rows
 
 if TYPE_CHECKING:
     from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
@@ -31,6 +30,7 @@ class RMTCache(SegmentCache):
     state: RMTState
 
     def __init__(self, model: RecurrentMemoryTransformer, state: RMTState, segment_length: int):
+        self.xl_mem_len = model.xl_mem_len
         batch, prefix = state.memory.shape[0], model.xl_mem_len + model.num_memory_tokens
         super().__init__(state, batch=batch, prefix=prefix, length=segment_length, device=model.device)
         shape = len(model.layers), model.kv_heads, prefix + segment_length + 1, model.dim_head
@@ -45,7 +45,7 @@ class RMTCache(SegmentCache):
             self.turns = xl, text
         if state.xl is not None and state.xl.counts is not None:
             self.make_ragged()
-        self._enter(model)
+        self.enter(model)
 
     def make_ragged(self) -> None:
         """See `SegmentCache`; XL memories get their full size and counts."""
@@ -53,7 +53,7 @@ class RMTCache(SegmentCache):
         aligned = self.aligned is not None
         super().make_ragged()
         if aligned and xl is not None:
-            self.state = self.state._replace(xl=xl.counted().padded(self.prefix - self.state.memory.shape[1]))
+            self.state = self.state._replace(xl=xl.counted().padded(self.xl_mem_len))
             self._set_valid()
 
     def _set_valid(self) -> None:
@@ -61,20 +61,15 @@ class RMTCache(SegmentCache):
         if xl is None:
             return
         if self.aligned is not None:
-            self.first_key = self.prefix - self.state.memory.shape[1] - xl.length
+            self.first_key = self.xl_mem_len - xl.length
         else:
             self.prefix_valid[:, : xl.length] = xl.valid()
 
-    def extend(self, model: RecurrentMemoryTransformer, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """Hidden states (b, n, dim) of the next tokens (b, n) of the segment."""
-        slots = self.slots(tokens.shape[1], lengths)
-        x = model.embed(tokens)
+    def read(self, model: RecurrentMemoryTransformer, x: Tensor, slots: Slots) -> Tensor:
+        """See `SegmentCache.read`."""
         if model.pos_emb is not None:
             x = x + self.of(model.pos_emb.weight, slots)
-        turns = None
-        if self.turns is not None:
-            turns = self.of(self.turns[1], slots)
-            turns = turns if slots.columns is None else turns[:, None]
+        turns = None if self.turns is None else self.turns_of(self.turns[1], slots)
         for index, block in enumerate(model.layers):
             q, k, v = block.attn.project(block.attn_norm(x))
             if self.raw_keys:
@@ -85,15 +80,11 @@ class RMTCache(SegmentCache):
             self.put(self.values[index], v, slots, self.prefix)
             out = self.attend(q, self.keys[index], self.values[index], slots, model.backend)
             x = block.add(x, block.attn.merge(out))
-        self.move(slots, lengths)
-        return model.norm(x)
+        return x
 
-    def close(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> None:
-        """Those rows (None: all) write their memory and enter their next segment; not out of an empty one."""
-        rows = self.rows_to_close(rows)
-        if self.aligned == 0:
-            return
-        memory = self._written(model).to(self.state.memory.dtype)
+    def written_state(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> RMTState:
+        """See `SegmentCache.written_state`."""
+        memory = self._memory(model).to(self.state.memory.dtype)
         xl = self.state.xl
         if xl is not None:
             end = self.length if self.aligned is None else self.aligned
@@ -103,11 +94,9 @@ class RMTCache(SegmentCache):
             mask = self.text_valid() if self.aligned is None else None
             xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), mask, model.xl_mem_len)
         state = RMTState(memory, xl)
-        self.set_state(state if rows is None else where_rows(rows, state, self.state))
-        self.start_again(rows)
-        self._enter(model)
+        return state if rows is None else model.where(rows, state, self.state)
 
-    def _enter(self, model: RecurrentMemoryTransformer) -> None:
+    def enter(self, model: RecurrentMemoryTransformer) -> None:
         """Fills the keys and values of [XL | read] from the state."""
         memory, xl = self.state
         m, l = model.num_memory_tokens, model.xl_mem_len
@@ -130,7 +119,7 @@ class RMTCache(SegmentCache):
                 out = attend(q, k, v, causal=model.memory_mask == 'causal', backend=model.backend)
                 x = block.add(x, block.attn.merge(out))
 
-    def _written(self, model: RecurrentMemoryTransformer) -> Tensor:
+    def _memory(self, model: RecurrentMemoryTransformer) -> Tensor:
         """What the write rows (b, m, dim) of the open segment become."""
         m = model.num_memory_tokens
         if not m:

@@ -305,10 +305,6 @@ class RecurrentMemoryTransformer(SegmentModel):
         """What `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
         return state.memory if state.xl is None else state
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Ids (b, n), or embeddings (b, n, dim), as text rows without positions."""
-        return tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
-
     def read_rows(self, memory: Tensor) -> Tensor:
         """What enters the read rows (b, m, dim)."""
         return memory.to(self.dtype) + self.read_memory_emb

@@ -13,7 +13,7 @@ forward pass would draw them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,13 +47,13 @@ class Batch(NamedTuple):
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None
-    per_segment: dict[str, Tensor] = {}  # noqa: RUF012  a field's default, never changed
+    per_segment: dict[str, Tensor] | None = None
 
     def columns(self, window: Window) -> Batch:
         """The columns of one window."""
         at = slice(window.start, window.stop)
         mask = None if self.mask is None else self.mask[:, at]
-        per_segment = {name: value[:, window.segments] for name, value in self.per_segment.items()}
+        per_segment = {name: value[:, window.segments] for name, value in (self.per_segment or {}).items()}
         return Batch(self.tokens[:, at], self.targets[:, at], mask, per_segment)
 
 
@@ -115,6 +115,26 @@ def read_window(
         hidden, state = model.advance(piece, state, mask=piece_mask, need_hidden=need_hidden, **one)
         hiddens.append(hidden)
     return (torch.cat(hiddens, dim=1) if need_hidden else None), state
+
+
+def read_windows(
+    model: SegmentModel,
+    tokens: Tensor,
+    state: State,
+    segment_length: int,
+    *,
+    mask: Tensor | None = None,
+    need_hidden: bool = True,
+    segments_per_pass: int | None = None,
+) -> Iterator[tuple[slice, Any, State]]:
+    """Reads tokens (b, n) from the left, of which one window is held at a time: yields each window's columns, its
+    hidden states and the state after it. segments_per_pass: default, `segments_at_once`."""
+    segments = segments_per_pass or segments_at_once(model, segment_length)
+    for window in plan_windows(tokens.shape[1], segment_length, segments_per_pass=segments):
+        at = slice(window.start, window.stop)
+        window_mask = None if mask is None else mask[:, at]
+        hidden, state = read_window(model, tokens[:, at], state, window_mask, segment_length, need_hidden)
+        yield at, hidden, state
 
 
 def window_nll(

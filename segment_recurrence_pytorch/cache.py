@@ -50,13 +50,33 @@ class SegmentCache(ABC):
         """Buffers (b, heads, slots, ...), one a layer. Zeros: what a mask hides must be finite."""
         return [torch.zeros(self.batch, *shape, dtype=dtype, device=self.positions.device) for _ in range(layers)]
 
-    @abstractmethod
     def extend(self, model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """See `SegmentModel.extend`: hidden states (b, n, d) of the next tokens (b, n)."""
+        slots = self.slots(tokens.shape[1], lengths)
+        x = self.read(model, model.embed(tokens), slots)
+        self.move(slots, lengths)
+        return model.norm(x)
+
+    def close(self, model: Any, rows: Tensor | None) -> None:
+        """See `SegmentModel.close_segment`. An empty segment is not closed."""
+        rows = self.rows_to_close(rows)
+        if self.aligned == 0:
+            return
+        self.set_state(self.written_state(model, rows))
+        self.start_again(rows)
+        self.enter(model)
 
     @abstractmethod
-    def close(self, model: Any, rows: Tensor | None) -> None:
-        """See `SegmentModel.close_segment`."""
+    def read(self, model: Any, x: Tensor, slots: Slots) -> Tensor:
+        """What the layers make of the embeddings x (b, n, d) of the next tokens, which are put into the buffers."""
+
+    @abstractmethod
+    def written_state(self, model: Any, rows: Tensor | None) -> State:
+        """The state after the open segment in those rows (None: all), and as it is in the others."""
+
+    @abstractmethod
+    def enter(self, model: Any) -> None:
+        """Prepares what is read of the state, at the start and after each border."""
 
     def slots(self, count: int, lengths: Tensor | None) -> Slots:
         """Where `count` columns of tokens go, of which row i has lengths[i]. ValueError if the segment is too short for
@@ -102,6 +122,11 @@ class SegmentCache(ABC):
         assert slots.columns is not None
         return table[slots.columns.clamp_max(self.length - 1)]
 
+    def turns_of(self, turns: Tensor, slots: Slots) -> Tensor:
+        """Rotations (positions, d / 2, 2) for the new tokens, as (b, h, n, d) takes them."""
+        chosen = self.of(turns, slots)
+        return chosen if slots.columns is None else chosen[:, None]
+
     def move(self, slots: Slots, lengths: Tensor | None) -> None:
         """Counts the tokens that were appended."""
         if self.aligned is not None:
@@ -114,7 +139,7 @@ class SegmentCache(ABC):
         return torch.arange(self.length, device=self.positions.device) < self.positions[:, None]
 
     def rows_to_close(self, rows: Tensor | None) -> Tensor | None:
-        """Of `rows` (b,), those with a token in their segment; None: all rows, which are aligned."""
+        """Of `rows` (b,), those with a token in their segment; None if that is all rows and they are aligned."""
         if rows is not None:
             self.make_ragged()
         if self.aligned is not None:
@@ -122,11 +147,9 @@ class SegmentCache(ABC):
         return self.positions > 0 if rows is None else rows & (self.positions > 0)
 
     def start_again(self, rows: Tensor | None) -> None:
-        """Those rows (None: all) are at the start of a segment."""
-        if self.aligned is not None:
+        """Those rows (None: all, aligned) are at the start of a segment."""
+        if rows is None:
             self.aligned = 0
-        elif rows is None:
-            self.positions.zero_()
         else:
             self.positions.masked_fill_(rows, 0)
 

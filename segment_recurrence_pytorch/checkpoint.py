@@ -80,9 +80,10 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
     if saved['sha256'] != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
-    if any(part is not None and i not in parts for i, part in enumerate(to_list(like))):
+    needed = to_list(like)
+    if any(part is not None and i not in parts for i, part in enumerate(needed)):
         raise ValueError(f'{path} holds no cursor: parts are missing')
-    return _checked(from_list([parts.get(i) for i in range(len(to_list(like)))], like), model)
+    return _checked(from_list([parts.get(i) for i in range(len(needed))], like), model)
 
 
 def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:

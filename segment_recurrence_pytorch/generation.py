@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+from segment_recurrence_pytorch.backprop import read_windows
 from segment_recurrence_pytorch.cache import SegmentCache
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
@@ -29,7 +29,7 @@ class Cursor(NamedTuple):
     """A place in each row's text, to go on from. Reopening it costs at most one segment."""
 
     state: State  # at each row's last border
-    tokens: Tensor  # (b, n) the tokens since, from the left; the newest is included, and not yet read by the model
+    tokens: Tensor  # (b, n) the tokens since, from the left; whoever goes on reads them, with the newest
     lengths: Tensor  # (b,) how many of them are the row's
 
     def fork(self, copies: int) -> Cursor:
@@ -79,6 +79,7 @@ class Stream:
             # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
             self._tokens = rest.new_zeros(len(rest), segment_length + 1)
             self._tokens[:, : rest.shape[1]] = rest
+            # _column is _in_cache on the device: nothing waits for it
             self._in_cache, self._in_cursor, self._column = lengths.tolist(), lengths, lengths.clone()
             self._newest = rest[:, -1]
             self._done = torch.zeros_like(lengths, dtype=torch.bool)
@@ -204,12 +205,14 @@ def read_segments(
     state, tokens, lengths = cursor
     whole = (lengths - 1) // segment_length
     shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
-    columns = torch.arange(longest, device=tokens.device)
-    segments = segments_per_pass or segments_at_once(model, segment_length)
-    for window in plan_windows(longest, segment_length, segments_per_pass=segments):
-        at = slice(window.start, window.stop)
-        mask = None if window.stop <= shortest else columns[at] < (whole * segment_length)[:, None]
-        _, state = read_window(model, tokens[:, at], state, mask, segment_length, need_hidden=False)
+    further = torch.arange(shortest, longest, device=tokens.device) < (whole * segment_length)[:, None]
+    # no mask as far as all rows go
+    for part, mask in ((tokens[:, :shortest], None), (tokens[:, shortest:longest], further)):
+        windows = read_windows(
+            model, part, state, segment_length, mask=mask, need_hidden=False, segments_per_pass=segments_per_pass
+        )
+        for _, _, after in windows:
+            state = after
     rest = lengths - whole * segment_length
     place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,22 @@ class FeedForward(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         x, gates = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(self.dropout(F.gelu(gates) * x))
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm attention and GEGLU feed-forward, each with a residual; a model's block says what attention takes."""
+
+    def __init__(self, dim: int, attn: nn.Module, *, ff_mult: float, ff_dropout: float, norm_eps: float):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attn: Any = attn
+        self.ff_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x (..., n, dim) after the attention's output and the feed-forward."""
+        x = x + out
+        return x + self.ff(self.ff_norm(x))
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:

@@ -23,6 +23,7 @@ class SegmentModel(nn.Module, ABC):
     num_tokens: size of the vocabulary.
     causal: whether position i sees no later position, so that the next token can be learned.
     max_segment_length: the longest segment that it can read, None if there is no limit.
+    token_emb, norm: the embedding of ids, and the norm of what the last layer returns.
     arguments: what the constructor was called with; a saved state goes back only into a model of the same.
     parallel_segments: whether one `advance` can take many segments (`segment_length` tells the borders).
     """
@@ -35,6 +36,8 @@ class SegmentModel(nn.Module, ABC):
     max_segment_length: int | None
     parallel_segments: bool
     backend: str = 'auto'
+    token_emb: nn.Embedding
+    norm: nn.RMSNorm
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
@@ -61,6 +64,10 @@ class SegmentModel(nn.Module, ABC):
     @abstractmethod
     def to_logits(self, hidden: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, num_tokens)."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids (..., n), or embeddings (..., n, d), as what the first layer takes, positions apart."""
+        return tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
 
     @abstractmethod
     def open_segment(self, state: State, segment_length: int) -> SegmentCache:
@@ -117,6 +124,7 @@ class SegmentModel(nn.Module, ABC):
 
     @attention_backend.setter
     def attention_backend(self, name: str) -> None:
+        """Raises ValueError, with the backend as it was, for one that cannot run here."""
         self._backend_for(name)
         self.backend = name
 

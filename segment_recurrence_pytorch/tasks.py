@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch.backprop import plan_windows, read_window, segments_at_once
+from segment_recurrence_pytorch.backprop import read_windows
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -204,9 +204,8 @@ def accuracy(
     with evaluating(wrapper):
         for tokens, labels in task.pieces(segments, batch_size, generator):
             tokens = tokens.to(model.device)
-            for window in plan_windows(tokens.shape[1], length, segments_per_pass=segments_at_once(model, length)):
-                at = slice(window.start, window.stop)
-                hidden, state = read_window(model, tokens[:, at], state, None, length, need_hidden=labels is not None)
+            for at, hidden, after in read_windows(model, tokens, state, length, need_hidden=labels is not None):
+                state = after
                 if labels is None:
                     continue
                 chosen = labels[:, at].to(model.device)

@@ -1,4 +1,7 @@
-"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, plots. Needs the extra `train`."""
+"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, text as loss and score, plots.
+
+Needs the extra `train`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 from segment_recurrence_pytorch.checkpoint import replacing
+from segment_recurrence_pytorch.data import Piece, Streams
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.state import State, detach
+from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
 
 class StopRequest:
@@ -39,6 +47,48 @@ def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> 
         return max(progress, 1e-3) / warmup
     cosine = (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
     return last + (1 - last) * cosine
+
+
+def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool) -> LossReturn:
+    """The loss of one piece of the streams, and the detached state to start the next piece with."""
+    device = wrapper.model.device
+    tokens = piece.tokens.to(device)
+    if not memory:
+        # every segment a row of its own, with its next token as the last target: no state is carried
+        rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
+        return wrapper.loss(rows)._replace(state=None)
+    returned = wrapper.loss(tokens, wrapper.reset(state, piece.starts.to(device)))
+    return returned._replace(state=detach(returned.state))
+
+
+@torch.no_grad()
+def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> float:
+    """Bits per byte of all bytes but each text's first, the state carried through a text or reset at every segment."""
+    nats = targets = 0.0
+    state = None
+    with evaluating(wrapper):
+        for piece in streams:
+            loss, num_targets, state = train_loss(wrapper, piece, state, memory)
+            nats += loss.item() * num_targets.item()
+            targets += num_targets.item()
+    return nats / targets / math.log(2)
+
+
+def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
+    """The first `limit` bytes of the documents; 0: all."""
+    kept, total = [], 0
+    for document in documents:
+        kept.append(document[: limit - total] if limit else document)
+        total += len(kept[-1])
+        if total == limit:
+            break
+    return kept
+
+
+def valid_streams(documents: list[Tensor], length: int) -> Streams:
+    """Streams over the validation text: up to 16 rows of at least four pieces each."""
+    rows = sum(map(len, documents)) // (4 * length)
+    return Streams(documents, max(1, min(16, rows)), length, loop=False)
 
 
 def has_bfloat16(device: torch.device) -> bool:

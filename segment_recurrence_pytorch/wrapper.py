@@ -112,8 +112,8 @@ class SegmentWrapper(nn.Module):
         if state is None and not batch.tokens.shape[1]:
             state = self.model.initial_state(x.shape[0])
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        batch = batch._replace(per_segment=per_segment or {})
-        for name, value in batch.per_segment.items():
+        batch = batch._replace(per_segment=per_segment)
+        for name, value in (per_segment or {}).items():
             if tuple(value.shape[:2]) != (x.shape[0], windows[-1].segments.stop if windows else 0):
                 raise ValueError(f'{name} has shape {tuple(value.shape)}: give one value a segment, (batch, segments)')
         num_targets = (batch.targets != IGNORE).sum()
@@ -217,7 +217,7 @@ class SegmentWrapper(nn.Module):
         self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None, segment_length: int | None = None
     ) -> Cursor:
         """The cursor after a prompt, at the speed of an evaluation without logits; arguments as in `stream`."""
-        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+        length = self._length(segment_length)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
         with evaluating(self.model), torch.no_grad():
             return Cursor(*read_segments(self.model, cursor, length, self.segments_per_pass))
@@ -242,7 +242,7 @@ class SegmentWrapper(nn.Module):
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
         if eos_token_id is not None and not 0 <= eos_token_id < self.model.num_tokens:
             raise ValueError(f'eos_token_id is {eos_token_id}: give a token id in [0, {self.model.num_tokens})')
-        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+        length = self._length(segment_length)
         if batch_size is not None:
             check_count('batch_size', batch_size)
             if prompt is not None or isinstance(state, Cursor):
@@ -268,6 +268,10 @@ class SegmentWrapper(nn.Module):
         tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state)
         return Cursor(state, tokens, cursor.lengths)
 
+    def _length(self, segment_length: int | None) -> int:
+        """That of one call, or the wrapper's."""
+        return self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+
     @property
     def _padding_ids(self) -> tuple[int, ...]:
         return (IGNORE,) if self.ignore_index == IGNORE else (IGNORE, self.ignore_index)
@@ -290,7 +294,7 @@ class SegmentWrapper(nn.Module):
         return Batch(x[:, :-1], targets, followed[:, :-1]), state
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
-        length = self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+        length = self._length(segment_length)
         return plan_windows(
             batch.tokens.shape[1],
             length,

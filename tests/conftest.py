@@ -23,6 +23,11 @@ def seeded():
     torch.manual_seed(0)
 
 
+def ids(*shape) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(0, 20, shape)
+
+
 def make_rmt(**options) -> RecurrentMemoryTransformer:
     """A small model in float64, see `random_weights`."""
     sizes = dict(dim=16, num_tokens=20, depth=2, num_memory_tokens=3, seq_len=6, heads=2, dim_head=8)

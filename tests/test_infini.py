@@ -15,15 +15,11 @@ from infini_transformer_pytorch import (
 )
 from segment_recurrence_pytorch import record_attention
 from segment_recurrence_pytorch.state import detach, leaves
-from tests.conftest import INFINI_OPTIONS, close, make_infini
+from tests.conftest import INFINI_OPTIONS, close, ids, make_infini
 from tests.reference import infini_row, mean_nll
 
 PARALLEL = {name: options for name, options in INFINI_OPTIONS.items() if options.get('mem_read_from') != 'above'}
 LENGTH = 5
-
-
-def ids(*shape):
-    return torch.randint(0, 20, shape)
 
 
 def same_memories(state, row, expected):

@@ -6,14 +6,10 @@ import torch
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import RMT_OPTIONS, close, make_rmt
+from tests.conftest import RMT_OPTIONS, close, ids, make_rmt
 from tests.reference import mean_nll, rmt_row
 
 CAUSAL = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
-
-
-def ids(*shape):
-    return torch.randint(0, 20, shape)
 
 
 def wrapped(**options):

@@ -1,0 +1,201 @@
+"""Cached decoding is the parallel forward, token by token, eager and compiled, at a cost that stays the same."""
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from segment_recurrence_pytorch import SegmentWrapper, record_attention
+from segment_recurrence_pytorch.generation import _compiled
+from segment_recurrence_pytorch.state import leaves
+from tests.conftest import close, ids
+from tests.generating import ALL, LENGTH, SOME, recorded, wrapped
+from tests.reference import generate_by_rereading
+
+
+@pytest.fixture
+def compile_counter(monkeypatch):
+    """`torch.compile` with a backend that runs the graphs as they are and counts them."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compile_for_real = torch.compile
+
+    def compile_and_count(fn, *, mode, **options):
+        return compile_for_real(fn, backend=counter, **options)
+
+    _compiled.cache_clear()
+    monkeypatch.setattr(torch, 'compile', compile_and_count)
+    yield counter
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@ALL
+@pytest.mark.parametrize('start', [3, 6, 9, 18, 43], ids=lambda start: f'{start / LENGTH:.2f} segments')
+def test_decoding_is_the_parallel_forward_token_by_token(case, start):
+    wrapper, prompt, count = wrapped(case), ids(2, start), 5 * LENGTH + 2
+    new, logits, _ = recorded(wrapper, prompt, count)
+    expected, _ = wrapper.logits(torch.cat((prompt, new), 1))
+    close(logits, expected[:, start - 1 : -1])
+    assert torch.equal(new, expected[:, start - 1 : -1].argmax(-1))
+
+
+@SOME
+def test_decoding_is_reading_the_segment_again_for_every_token(case):
+    wrapper, prompt = wrapped(case), ids(2, 8)
+    expected = generate_by_rereading(wrapper.model, prompt, 20, LENGTH)
+    assert torch.equal(wrapper.generate_tokens(prompt, 20, temperature=0), expected)
+
+
+@ALL
+def test_ragged_rows_are_as_if_alone(case):
+    wrapper, prompts = wrapped(case), [ids(n) for n in (2, 6, 20, 7)]
+    new, logits, cursor = recorded(wrapper, prompts, 17)
+    for row, prompt in enumerate(prompts):
+        alone = recorded(wrapper, prompt[None], 17)
+        assert torch.equal(new[row], alone[0][0])
+        close(logits[row], alone[1][0])
+        lone_cursor = alone[2]
+        assert cursor.lengths[row] == lone_cursor.lengths[0]
+        count = int(cursor.lengths[row])
+        assert torch.equal(cursor.tokens[row, :count], lone_cursor.tokens[0, :count])
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-7)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    assert torch.equal(wrapper.generate_tokens(padded, 17, temperature=0, prompt_lengths=lengths), new)
+
+
+@SOME
+def test_any_steps_through_the_cache_are_advance(case):
+    """Several tokens at once, rows of different lengths, segments closed early."""
+    model = wrapped(case).model
+    x, lengths = ids(3, 4), torch.tensor([4, 1, 0])
+    cache = model.open_segment(model.initial_state(3), LENGTH)
+    hidden, cache = model.extend(cache, x, lengths)
+    more, cache = model.extend(cache, x[:, :2])
+    for row, length in enumerate(lengths.tolist()):
+        text = torch.cat((x[row, :length], x[row, :2]))[None]
+        expected, state = model.advance(text)
+        close(torch.cat((hidden[row, :length], more[row]))[None], expected)
+        rows = torch.arange(3) == row
+        cache = model.close_segment(cache, rows)
+        for have, want in zip(leaves(cache.state_now()), leaves(state), strict=False):
+            if have.ndim != 5 and have.dtype.is_floating_point:  # XL memories are padded to one length
+                close(have[row], want[0])
+    again, cache = model.extend(cache, x[:, :1])
+    expected, _ = model.advance(x[:1, :1], model.advance(torch.cat((x[0], x[0, :2]))[None])[1])
+    close(again[:1], expected)
+    before = cache.state_now()
+    untouched = model.close_segment(model.open_segment(before, LENGTH)).state_now()
+    for have, want in zip(leaves(untouched), leaves(before), strict=True):
+        assert torch.equal(have, want)  # a segment without a token does not happen
+
+
+@ALL
+def test_compiled_decoding_is_eager_decoding_and_compiles_twice(case, compile_counter):
+    wrapper, prompt = wrapped(case), ids(2, 9)
+    expected, expected_logits, _ = recorded(wrapper, prompt, 30)
+    new, logits, cursor = recorded(wrapper, prompt, 10, compile=True)
+    assert compile_counter.frame_count == 2  # a token, a border
+    more, more_logits, _ = recorded(wrapper, None, 20, state=cursor, compile=True)
+    assert torch.equal(torch.cat((new, more), 1), expected)
+    close(torch.cat((logits, more_logits), 1), expected_logits)
+    short = prompt[:, :4]  # its first segment's state is the model's own
+    expected = wrapper.generate_tokens(short, 20, temperature=0)
+    assert torch.equal(wrapper.generate_tokens(short, 20, temperature=0, compile=True), expected)
+    assert compile_counter.frame_count == 2
+
+
+@SOME
+def test_compiled_steps_move_nothing(case, compile_counter):
+    """Graphs that are replayed write where they were recorded."""
+    stream = wrapped(case).stream(ids(2, 4), compile=True)
+    addresses = [leaf.data_ptr() for leaf in leaves(vars(stream._cache))]
+    for _ in range(3 * LENGTH):
+        next(stream)
+    assert [leaf.data_ptr() for leaf in leaves(vars(stream._cache))] == addresses
+
+
+def test_compiled_decoding_takes_any_number_of_shapes(compile_counter):
+    wrapper = wrapped('rmt, plain')
+    for batch in range(1, 12):
+        prompt = ids(batch, 4)
+        new = wrapper.generate_tokens(prompt, 4, temperature=0, compile=True)
+        assert torch.equal(new, wrapper.generate_tokens(prompt, 4, temperature=0))
+    assert compile_counter.frame_count == 22
+
+
+@pytest.mark.cuda
+@SOME
+def test_compiled_decoding_on_a_device(case):
+    wrapper, prompt = wrapped(case).cuda(), ids(2, 9).cuda()
+    expected = wrapper.generate_tokens(prompt, 40, temperature=0)
+    assert torch.equal(wrapper.generate_tokens(prompt, 40, temperature=0, compile=True), expected)
+    assert torch.equal(wrapper.cpu().generate_tokens(prompt.cpu(), 40, temperature=0), expected.cpu())
+
+
+# the compiler's own modules use what torch has deprecated
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
+@pytest.mark.parametrize('case', ['rmt, xl mixed', 'infini, delta, gqa'])
+def test_compiled_for_real(case):
+    """Through the compiler's own code generation, once a model."""
+    torch._dynamo.reset()
+    wrapper, prompt = wrapped(case, depth=1), ids(1, 9)
+    expected = wrapper.generate_tokens(prompt, 8, temperature=0)
+    assert torch.equal(wrapper.generate_tokens(prompt, 8, temperature=0, compile=True), expected)
+
+
+def test_the_cost_of_a_token_does_not_depend_on_the_position():
+    """The same attention calls over the same number of keys in every segment, and the same number of bytes kept."""
+    for case in ('rmt, xl', 'infini, delta'):
+        stream = wrapped(case).stream(ids(1, 1))
+        seen = []
+        for _ in range(5):
+            with record_attention() as calls:
+                for _ in range(LENGTH):
+                    next(stream)
+            seen.append((calls, sum(leaf.numel() for leaf in leaves(vars(stream._cache)))))
+        assert seen[2] == seen[3] == seen[4]
+
+
+def test_write_rows_run_once_a_segment():
+    wrapper = wrapped('rmt, plain')
+    stream = wrapper.stream(ids(1, 1))
+    for _ in range(LENGTH):
+        with record_attention() as calls:
+            next(stream)
+        assert all(call.num_queries == 1 for call in calls)
+    with record_attention() as calls:
+        next(stream)
+    assert [call.num_queries for call in calls] == [3, 3, 3, 1, 1]  # write rows, read rows below the last layer, text
+
+
+def test_a_half_model_decodes_as_it_reads():
+    for case in ('rmt, xl mixed', 'infini, delta'):
+        wrapper, prompt = wrapped(case), ids(2, 15)
+        wrapper.to(torch.bfloat16)
+        new, logits, _ = recorded(wrapper, prompt, 20)
+        expected, _ = wrapper.logits(torch.cat((prompt, new), 1))
+        error = (logits.float() - expected[:, 14:-1].float()).norm() / expected[:, 14:-1].float().norm()
+        assert error < 0.03
+        wrapper.float()
+        with torch.autocast('cpu', torch.bfloat16):
+            _, logits, _ = recorded(wrapper, prompt, 20)
+        assert logits.isfinite().all()
+
+
+@SOME
+def test_a_prompt_is_read_in_windows_of_segments_per_pass(case):
+    model, prompt = wrapped(case).model, ids(2, 40)
+    longest = []
+    advance = model.advance
+
+    def watched(tokens, *arguments, **options):
+        longest.append(tokens.shape[1])
+        return advance(tokens, *arguments, **options)
+
+    model.advance = watched
+    SegmentWrapper(model, segment_length=LENGTH, segments_per_pass=1).read(prompt)
+    assert max(longest) == LENGTH
+    assert SegmentWrapper(model, segment_length=LENGTH).read(prompt, segment_length=4).tokens.shape == (2, 4)
