@@ -93,12 +93,13 @@ class RMTCache(SegmentCache):
             values = torch.stack([values[:, :, text] for values in self.values], dim=1)
             mask = self.text_valid() if self.aligned is None else None
             xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), mask, model.xl_mem_len)
-        state = RMTState(memory, xl)
+        past = None if self.state.past is None else self.state.past.append(self.state.memory)
+        state = RMTState(memory, xl, past)
         return state if rows is None else model.where(rows, state, self.state)
 
     def enter(self, model: RecurrentMemoryTransformer) -> None:
         """Fills the keys and values of [XL | read] from the state."""
-        memory, xl = self.state
+        xl = self.state.xl
         m, l = model.num_memory_tokens, model.xl_mem_len
         if xl is not None:
             self._set_valid()
@@ -110,7 +111,7 @@ class RMTCache(SegmentCache):
                     self.values[index][:, :, at] = pair[1]
         if not m:
             return
-        x = model.read_rows(memory)
+        x = model.read_rows(model.memory_read(self.state))
         for index, block in enumerate(model.layers):
             q, k, v = block.attn.project(block.attn_norm(x))
             self.keys[index][:, :, l : l + m] = k
@@ -124,7 +125,7 @@ class RMTCache(SegmentCache):
         m = model.num_memory_tokens
         if not m:
             return self.state.memory
-        x = model.write_rows(self.state.memory)
+        x = model.write_rows(model.memory_read(self.state))
         causal = model.memory_mask != 'block'
         if self.aligned is not None:
             seen, mask = slice(self.first_key, self.prefix + self.aligned), None

@@ -2,7 +2,7 @@
 
 A segment is read as [read memory | text | write memory]; what the last layer writes at the end is read
 at the start of the next segment. The state is that memory (b, m, dim), and optionally the detached keys
-and values of the last text positions (XL, arXiv 1901.02860).
+and values of the last text positions (XL, arXiv 1901.02860) and the memories before it (`axial`).
 
     model = RecurrentMemoryTransformer(num_tokens=256, num_memory_tokens=16, dim=256, depth=4, seq_len=128)
     logits, memory = model(x)            # x (b, n <= 128)
@@ -20,8 +20,9 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from recurrent_memory_transformer_pytorch.attention import Block, Layout, attention_mask, layout_turns
+from recurrent_memory_transformer_pytorch.axial import AxialAttention
 from recurrent_memory_transformer_pytorch.decoding import RMTCache
-from recurrent_memory_transformer_pytorch.state import RMTState, XLMemory
+from recurrent_memory_transformer_pytorch.state import PastMemories, RMTState, XLMemory
 from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
 from segment_recurrence_pytorch.layers import NORM_EPS
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
@@ -43,6 +44,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         published name for 'block' / 'causal'.
     write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as the paper has it), or
         their 'sum' (default: of the three it keeps the gradient through many segments, see README).
+    axial_mem_len: each memory slot attends to its last axial_mem_len values before it is read, see `axial`; 0: off.
     memory_noise: while training, Gaussian noise of this size is added to the memory that comes from a segment before.
     use_flash_attn: the fastest backend that computes the same thing here (`attention_backend` tells which).
     ignore_index: labels with this value, and with -100, are not counted.
@@ -79,6 +81,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         write_init: Literal['learned', 'previous', 'sum'] = 'sum',
         qk_norm: bool = False,
         tie_embeddings: bool = False,
+        axial_mem_len: int = 0,
         memory_noise: int | float = 0.0,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
@@ -90,6 +93,11 @@ class RecurrentMemoryTransformer(SegmentModel):
         check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if num_memory_tokens < 0:
             raise ValueError(f'num_memory_tokens is {num_memory_tokens}: give 0 (no memory) or more')
+        if axial_mem_len < 0 or (axial_mem_len and not num_memory_tokens):
+            raise ValueError(
+                f'axial_mem_len is {axial_mem_len}, num_memory_tokens {num_memory_tokens}: give 0 (off), or 1 and more '
+                'with memory tokens'
+            )
         if memory_noise < 0:
             raise ValueError(f'memory_noise is {memory_noise}: give 0 (none) or more')
         if heads % kv_heads:
@@ -120,6 +128,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         )
         self.rotary_pos_emb, self.enhanced_xl_recurrence = rotary_pos_emb, enhanced_xl_recurrence
         self.xl_mem_len = (seq_len if xl_mem_len is None else xl_mem_len) if use_xl_memories else 0
+        self.axial_mem_len = axial_mem_len
         self.backend = 'auto' if use_flash_attn else 'sdpa'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
@@ -143,6 +152,9 @@ class RecurrentMemoryTransformer(SegmentModel):
             )
             for _ in range(depth)
         )
+        self.axial = None
+        if axial_mem_len:
+            self.axial = AxialAttention(dim, heads=heads, dim_head=dim_head, length=axial_mem_len)
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.logits = nn.Linear(dim, num_tokens)
         if tie_embeddings:
@@ -159,7 +171,7 @@ class RecurrentMemoryTransformer(SegmentModel):
                 nn.init.ones_(parameter)
             elif name.endswith('bias'):
                 nn.init.zeros_(parameter)
-            elif name.startswith('layers.'):
+            elif name.startswith(('layers.', 'axial.to_')):
                 writes = name.endswith(('to_out.weight', 'proj_out.weight'))
                 nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
             else:
@@ -202,15 +214,19 @@ class RecurrentMemoryTransformer(SegmentModel):
         return mean_loss(target_nll(logits, targets).sum(), (targets != IGNORE).sum()), memories
 
     def initial_state(self, batch_size: int) -> RMTState:
-        """The learned first memory, no XL memories."""
+        """The learned first memory, no XL memories, no past ones."""
         if self.num_memory_tokens:
             memory = self.initial_memory.expand(batch_size, -1, -1)
         else:
             memory = self.token_emb.weight.new_zeros(batch_size, 0, self.dim)
-        if not self.xl_mem_len:
-            return RMTState(memory)
-        empty = memory.new_zeros(batch_size, len(self.layers), self.kv_heads, 0, self.dim_head)
-        return RMTState(memory, XLMemory(empty, empty, None))
+        xl = past = None
+        if self.xl_mem_len:
+            empty = memory.new_zeros(batch_size, len(self.layers), self.kv_heads, 0, self.dim_head)
+            xl = XLMemory(empty, empty, None)
+        if self.axial_mem_len:
+            memories = memory.new_zeros(batch_size, self.axial_mem_len - 1, *memory.shape[1:])
+            past = PastMemories(memories, torch.zeros(batch_size, dtype=torch.long, device=memory.device))
+        return RMTState(memory, xl, past)
 
     def advance(
         self,
@@ -226,17 +242,16 @@ class RecurrentMemoryTransformer(SegmentModel):
         m = self.num_memory_tokens
         if segment_length is not None and n > segment_length:
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
-        if state is None:
-            state = self.initial_state(batch)
-        elif self.training and self.memory_noise and n:
-            state = state._replace(memory=state.memory + self.memory_noise * torch.randn_like(state.memory))
+        noise = self.memory_noise if self.training and state is not None else 0.0
+        state = self.initial_state(batch) if state is None else state
         if not n:
             return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
         x = self.embed(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]
         if m:
-            x = torch.cat((self.read_rows(state.memory), x, self.write_rows(state.memory)), dim=1)
+            memory = self.memory_read(state, noise)
+            x = torch.cat((self.read_rows(memory), x, self.write_rows(memory)), dim=1)
 
         xl = state.xl
         arm = self.memory_mask if self.causal else 'encoder'
@@ -260,12 +275,13 @@ class RecurrentMemoryTransformer(SegmentModel):
 
         # a copy: a slice would keep the text's hidden states alive as long as the memory
         memory = x[:, x.shape[1] - m :].to(state.memory.dtype, copy=True)
+        past = None if state.past is None else state.past.append(state.memory)
         if mask is not None:
-            memory = where_rows(mask.any(dim=1), memory, state.memory)
+            memory, past = where_rows(mask.any(dim=1), (memory, past), (state.memory, state.past))
         if xl is not None:
             keys, values = (torch.stack(kept, dim=1).to(xl.keys.dtype) for kept in (kept_keys, kept_values))
             xl = xl.append(keys, values, mask, self.xl_mem_len)
-        return (x[:, :n] if need_hidden else None), RMTState(memory, xl)
+        return (x[:, :n] if need_hidden else None), RMTState(memory, xl, past)
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, num_tokens)."""
@@ -292,9 +308,14 @@ class RecurrentMemoryTransformer(SegmentModel):
             raise ValueError('either the state or the model has no XL memories (use_xl_memories): start from None')
         if state.xl is not None and expected.xl is not None:
             XLMemory.check(state.xl, expected.xl, self.xl_mem_len)
+        if (state.past is None) != (expected.past is None):
+            raise ValueError('either the state or the model has no past memories (axial_mem_len): start from None')
+        if state.past is not None and expected.past is not None:
+            check_like('past memories', state.past.memories, expected.past.memories)
+            check_like('counts of past memories', state.past.counts, expected.past.counts)
 
     def as_state(self, memories: Any, batch_size: int) -> Any:
-        """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without XL memories yet."""
+        """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without a past."""
         if not isinstance(memories, Tensor):
             return memories
         if memories.ndim == 2:
@@ -303,18 +324,25 @@ class RecurrentMemoryTransformer(SegmentModel):
 
     def as_memories(self, state: RMTState) -> Any:
         """What `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
-        return state.memory if state.xl is None else state
+        return state.memory if state.xl is None and state.past is None else state
+
+    def memory_read(self, state: RMTState, noise: float = 0.0) -> Tensor:
+        """The memory (b, m, dim) that a segment reads of a state: with noise of that size, after axial attention."""
+        memory = state.memory.to(self.dtype)
+        if noise:
+            memory = memory + noise * torch.randn_like(memory)
+        return memory if self.axial is None else self.axial(memory, state.past)
 
     def read_rows(self, memory: Tensor) -> Tensor:
         """What enters the read rows (b, m, dim)."""
-        return memory.to(self.dtype) + self.read_memory_emb
+        return memory + self.read_memory_emb
 
     def write_rows(self, memory: Tensor) -> Tensor:
         """What enters the write rows (b, m, dim)."""
         if self.write_init == 'previous':
-            return memory.to(self.dtype)
+            return memory
         tokens = self.memory_tokens.expand(len(memory), -1, -1)
-        return tokens if self.write_init == 'learned' else tokens + memory.to(self.dtype)
+        return tokens if self.write_init == 'learned' else tokens + memory
 
     def _attention_mask(self, layout: Layout, xl: XLMemory | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
         if mask is None and (xl is None or xl.counts is None):

@@ -83,8 +83,26 @@ class XLMemory(NamedTuple):
         return torch.arange(self.length, device=device) >= self.length - self.counts[:, None]
 
 
+class PastMemories(NamedTuple):
+    """The memories that the segments before read, newest last, in a buffer of fixed size: for `axial`."""
+
+    memories: Tensor  # (b, t, m, dim)
+    counts: Tensor  # (b,) valid entries of a row, the newest ones
+
+    def append(self, memory: Tensor) -> PastMemories:
+        """With a memory (b, m, dim) behind it; the oldest one goes."""
+        memories = torch.cat((self.memories, memory[:, None]), dim=1)[:, 1:]
+        return PastMemories(memories, (self.counts + 1).clamp_max(memories.shape[1]))
+
+    def valid(self) -> Tensor:
+        """(b, t) bool: which entries are valid."""
+        length = self.memories.shape[1]
+        return torch.arange(length, device=self.counts.device) >= length - self.counts[:, None]
+
+
 class RMTState(NamedTuple):
-    """The memory, and the XL memories where the model has them."""
+    """The memory, and the XL memories and past memories where the model has them."""
 
     memory: Tensor  # (b, m, dim)
     xl: XLMemory | None = None
+    past: PastMemories | None = None

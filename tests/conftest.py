@@ -72,6 +72,8 @@ RMT_OPTIONS = {
     'xl enhanced': {'use_xl_memories': True, 'enhanced_xl_recurrence': True, 'depth': 3},
     'xl only': {'use_xl_memories': True, 'num_memory_tokens': 0, 'xl_mem_len': 9},
     'xl encoder': {'use_xl_memories': True, 'causal': False},
+    'axial': {'axial_mem_len': 3},
+    'axial, xl': {'axial_mem_len': 1, 'heads': 4, 'kv_heads': 2, 'use_xl_memories': True, 'write_init': 'previous'},
     'deep': {'depth': 3, 'ff_mult': 2},
 }
 INFINI_OPTIONS = {

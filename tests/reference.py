@@ -85,9 +85,30 @@ def rmt_segment(model, text: Tensor, positions: list[int], memory: Tensor, xl: l
     return x[m : m + n], x[m + n :], new_xl
 
 
+def axial_read(axial, series: list[Tensor]) -> Tensor:
+    """series: memories (m, dim), newest last -> the memory that is read (m, dim); slot by slot, head by head."""
+    length, heads, d = axial.positions.shape
+    series = series[-length:]
+    read = []
+    for slot in range(len(series[0])):
+        values = [rms_norm(memory[slot], axial.norm.weight) for memory in series]
+        q = (axial.to_q.weight @ values[-1]).view(heads, d)
+        projected = [(axial.to_kv.weight @ value).view(2, heads, d) for value in values]
+        out = []
+        for head in range(heads):
+            keys, seen = [axial.null_kv[0, head, 0]], [axial.null_kv[1, head, 0]]
+            for age, (k, v) in enumerate(reversed(projected)):
+                keys.append(k[head] + axial.positions[length - 1 - age, head])
+                seen.append(v[head])
+            out.append((torch.stack(keys) @ q[head] / math.sqrt(d)).softmax(0) @ torch.stack(seen))
+        read.append(series[-1][slot] + axial.to_out.weight @ torch.cat(out))
+    return torch.stack(read)
+
+
 def rmt_row(model, text: Tensor, valid: Tensor | None = None, memory: Tensor | None = None, xl: list | None = None):
     """One row of any length through the segment loop. Padded columns are left out, a segment without a valid one
     does not happen. Returns hidden states at the valid columns (n, dim), memory (m, dim), xl."""
+    series = []
     valid = torch.ones(len(text), dtype=torch.bool) if valid is None else valid
     if memory is None:
         memory = model.initial_memory if model.num_memory_tokens else torch.zeros(0, model.dim, dtype=model.dtype)
@@ -96,7 +117,9 @@ def rmt_row(model, text: Tensor, valid: Tensor | None = None, memory: Tensor | N
     for start in range(0, len(text), model.seq_len):
         columns = [c for c in range(start, min(start + model.seq_len, len(text))) if valid[c]]
         if columns:
-            hidden, memory, xl = rmt_segment(model, text[columns], [c - start for c in columns], memory, xl)
+            series.append(memory)
+            read = memory if model.axial is None else axial_read(model.axial, series)
+            hidden, memory, xl = rmt_segment(model, text[columns], [c - start for c in columns], read, xl)
             hiddens.append(hidden)
     return torch.cat(hiddens) if hiddens else torch.zeros(0, model.dim, dtype=model.dtype), memory, xl
 
