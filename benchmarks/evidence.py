@@ -1,176 +1,130 @@
-"""What the memories really learn: trains one row of docs/results.md and evaluates it at growing lengths.
+"""What the memories really learn: trains the rows and experiments of docs/results.md.
 
-    python -m benchmarks.evidence                      # the rows, and which of them have results
+    python -m benchmarks.evidence                      # the rows and experiments, and which of them have results
     python -m benchmarks.evidence rmt_memorize         # trains its seeds, writes JSON and the plot, then the page
     python -m benchmarks.evidence rmt_memorize --seed 2
-    python -m benchmarks.evidence --all --quick        # every row at reduced size, into a scratch folder
+    python -m benchmarks.evidence rules                # an experiment: what it has no result of yet
+    python -m benchmarks.evidence --all --quick        # everything at reduced size, into a scratch folder
     python -m benchmarks.evidence --report             # the page and the plots from the JSON: make evidence
 
-One CPU thread a process. Recipes were chosen on other seeds (100 and up) than those of the table (0, 1, 2).
+One CPU thread a process. Recipes were chosen on other seeds (100 and up) than those of the table (0, 1, 2) and of the
+experiments (10 to 14).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
+from benchmarks import evidence_experiments
+from benchmarks.evidence_experiments import EXPERIMENTS, Experiment
 from benchmarks.evidence_report import report
-from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
-from segment_recurrence_pytorch.data import Streams, load_corpus
-from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
-from segment_recurrence_pytorch.training import (
-    bits_per_byte,
-    first_bytes,
-    train_loss,
-    valid_streams,
-    warmup_cosine,
-)
-from segment_recurrence_pytorch.wrapper import SegmentWrapper
+from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
+from benchmarks.evidence_training import run_row
+from segment_recurrence_pytorch.checkpoint import replacing
 
 RESULTS = Path(__file__).parent / 'results' / 'evidence'
+PAGE = Path(__file__).parents[1] / 'docs' / 'results.md'
 SEEDS = (0, 1, 2)
-EVALUATION_SEED = 1000  # plus the seed: fresh data, never trained on
-
-
-def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
-    """Trains through the row's curriculum; what happened, at every fiftieth step."""
-    generator = torch.Generator().manual_seed(seed)
-    task = row.task()
-    curriculum = SegmentCurriculum(row.stages, threshold=0.9)
-    groups = wrapper.model.param_groups(row.lr, 0.01)
-    if row.one_rate:
-        groups = [{**group, 'lr': row.lr} for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    # warm up, then straight down
-    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
-    history = []
-    wrapper.train()
-    for step in tqdm(range(steps), desc=f'{row.name}, seed {seed}', disable=None):
-        segments = curriculum.draw(generator)
-        tokens, labels = task.batch(segments, row.batch_size, generator)
-        per_segment = {}
-        if row.repetition:
-            per_segment['write_scale'] = repetitions(row.batch_size, segments, row.repetition, generator)
-        loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        curriculum.update(math.exp(-loss.item()), segments)
-        if step % 50 == 49 or step == steps - 1:
-            history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
-    return history
-
-
-def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
-    """(b, segments): in 70 % of the rows one middle segment counts up to `most` times, log-uniformly."""
-    scale = torch.ones(batch_size, segments)
-    if segments < 3:
-        return scale
-    middle = torch.randint(1, segments - 1, (batch_size, 1), generator=generator)
-    factor = torch.exp(torch.rand(batch_size, 1, generator=generator) * math.log(most))
-    chosen = torch.rand(batch_size, 1, generator=generator) < 0.7
-    return scale.scatter(1, middle, torch.where(chosen, factor, 1.0))
-
-
-def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
-    """Trains and evaluates one seed."""
-    torch.manual_seed(seed)
-    wrapper = row.wrapper()
-    start = time.perf_counter()
-    history = train_task(row, wrapper, seed, 3 if quick else row.steps)
-    trained = time.perf_counter() - start
-    curve, seconds = {}, {}
-    for segments in row.lengths[:2] if quick else row.lengths:
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-        start = time.perf_counter()
-        count = 4 if quick else row.million_sequences if segments >= MILLION else row.sequences
-        share = accuracy(wrapper, row.task(), segments, batch_size=count, generator=generator)
-        curve[segments], seconds[segments] = round(share, 4), round(time.perf_counter() - start, 1)
-        print(f'{row.name} seed {seed}: {segments:6,} segments {share:.3f} {seconds[segments]:6.1f} s', flush=True)
-    return {'curve': curve, 'history': history, 'train_seconds': round(trained), 'evaluation_seconds': seconds}
-
-
-def run_language(row: LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
-    """Trains a model with memory and its twin without, on the same bytes; their bits per byte."""
-    corpus = load_corpus(None)
-    held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
-    steps = 3 if quick else row.steps
-    bits, seconds = {}, {}
-    for name, memory in (('with memory', True), ('without', False)):
-        torch.manual_seed(seed)
-        wrapper = row.wrapper()
-        order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
-        length = wrapper.segment_length * row.segments
-        streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
-        optimizer = torch.optim.AdamW(wrapper.model.param_groups(row.lr, 0.01), betas=(0.9, 0.95))
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
-        start, state = time.perf_counter(), None
-        wrapper.train()
-        for _ in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
-            loss, _, state = train_loss(wrapper, next(streams), state, memory)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        seconds[name] = round(time.perf_counter() - start)
-        bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
-        print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)
-    return {'bits': bits, 'gain': round(bits['without'] - bits['with memory'], 4), 'train_seconds': seconds}
 
 
 def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
     """One seed of one row, written as JSON."""
-    done = run_language(row, seed, quick) if isinstance(row, LanguageRow) else run_task(row, seed, quick)
-    folder.mkdir(parents=True, exist_ok=True)
+    done = run_row(row, seed, quick)
     about = {'row': row.name, 'seed': seed, 'quick': quick, 'command': f'python -m benchmarks.evidence {row.name}'}
-    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
-    config = {key: value for key, value in vars(row).items() if not callable(value)}
-    result = {**about, **versions, 'config': config, **done}
-    (folder / f'{row.name}-{seed}.json').write_text(json.dumps(result, indent=1, default=str) + '\n')
+    write(folder / f'{row.name}-{seed}.json', {**about, **versions(), 'config': config(row), **done})
+
+
+def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
+    """The runs of an experiment that are not there yet, written one by one; one that another experiment has is taken
+    from there."""
+    folder = folder / 'experiments'
+    seeds = evidence_experiments.SEEDS[:1] if quick else evidence_experiments.SEEDS
+    for base in experiment.rows:
+        path = folder / f'{experiment.name}-{base.name}.json'
+        about = {'experiment': experiment.name, 'row': base.name, 'quick': quick, **versions(), 'config': config(base)}
+        runs = json.loads(path.read_text())['runs'] if path.exists() else []
+        for seed in seeds:
+            for arm in list(experiment.arms)[: 2 if quick else None]:
+                row = experiment.row(base, arm)
+                if any((have['arm'], have['seed']) == (arm, seed) for have in runs):
+                    continue
+                same = known(folder, config(row), seed)
+                if same is None:
+                    same = run_row(row, seed, quick, twin=False)
+                runs.append({**same, 'arm': arm, 'seed': seed, 'config': config(row)})
+                write(path, {**about, 'runs': runs})
+
+
+def known(folder: Path, wanted: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The run of that configuration and seed, if there is one."""
+    for path in sorted(folder.glob('*.json')):
+        for have in json.loads(path.read_text())['runs']:
+            if have['seed'] == seed and have['config'] == json.loads(json.dumps(wanted)):
+                return have
+    return None
+
+
+def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
+    """What a result depends on."""
+    texts = ('name', 'claim', 'published', 'remark', 'targets', 'target')
+    fields = {name: value for name, value in vars(row).items() if name not in texts}
+    if isinstance(row, TaskRow):
+        fields['task'] = {'class': type(row.task()).__name__, **vars(row.task())}
+    return fields
+
+
+def versions() -> dict[str, str]:
+    """Where a result comes from."""
+    return {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes JSON: all of it, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text(json.dumps(result, indent=1) + '\n')
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('rows', nargs='*', metavar='ROW', help='names of rows')
-    parser.add_argument('--all', action='store_true', help='every row')
-    parser.add_argument('--seed', type=int, help='only this seed')
-    parser.add_argument('--quick', action='store_true', help='three steps a row, into a scratch folder')
+    parser.add_argument('names', nargs='*', metavar='NAME', help='names of rows and experiments')
+    parser.add_argument('--all', action='store_true', help='every row and every experiment')
+    parser.add_argument('--seed', type=int, help='only this seed of the rows')
+    parser.add_argument('--quick', action='store_true', help='three steps a run, into a scratch folder')
     parser.add_argument('--report', action='store_true', help='the page and the plots from the JSON that is there')
     parser.add_argument('--out', type=Path, help='folder of the JSON')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else RESULTS)
-    names = list(ROWS) if arguments.all else arguments.rows
-    unknown = [name for name in names if name not in ROWS]
+    names = [*ROWS, *EXPERIMENTS] if arguments.all else arguments.names
+    unknown = [name for name in names if name not in ROWS and name not in EXPERIMENTS]
     if unknown:
-        sys.exit(f'no row {", ".join(unknown)}: choose from {", ".join(ROWS)}')
+        sys.exit(f'nothing called {", ".join(unknown)}: choose from {", ".join([*ROWS, *EXPERIMENTS])}')
     for name in names:
-        seeds = [arguments.seed] if arguments.seed is not None else [0] if arguments.quick else SEEDS
-        for seed in seeds:
+        if name in EXPERIMENTS:
+            run_experiment(EXPERIMENTS[name], folder, arguments.quick)
+            continue
+        for seed in [arguments.seed] if arguments.seed is not None else [0] if arguments.quick else SEEDS:
             run(ROWS[name], seed, folder, arguments.quick)
     if names or arguments.report:
-        page = folder / 'results.md' if folder != RESULTS else Path(__file__).parents[1] / 'docs' / 'results.md'
-        report(folder, page)
+        report(folder, PAGE if folder == RESULTS else folder / 'results.md')
         return
     for name, row in ROWS.items():
         seeds = [seed for seed in range(1000) if (RESULTS / f'{name}-{seed}.json').exists()]
         print(f'{name:28} {row.claim:70} seeds {seeds or "not run"}')
+    for name, experiment in EXPERIMENTS.items():
+        have = [path.stem for path in RESULTS.glob(f'experiments/{name}-*.json')]
+        print(f'{name:28} {experiment.question:70} {len(have)} of {len(experiment.rows)} tables')
 
 
 if __name__ == '__main__':

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.evidence_experiments import EXPERIMENTS, Experiment
 from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
 
 INTRODUCTION = """# Results
@@ -15,6 +17,8 @@ Tiny models on one CPU thread, trained in minutes: what the memories learn, and 
 Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
 best score that a model can have that sees only its own segment.
 """
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
 
 
 def report(folder: Path, page: Path) -> None:
@@ -33,6 +37,8 @@ def report(folder: Path, page: Path) -> None:
                 parts.append(f'![{row.claim}]({name}.png)\n')
         elif isinstance(row, LanguageRow):
             parts.append(language_table(row, results[name]))
+    for experiment in EXPERIMENTS.values():
+        parts += experiment_section(experiment, folder / 'experiments')
     missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
                for name, row in ROWS.items() if not results[name]]  # fmt: skip
     if missing:
@@ -81,6 +87,71 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     mean = sum(gains) / len(gains)
     lines.append(f'| mean | | | {mean:+.4f}, at least {row.target:.2f}{"" if mean >= row.target else " (missed)"} |')
     return '\n'.join(lines) + '\n'
+
+
+def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
+    """Question, rule, a table for each row that has results, and the decision."""
+    paths = {row.name: folder / f'{experiment.name}-{row.name}.json' for row in experiment.rows}
+    tables = []
+    for row in experiment.rows:
+        if paths[row.name].exists():
+            runs = json.loads(paths[row.name].read_text())['runs']
+            tables.append(arm_table(row, {arm: [run for run in runs if run['arm'] == arm] for arm in experiment.arms}))
+    if not tables:
+        return []
+    head = f'## {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`. Rule: {experiment.rule}\n'
+    return [head, *tables, f'**Decision.** {experiment.decision or "Not made yet."}\n']
+
+
+def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A line for each arm: its scores, and the paired difference of their mean to the first arm's."""
+    default = {run['seed']: score(run) for run in next(iter(runs.values()))}
+    columns = list(next(iter(runs.values()))[0].get('curve', {}))
+    if isinstance(row, TaskRow):
+        task = row.task()
+        about = f'{type(task).__name__}, {row.steps:,} steps on {row.stages[0]} to {row.stages[-1]} segments of '
+        about += f'{task.segment_length} tokens; accuracy at so many segments, without memory {task.without_memory:.3f}'
+        head = [*(f'{int(column):,}' for column in columns), 'mean (worst)']
+    else:
+        about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; bits per byte'
+        head = ['bits (worst)']
+    head = [f'{row.name}', *head, 'difference', 'seeds', 'training, s']
+    lines = [
+        f'{row.model.upper() if row.model == "rmt" else "Infini"}, {about}.\n',
+        table_line(head),
+        '|---' * len(head) + '|',
+    ]
+    for arm, found in runs.items():
+        if not found:
+            continue
+        means = [mean([run['curve'][column] for run in found]) for column in columns]
+        scores = [score(run) for run in found]
+        worst = min(scores) if columns else max(scores)
+        pairs = [score(run) - default[run['seed']] for run in found if run['seed'] in default]
+        seconds = mean([run['train_seconds'] if columns else run['train_seconds']['with memory'] for run in found])
+        cells = [arm, *(f'{each:.3f}' for each in means), f'{mean(scores):.3f} ({worst:.3f})']
+        cells += ['' if arm == next(iter(runs)) else interval(pairs), f'{len(found)}', f'{seconds:.0f}']
+        lines.append(table_line(cells))
+    return '\n'.join(lines) + '\n'
+
+
+def score(run: dict[str, Any]) -> float:
+    """Mean accuracy over the lengths, or bits per byte."""
+    return mean(list(run['curve'].values())) if 'curve' in run else run['bits']['with memory']
+
+
+def interval(differences: list[float]) -> str:
+    """The mean and its 95 % t interval."""
+    count = len(differences)
+    if count < 2:
+        return f'{mean(differences):+.3f}'
+    half = T_95[count] * stdev(differences) / count**0.5
+    return f'{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]'
+
+
+def table_line(cells: list[str]) -> str:
+    """A line of a Markdown table."""
+    return f'| {" | ".join(cells)} |'
 
 
 def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Trains and evaluates one seed of a row of `evidence_rows` or `evidence_experiments`."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from benchmarks.evidence_rows import MILLION, LanguageRow, TaskRow
+from segment_recurrence_pytorch.data import Streams, load_corpus
+from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+EVALUATION_SEED = 1000  # plus the seed: fresh data, never trained on
+
+
+def run_row(row: TaskRow | LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
+    """One seed of a row; twin: of a language row, also the model without memory."""
+    return run_language(row, seed, quick, twin) if isinstance(row, LanguageRow) else run_task(row, seed, quick)
+
+
+def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
+    """Trains through the row's curriculum; what happened, at every fiftieth step."""
+    generator = torch.Generator().manual_seed(seed)
+    task = row.task()
+    curriculum = SegmentCurriculum(row.stages, threshold=0.9)
+    groups = wrapper.model.param_groups(row.lr, 0.01)
+    if row.one_rate:
+        groups = [{**group, 'lr': row.lr} for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    # warm up, then straight down
+    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
+    history = []
+    wrapper.train()
+    for step in tqdm(range(steps), desc=f'{row.name}, seed {seed}', disable=None):
+        segments = curriculum.draw(generator)
+        tokens, labels = task.batch(segments, row.batch_size, generator)
+        per_segment = {}
+        if row.repetition:
+            per_segment['write_scale'] = repetitions(row.batch_size, segments, row.repetition, generator)
+        loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        curriculum.update(math.exp(-loss.item()), segments)
+        if step % 50 == 49 or step == steps - 1:
+            history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
+    return history
+
+
+def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
+    """(b, segments): in 70 % of the rows one middle segment counts up to `most` times, log-uniformly."""
+    scale = torch.ones(batch_size, segments)
+    if segments < 3:
+        return scale
+    middle = torch.randint(1, segments - 1, (batch_size, 1), generator=generator)
+    factor = torch.exp(torch.rand(batch_size, 1, generator=generator) * math.log(most))
+    chosen = torch.rand(batch_size, 1, generator=generator) < 0.7
+    return scale.scatter(1, middle, torch.where(chosen, factor, 1.0))
+
+
+def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
+    """Trains and evaluates one seed."""
+    torch.manual_seed(seed)
+    wrapper = row.wrapper()
+    start = time.perf_counter()
+    history = train_task(row, wrapper, seed, 3 if quick else row.steps)
+    trained = time.perf_counter() - start
+    curve, seconds = {}, {}
+    for segments in row.lengths[:2] if quick else row.lengths:
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+        start = time.perf_counter()
+        count = 4 if quick else row.million_sequences if segments >= MILLION else row.sequences
+        share = accuracy(wrapper, row.task(), segments, batch_size=count, generator=generator)
+        curve[segments], seconds[segments] = round(share, 4), round(time.perf_counter() - start, 1)
+        print(f'{row.name} seed {seed}: {segments:6,} segments {share:.3f} {seconds[segments]:6.1f} s', flush=True)
+    return {'curve': curve, 'history': history, 'train_seconds': round(trained), 'evaluation_seconds': seconds}
+
+
+def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
+    """Trains a model with memory, and its twin without, on the same bytes; their bits per byte."""
+    corpus = load_corpus(None)
+    held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
+    steps = 3 if quick else row.steps
+    bits, seconds = {}, {}
+    for name, memory in (('with memory', True), ('without', False))[: 1 + twin]:
+        torch.manual_seed(seed)
+        wrapper = row.wrapper()
+        order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        length = wrapper.segment_length * row.segments
+        streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
+        optimizer = torch.optim.AdamW(wrapper.model.param_groups(row.lr, 0.01), betas=(0.9, 0.95))
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
+        start, state = time.perf_counter(), None
+        wrapper.train()
+        for _ in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
+            loss, _, state = train_loss(wrapper, next(streams), state, memory)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        seconds[name] = round(time.perf_counter() - start)
+        bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
+        print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)
+    gain = {'gain': round(bits['without'] - bits['with memory'], 4)} if twin else {}
+    return {'bits': bits, **gain, 'train_seconds': seconds}
