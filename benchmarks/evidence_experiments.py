@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.evidence_extras import EXTRAS
 from benchmarks.evidence_rows import INFINI, RMT, LanguageRow, TaskRow
-from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Memorize, Task
+from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Copy, Memorize, Task
 
 SEEDS = (10, 11, 12, 13, 14)  # neither development seeds nor those of the table
 RULE = (
@@ -40,12 +41,13 @@ class Experiment:
         return replace(row, name=f'{self.name}, {row.name}, {arm}', options={**row.options, **changes}, **fields)
 
 
-FIELDS = ('one_rate', 'wrapper_options')
+FIELDS = ('one_rate', 'wrapper_options', 'extra', 'steps')
 
 
 def task_row(name: str, model: str, task: Callable[[], Task], stages: list[int], lengths: list[int], **more) -> TaskRow:
     """A small row: 256 sequences a length."""
-    options = {'options': RMT if model == 'rmt' else INFINI, 'batch_size': 64, 'lr': 3e-3, 'sequences': 256, **more}
+    options: dict[str, Any] = {'options': RMT if model == 'rmt' else INFINI, 'batch_size': 64, 'lr': 3e-3}
+    options |= {'sequences': 256, **more}
     return TaskRow(name=name, claim='', published='', model=model, task=task, stages=stages, lengths=lengths, **options)
 
 
@@ -53,7 +55,7 @@ def bytes_row(model: str, options: dict[str, Any], steps: int = 600) -> Language
     """A byte model, segments of 32, 8 of them a step."""
     sizes = dict(dim=96, depth=2, heads=4, dim_head=24)
     return LanguageRow(
-        name='bytes', claim='', published='', model=model, options={**sizes, **options}, segment_length=32, segments=8,
+        name=f'{model}_bytes', claim='', published='', model=model, options={**sizes, **options}, segment_length=32, segments=8,
         batch_size=16, lr=3e-3, steps=steps, embedding_std=None, target=0.0,
     )  # fmt: skip
 
@@ -63,21 +65,40 @@ def short_memorize() -> Task:
     return Memorize(values=8, noise=32, segment_length=16)
 
 
-def many_pairs() -> Task:
-    """4 pairs a segment, up to 64 of them."""
-    return AssociativeRetrieval(keys=64, pairs_per_segment=4)
+def two_pairs() -> Task:
+    """2 pairs a segment, up to 26 of them."""
+    return AssociativeRetrieval(pairs_per_segment=2)
 
 
-RMT_QUIET = {**RMT, 'memory_noise': 0.0}
-INFINI_MEMORIZE = task_row('passkey', 'infini', short_memorize, [2, 3, 4], [4, 16, 64, 256], steps=400)
-INFINI_PAIRS = task_row('pairs', 'infini', many_pairs, [2, 3, 4, 5], [2, 3, 5, 9, 17], lr=2e-3, steps=1000)
-RMT_MEMORIZE = task_row('memorize', 'rmt', short_memorize, [2, 3, 4], [4, 16, 64, 256], steps=600)
+def one_pair() -> Task:
+    """The format of arXiv 2207.06881: one pair a segment."""
+    return AssociativeRetrieval()
+
+
+# the start that learns these tasks, but of the models' own options only those that an arm does not change
+PLAIN: dict[str, Any] = {**RMT, 'memory_noise': 0.0}
+MEMORIZE = task_row('memorize', 'rmt', short_memorize, [2, 3, 4], [4, 8, 16, 64], steps=400, batch_size=32)
+COPY = task_row('copy', 'rmt', Copy, [3], [3, 6], options=PLAIN, lr=2e-3, steps=400, batch_size=32)
+REVERSE = task_row('reverse', 'rmt', lambda: Copy(reverse=True), [2, 4], [2, 4], options=PLAIN, lr=2e-3, steps=600,
+                   batch_size=32)  # fmt: skip
+RMT_PAIRS = task_row('pairs', 'rmt', one_pair, [2, 3], [2, 3, 4], options=PLAIN, lr=1e-3, steps=1000)
+RMT_BYTES, INFINI_BYTES = bytes_row('rmt', {'num_memory_tokens': 4}), bytes_row('infini', {})
+PASSKEY = task_row('passkey', 'infini', short_memorize, [2, 3, 4], [4, 64, 1024], steps=250, batch_size=32,
+                   sequences=64)  # fmt: skip
+INFINI_PAIRS = task_row('pairs', 'infini', two_pairs, [2, 3, 4, 6], [2, 4, 6, 9, 14], lr=2e-3, steps=1200,
+                        options={**INFINI, 'qk_norm': True})  # fmt: skip
+
+
+def with_memory(row: TaskRow | LanguageRow, tokens: int) -> TaskRow | LanguageRow:
+    """The row with so many memory tokens."""
+    return replace(row, name=f'{row.name}_m{tokens}', options={**row.options, 'num_memory_tokens': tokens})
+
 
 _experiments = [
     Experiment(
         name='rules',
         question='Which memory rule: linear, delta or deltanet, with learned strength, with decay?',
-        rows=[INFINI_PAIRS, INFINI_MEMORIZE],
+        rows=[INFINI_PAIRS, PASSKEY],
         arms={
             'linear': {}, 'delta': {'memory_rule': 'delta'}, 'deltanet': {'memory_rule': 'deltanet'},
             'linear, strength': {'learned_delta_update': True},
@@ -85,6 +106,54 @@ _experiments = [
             'linear, decay': {'memory_decay': True},
             'deltanet, decay': {'memory_rule': 'deltanet', 'memory_decay': True},
         },
+    ),
+    Experiment(
+        name='enhanced',
+        question='Does enhanced recurrence pay: a transform of what is read, or the memory of the layer above?',
+        rows=[INFINI_PAIRS, PASSKEY, INFINI_BYTES],
+        arms={
+            'same layer': {}, 'talking heads': {'mem_transform': 'talking_heads'},
+            'kv projection': {'mem_transform': 'kv_proj'}, 'layer above': {'mem_read_from': 'above'},
+        },
+    ),
+    Experiment(
+        name='gate',
+        question='Where should the gates start, and at what learning rate?',
+        rows=[PASSKEY],
+        arms={'0': {}}
+        | {f'{value}': {'head_gate_init_value': float(value)} for value in (-2, 4, 10)}
+        | {f'{value}, one learning rate': {'head_gate_init_value': float(value), 'one_rate': True}
+           for value in (0, -2, 4, 10)},
+    ),
+    Experiment(
+        name='backprop',
+        question='How many segments should the gradient go back?',
+        rows=[MEMORIZE, PASSKEY, RMT_BYTES, INFINI_BYTES],
+        arms={'all': {}} | {f'{k}': {'wrapper_options': {'backprop_segments': k}} for k in (1, 2, 4)},
+    ),
+    Experiment(
+        name='write_init',
+        question='What should enter the write rows: learned tokens, the memory before, or their sum?',
+        rows=[MEMORIZE, COPY, RMT_BYTES],
+        arms={'sum': {}, 'learned': {'write_init': 'learned'}, 'previous': {'write_init': 'previous'}},
+    ),
+    Experiment(
+        name='axial',
+        question='Does axial attention down the past memories pay?',
+        rows=[with_memory(RMT_PAIRS, 2), MEMORIZE],
+        arms={'off': {}, 'the last 8 memories': {'axial_mem_len': 8}, 'the last one (control)': {'axial_mem_len': 1}},
+    ),
+    Experiment(
+        name='memory_mask',
+        question='Memory rows causally masked or not?',
+        rows=[with_memory(row, m) for row in (COPY, REVERSE, RMT_PAIRS, MEMORIZE, RMT_BYTES) for m in (4, 16)],
+        arms={'block': {}, 'causal': {'memory_mask': 'causal'}, 'mixed': {'memory_mask': 'mixed'}},
+    ),
+    Experiment(
+        name='extras',
+        question='Do the extras of the published RMT package pay?',
+        rows=[RMT_BYTES, MEMORIZE],
+        arms={'none': {}} | {extra: {'extra': extra} for extra in EXTRAS},
     ),
 ]  # fmt: skip
 EXPERIMENTS = {experiment.name: experiment for experiment in _experiments}

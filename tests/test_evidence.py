@@ -1,13 +1,18 @@
 """The evidence: every row runs, and the page is what the committed results say."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import evidence
 from benchmarks.evidence_experiments import EXPERIMENTS
+from benchmarks.evidence_extras import EXTRAS
 from benchmarks.evidence_report import load, report
 from benchmarks.evidence_rows import ROWS, LanguageRow
+from recurrent_memory_transformer_pytorch.attention import Layout
+from tests.conftest import close, make_rmt, random_weights
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -42,3 +47,36 @@ def test_the_page_is_what_the_results_say(tmp_path):
     assert (tmp_path / 'results.md').read_text() == evidence.PAGE.read_text()
     for name in ROWS:
         assert not any(result['quick'] for result in load(evidence.RESULTS, name))
+
+
+@pytest.mark.parametrize('extra', EXTRAS)
+def test_an_extra_changes_the_model_and_is_learned(extra):
+    base = replace(EXPERIMENTS['extras'].rows[0], extra='')
+    torch.manual_seed(0)
+    plain = base.wrapper()
+    torch.manual_seed(0)
+    changed = replace(base, extra=extra).wrapper()
+    added = set(dict(changed.named_parameters())) - set(dict(plain.named_parameters()))
+    tokens = torch.randint(0, 60, (2, 3 * plain.segment_length))
+    for wrapper in (plain, changed):
+        torch.manual_seed(1)
+        random_weights(wrapper.model)
+        wrapper.loss(tokens).loss.backward()
+    if extra == 'embedding gradient 0.1':
+        close(changed.model.token_emb.weight.grad, 0.1 * plain.model.token_emb.weight.grad, 1e-5)
+        return
+    assert added
+    named = dict(changed.named_parameters())
+    assert all(named[name].grad.abs().sum() > 0 for name in added)
+
+
+def test_a_null_key_is_a_key_in_front_that_all_rows_see():
+    EXTRAS['null key'](model := make_rmt(num_memory_tokens=0, depth=1))
+    attn, x = model.double().layers[0].attn, torch.randn(2, 2, 16, dtype=torch.float64)
+    out, _, _ = attn(x, Layout(0, 0, 2, 0, 'block'), backend='sdpa')
+    q, k, v = attn.project(x)
+    null_k, null_v = attn.null.expand(-1, 2, -1, -1, -1)
+    keys, values = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+    for row, seen in ((0, 2), (1, 3)):
+        weights = (q[:, :, row, None] @ keys[:, :, :seen].mT / 8**0.5).softmax(-1)
+        close(out[:, row : row + 1], attn.merge(weights @ values[:, :, :seen]))

@@ -1,0 +1,37 @@
+"""Seconds to evaluate 16 sequences of a million tokens on one CPU thread, with the models of docs/results.md.
+
+    python -m benchmarks.million_evaluation
+
+Tokens are made on the way, no logits are computed but the asked ones, and in the last layer only what the memory needs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.evidence_rows import MILLION, ROWS, TaskRow
+from benchmarks.interleave import write_results
+from segment_recurrence_pytorch.tasks import accuracy
+
+SEQUENCES = 16
+
+
+def main() -> None:
+    """Times both models and writes the JSON."""
+    torch.set_num_threads(1)
+    seconds = {}
+    for name in ('rmt_memorize', 'infini_passkey'):
+        row = ROWS[name]
+        assert isinstance(row, TaskRow)
+        task = row.task()
+        start = time.perf_counter()
+        accuracy(row.wrapper(), task, MILLION, batch_size=SEQUENCES, generator=torch.Generator().manual_seed(0))
+        seconds[row.model] = round(time.perf_counter() - start, 1)
+        print(f'{name}: {SEQUENCES} sequences of {MILLION * task.segment_length:,} tokens, {seconds[row.model]} s')
+    write_results(__file__, {'sequences': SEQUENCES, 'segments': MILLION, 'threads': 1, 'seconds': seconds})
+
+
+if __name__ == '__main__':
+    main()
