@@ -55,8 +55,8 @@ def bytes_row(model: str, options: dict[str, Any], steps: int = 600) -> Language
     """A byte model, segments of 32, 8 of them a step."""
     sizes = dict(dim=96, depth=2, heads=4, dim_head=24)
     return LanguageRow(
-        name=f'{model}_bytes', claim='', published='', model=model, options={**sizes, **options}, segment_length=32, segments=8,
-        batch_size=16, lr=3e-3, steps=steps, embedding_std=None, target=0.0,
+        name=f'{model}_bytes', claim='', published='', model=model, options={**sizes, **options}, segment_length=32,
+        segments=8, batch_size=16, lr=3e-3, steps=steps, embedding_std=None, target=0.0,
     )  # fmt: skip
 
 
