@@ -8,14 +8,15 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.evidence_experiments import EXPERIMENTS, Experiment
-from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
+from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
 
 INTRODUCTION = """# Results
 
 Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
 `make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` trains a row again.
 Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
-best score that a model can have that sees only its own segment.
+best score that a model can have that sees only its own segment. No run on a seed of the table is left out: what was
+stopped or repeated is named with its row.
 """
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
@@ -25,7 +26,7 @@ def report(folder: Path, page: Path) -> None:
     """Writes the page, and a plot for each row of tasks that has results."""
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, overview(results)]
     for name, row in ROWS.items():
         if not results[name]:
             continue
@@ -37,6 +38,9 @@ def report(folder: Path, page: Path) -> None:
                 parts.append(f'![{row.claim}]({name}.png)\n')
         elif isinstance(row, LanguageRow):
             parts.append(language_table(row, results[name]))
+        if row.remark:
+            parts.append(f'{row.remark}\n')
+    parts += million_section(folder.parent / 'million_evaluation.json')
     for experiment in EXPERIMENTS.values():
         parts += experiment_section(experiment, folder / 'experiments')
     missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
@@ -57,6 +61,25 @@ def load(folder: Path, name: str) -> list[dict[str, Any]]:
     return sorted((result for result in found if result['row'] == name), key=lambda result: result['seed'])
 
 
+def overview(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A line for each target: what was asked for, and what was measured."""
+    lines = ['| claim | at | measured | at least |', '|---|---|---|---|']
+    for name, found in results.items():
+        row = ROWS[name]
+        if not found:
+            continue
+        if isinstance(row, LanguageRow):
+            gains = [result['gain'] for result in found]
+            cells = ['', f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})', f'{row.target:+.2f}']
+            lines.append(table_line([row.claim, *cells]))
+            continue
+        for length, target in row.targets.items():
+            shares = [result['curve'][str(length)] for result in found]
+            tokens = f'{length * row.task().segment_length:,} tokens'
+            lines.append(table_line([row.claim, tokens, f'{mean(shares):.3f} ({min(shares):.3f})', f'{target:.2f}']))
+    return '\n'.join(lines) + '\n'
+
+
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     """A line for each length."""
     task = row.task()
@@ -72,9 +95,9 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
             f'| {task.without_memory:.3f} | {met} |'
         )
     seconds = ', '.join(str(result['train_seconds']) for result in results)
-    return '\n'.join(lines) + f'\n\n{len(results)} seeds, {row.steps:,} steps, {row.sequences} sequences a length, ' \
-        f'{row.million_sequences} at a million tokens; ' \
-        f'trained in {seconds} s.\n'  # fmt: skip
+    million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
+    about = f'{len(results)} seeds, {row.steps:,} steps in {seconds} s; {row.sequences} sequences a length{million}.'
+    return '\n'.join(lines) + f'\n\n{about}\n'
 
 
 def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
@@ -87,6 +110,16 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     mean = sum(gains) / len(gains)
     lines.append(f'| mean | | | {mean:+.4f}, at least {row.target:.2f}{"" if mean >= row.target else " (missed)"} |')
     return '\n'.join(lines) + '\n'
+
+
+def million_section(path: Path) -> list[str]:
+    """How long an evaluation of a million tokens takes."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    seconds = ', '.join(f'{value:.0f} s ({name})' for name, value in found['seconds'].items())
+    head = f'## A million tokens, {found["sequences"]} sequences, evaluated on one core in under 3 minutes\n'
+    return [head, f'`{found["command"]}`: {seconds}, on {found["machine"]} with one thread.\n']
 
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:

@@ -42,6 +42,22 @@ def test_an_experiment_runs_goes_on_and_reports(name, tmp_path, monkeypatch):
     assert EXPERIMENTS[name].question in (tmp_path / 'page' / 'results.md').read_text()
 
 
+def test_results_are_those_of_the_rows_as_they_stand():
+    """A recipe that changes without its results being run again would make the page untrue."""
+    for row in ROWS.values():
+        now = json.loads(json.dumps(evidence.config(row)))
+        for result in load(evidence.RESULTS, row.name):
+            recipe = {'options', 'batch_size', 'lr', 'steps', 'embedding_std', 'stages', 'repetition', 'one_rate'}
+            for name in recipe & set(now):
+                assert result['config'][name] == now[name], (row.name, name)
+    for experiment in EXPERIMENTS.values():
+        for base in experiment.rows:
+            path = evidence.RESULTS / 'experiments' / f'{experiment.name}-{base.name}.json'
+            for result in json.loads(path.read_text())['runs'] if path.exists() else []:
+                now = evidence.config(experiment.row(base, result['arm']))
+                assert result['config'] == json.loads(json.dumps(now)), (path.name, result['arm'])
+
+
 def test_the_page_is_what_the_results_say(tmp_path):
     report(evidence.RESULTS, tmp_path / 'results.md')
     assert (tmp_path / 'results.md').read_text() == evidence.PAGE.read_text()
