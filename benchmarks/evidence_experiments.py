@@ -75,7 +75,8 @@ def one_pair() -> Task:
     return AssociativeRetrieval()
 
 
-MEMORIZE = task_row('memorize', 'rmt', short_memorize, [2, 3, 4], [4, 8, 16, 64], steps=500, options={**RMT, **LASTING})
+MEMORIZE = task_row('memorize', 'rmt', short_memorize, [1, 2, 3, 4], [4, 8, 16, 64], steps=600, batch_size=32,
+                    options={**RMT, **LASTING})  # fmt: skip
 COPY = task_row('copy', 'rmt', Copy, [3], [3, 6], lr=2e-3, steps=400, batch_size=32)
 REVERSE = task_row('reverse', 'rmt', lambda: Copy(reverse=True), [2, 4], [2, 4], lr=2e-3, steps=600,
                    batch_size=32)  # fmt: skip

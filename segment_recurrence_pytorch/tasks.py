@@ -75,22 +75,25 @@ class Memorize(Task):
         self.without_memory = 1 / values
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """See `Task.pieces`; at least two segments."""
-        if segments < 2:
-            raise ValueError(f'{segments} segments: give at least 2, one with the mark and one with the question')
+        """See `Task.pieces`; in one segment, mark and question stand together: a start that needs no memory."""
         length, k = self.segment_length, self.key_length
+        if segments < 1 or (segments == 1 and length < 2 * k + 1):
+            raise ValueError(f'{segments} segments of {length}: give at least 1, of at least {2 * k + 1} tokens')
         key = _draw(self.values, (batch_size, k), generator)
-        where = _draw(segments - 1 if self.anywhere else 1, (batch_size,), generator)
-        place = where * length + _draw(length - k, (batch_size,), generator)
+        marked = torch.cat((torch.full_like(key[:, :1], self.mark), key), dim=1)
+        where = _draw(segments - 1 if self.anywhere and segments > 1 else 1, (batch_size,), generator)
+        room = length - k if segments > 1 else length - 2 * k
+        columns = where[:, None] * length + _draw(room, (batch_size, 1), generator) + torch.arange(k + 1)
         for start in range(0, segments - 1, PIECE_SEGMENTS):
             stop = min(segments - 1, start + PIECE_SEGMENTS)
             tokens = self._filler(batch_size, stop - start, generator)
-            marked = torch.cat((torch.full_like(key[:, :1], self.mark), key), dim=1)
-            columns = place[:, None] - start * length + torch.arange(k + 1)
-            here = (columns >= 0) & (columns < tokens.shape[1])
-            columns = columns.clamp(0, tokens.shape[1] - 1)
-            yield Example(tokens.scatter(1, columns, torch.where(here, marked, tokens.gather(1, columns))), None)
+            here = columns - start * length
+            inside = (here >= 0) & (here < tokens.shape[1])
+            here = here.clamp(0, tokens.shape[1] - 1)
+            yield Example(tokens.scatter(1, here, torch.where(inside, marked, tokens.gather(1, here))), None)
         tokens = self._filler(batch_size, 1, generator)
+        if segments == 1:
+            tokens = tokens.scatter(1, columns, marked)
         tokens[:, -k:] = torch.cat((torch.full_like(key[:, :1], self.query), key[:, :-1]), dim=1)
         labels = torch.full_like(tokens, IGNORE)
         labels[:, -k:] = key

@@ -62,6 +62,18 @@ def test_long_sequences_come_in_pieces_and_the_mark_is_in_one_of_them():
     assert torch.equal(marked[:, 0], pieces[-1].labels[:, -1])
 
 
+@pytest.mark.parametrize('key_length', [1, 3])
+def test_in_one_segment_mark_and_question_stand_together(key_length):
+    task = Memorize(segment_length=8, key_length=key_length, anywhere=True)
+    tokens, labels = task.batch(1, 200, seeded())
+    assert tokens.shape == (200, 8)
+    place = (tokens == task.mark).int().argmax(1, keepdim=True) + 1
+    marked = tokens.gather(1, place + torch.arange(key_length))
+    assert torch.equal(marked, labels[:, -key_length:])
+    assert (tokens[:, -key_length] == task.query).all()
+    assert place.unique().tolist() == list(range(1, 9 - 2 * key_length))
+
+
 @pytest.mark.parametrize('rewritten', [False, True])
 def test_associative_retrieval_asks_for_the_last_value_of_a_key(rewritten):
     task = AssociativeRetrieval(keys=7, values=4, pairs_per_segment=2, rewritten=rewritten)
@@ -99,7 +111,8 @@ def test_tasks_are_seeded(task):
 
 def test_bad_tasks_are_refused():
     for task, segments, message in [
-        (Memorize(), 1, 'at least 2'),
+        (Memorize(), 0, 'at least 1'),
+        (Memorize(segment_length=4, key_length=2), 1, 'of at least 5 tokens'),
         (AssociativeRetrieval(keys=4), 6, 'give 2 to 5, or rewritten'),
         (Copy(), 4, 'a multiple of 3'),
         (Copy(reverse=True), 0, 'a multiple of 2'),
