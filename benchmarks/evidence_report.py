@@ -94,9 +94,11 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
             f'| {int(length):,}{trained} | {tokens:,} | {sum(shares) / len(shares):.3f} ({min(shares):.3f}) '
             f'| {task.without_memory:.3f} | {met} |'
         )
-    seconds = ', '.join(str(result['train_seconds']) for result in results)
+    clock = 'cpu_' if all('train_cpu_seconds' in result for result in results) else ''
+    seconds = ', '.join(str(result[f'train_{clock}seconds']) for result in results)
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
-    about = f'{len(results)} seeds, {row.steps:,} steps in {seconds} s; {row.sequences} sequences a length{million}.'
+    about = f'{len(results)} seeds, {row.steps:,} steps in {seconds} {"CPU" if clock else "wall"} seconds; '
+    about += f'{row.sequences} sequences a length{million}.'
     return '\n'.join(lines) + f'\n\n{about}\n'
 
 
@@ -148,7 +150,7 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
     else:
         about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; bits per byte'
         head = ['bits (worst)']
-    head = [f'{row.name}', *head, 'difference', 'seeds', 'training, s']
+    head = [f'{row.name}', *head, 'difference', 'seeds']
     lines = [
         f'{row.model.upper() if row.model == "rmt" else "Infini"}, {about}.\n',
         table_line(head),
@@ -161,9 +163,8 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         scores = [score(run) for run in found]
         worst = min(scores) if columns else max(scores)
         pairs = [score(run) - default[run['seed']] for run in found if run['seed'] in default]
-        seconds = mean([run['train_seconds'] if columns else run['train_seconds']['with memory'] for run in found])
         cells = [arm, *(f'{each:.3f}' for each in means), f'{mean(scores):.3f} ({worst:.3f})']
-        cells += ['' if arm == next(iter(runs)) else interval(pairs), f'{len(found)}', f'{seconds:.0f}']
+        cells += ['' if arm == next(iter(runs)) else interval(pairs), f'{len(found)}']
         lines.append(table_line(cells))
     return '\n'.join(lines) + '\n'
 

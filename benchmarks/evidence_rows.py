@@ -189,7 +189,7 @@ _language: list[TaskRow | LanguageRow] = [
         claim=f'{title} on bytes, segments of {length}, against a twin trained without memory',
         published='none for models of this size',
         model=model, options=options, segment_length=length, segments=128 // length,
-        batch_size=16, lr=3e-3, steps=1500, embedding_std=None, target=0.03 if (model, length) == ('rmt', 16) else 0.0,
+        batch_size=16, lr=3e-3, steps=800, embedding_std=None, target=0.03 if (model, length) == ('rmt', 16) else 0.0,
     )
     for model, title, options in (
         ('rmt', 'RMT', dict(dim=96, depth=2, heads=4, dim_head=24, num_memory_tokens=4)),
