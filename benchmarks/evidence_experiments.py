@@ -118,8 +118,8 @@ _experiments = [
     Experiment(
         name='gate',
         question='Where should the gates start, and at what learning rate?',
-        decision='They start at 0, as before: -2 is no different, 4 and the published 10 are far worse. A rate of their '
-        'own makes no difference at 0 or -2, and is what lets a start at 4 learn at all: it stays.',
+        decision='They start at 0, as before: -2 is no different, 4 and the published 10 are far worse. A rate of '
+        'their own makes no difference at 0 or -2, and is what lets a start at 4 learn at all: it stays.',
         rows=[PASSKEY],
         arms={'0': {}}
         | {f'{value}': {'head_gate_init_value': float(value)} for value in (-2, 4, 10)}
