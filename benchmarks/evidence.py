@@ -39,52 +39,60 @@ SEEDS = (0, 1, 2)
 def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
     """One seed of one row, written as JSON."""
     done = run_row(row, seed, quick)
-    about = {'row': row.name, 'seed': seed, 'quick': quick, 'command': f'python -m benchmarks.evidence {row.name}'}
-    write(folder / f'{row.name}-{seed}.json', {**about, **versions(), 'config': config(row), **done})
+    about = {'row': row.name, 'command': f'python -m benchmarks.evidence {row.name}'}
+    write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick), **done})
 
 
 def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
     """The runs of an experiment that are not there yet, written one by one; one that another experiment has is taken
-    from there."""
+    from there. One process an experiment."""
     folder = folder / 'experiments'
-    seeds = evidence_experiments.SEEDS[:1] if quick else evidence_experiments.SEEDS
     for base in experiment.rows:
         path = folder / f'{experiment.name}-{base.name}.json'
-        about = {'experiment': experiment.name, 'row': base.name, 'quick': quick, **versions(), 'config': config(base)}
-        runs = json.loads(path.read_text())['runs'] if path.exists() else []
-        for seed in seeds:
+        runs: list[dict[str, Any]] = []
+        for seed in evidence_experiments.SEEDS[:1] if quick else evidence_experiments.SEEDS:
             for arm in list(experiment.arms)[: 2 if quick else None]:
                 row = experiment.row(base, arm)
-                if any((have['arm'], have['seed']) == (arm, seed) for have in runs):
-                    continue
-                same = known(folder, config(row), seed)
-                if same is None:
-                    same = run_row(row, seed, quick, twin=False)
-                runs.append({**same, 'arm': arm, 'seed': seed, 'config': config(row)})
-                write(path, {**about, 'runs': runs})
+                wanted = json.loads(json.dumps(origin(row, seed, quick)))
+                done = known(path, arm, wanted) or known(folder, None, wanted)
+                if done is None:
+                    done = {**wanted, **run_row(row, seed, quick, twin=False)}
+                runs.append({**done, 'arm': arm})
+                done_here = {(run['arm'], run['seed']) for run in runs}
+                to_come = [run for run in stored(path) if (run['arm'], run['seed']) not in done_here]
+                write(path, {'experiment': experiment.name, 'row': base.name, 'runs': runs + to_come})
 
 
-def known(folder: Path, wanted: dict[str, Any], seed: int) -> dict[str, Any] | None:
-    """The run of that configuration and seed, if there is one."""
-    for path in sorted(folder.glob('*.json')):
-        for have in json.loads(path.read_text())['runs']:
-            if have['seed'] == seed and have['config'] == json.loads(json.dumps(wanted)):
+def known(where: Path, arm: str | None, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The run of that configuration and seed, in a file or a folder, if there is one."""
+    for path in sorted(where.glob('*.json')) if where.is_dir() else [where]:
+        for have in stored(path):
+            same = all(have[name] == wanted[name] for name in ('config', 'seed', 'quick'))
+            if same and arm in (None, have['arm']):
                 return have
     return None
 
 
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The runs in the file of an experiment."""
+    return json.loads(path.read_text())['runs'] if path.exists() else []
+
+
+def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
+    """What made a result."""
+    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
+    return {'seed': seed, 'quick': quick, **versions, 'config': config(row)}
+
+
 def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
-    """What a result depends on."""
-    texts = ('name', 'claim', 'published', 'remark', 'targets', 'target')
+    """What a result depends on, the model's defaults spelled out: they may change, and the result with them."""
+    texts = ('name', 'claim', 'published', 'remark', 'targets', 'target', 'limits')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
+    model = row.wrapper().model
+    fields['options'] = {name: getattr(model, name, value) for name, value in model.arguments.items()}
     if isinstance(row, TaskRow):
         fields['task'] = {'class': type(row.task()).__name__, **vars(row.task())}
     return fields
-
-
-def versions() -> dict[str, str]:
-    """Where a result comes from."""
-    return {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -110,6 +118,8 @@ def main() -> None:
     unknown = [name for name in names if name not in ROWS and name not in EXPERIMENTS]
     if unknown:
         sys.exit(f'nothing called {", ".join(unknown)}: choose from {", ".join([*ROWS, *EXPERIMENTS])}')
+    if arguments.seed is not None and set(names) & set(EXPERIMENTS):
+        parser.error('--seed is for rows: an experiment has seeds of its own')
     for name in names:
         if name in EXPERIMENTS:
             run_experiment(EXPERIMENTS[name], folder, arguments.quick)

@@ -1,4 +1,4 @@
-"""What recurrent-memory-transformer-pytorch 0.7.0 has beside the model, built on ours: does any of it pay?
+"""Four extras of recurrent-memory-transformer-pytorch 0.7.0, built on our model: does any of them pay?
 
 Each function changes a model that was just made. Only the experiment `extras` uses them.
 """
@@ -36,7 +36,7 @@ def add_null_key(model: RecurrentMemoryTransformer) -> None:
 
 
 def scale_embedding_gradient(model: RecurrentMemoryTransformer) -> None:
-    """The embeddings get a share of their gradient (arXiv 2105.13290)."""
+    """The embeddings get a share of their gradient (arXiv 2105.13290). Under AdamW little but the clipping changes."""
     for embedding in (model.token_emb, model.pos_emb):
         if embedding is not None:
             embedding.weight.register_hook(lambda gradient: gradient * GRADIENT_SHARE)
@@ -50,7 +50,8 @@ def add_streams(model: RecurrentMemoryTransformer) -> None:
     last = len(model.layers) - 1
     for index, block in enumerate(model.layers):
         block.__class__ = _StreamsBlock
-        block.over_attn, block.over_ff = connect(dim=model.dim), connect(dim=model.dim)
+        block.over_attn = connect(dim=model.dim, layer_index=2 * index)  # without it, Python's own random numbers
+        block.over_ff = connect(dim=model.dim, layer_index=2 * index + 1)
         block.enter = expand if index == 0 else nn.Identity()
         block.leave = reduce if index == last else nn.Identity()
 

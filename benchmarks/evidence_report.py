@@ -13,7 +13,7 @@ from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
 INTRODUCTION = """# Results
 
 Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
-`make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` trains a row again.
+`make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` runs one again.
 Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
 best score that a model can have that sees only its own segment. No run on a seed of the table is left out: what was
 stopped or repeated is named with its row.
@@ -63,35 +63,50 @@ def load(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def overview(results: dict[str, list[dict[str, Any]]]) -> str:
     """A line for each target: what was asked for, and what was measured."""
-    lines = ['| claim | at | measured | at least |', '|---|---|---|---|']
+    lines = ['| claim | at | measured (worst seed) | asked for | seeds |', '|---|---|---|---|---|']
     for name, found in results.items():
         row = ROWS[name]
         if not found:
             continue
         if isinstance(row, LanguageRow):
             gains = [result['gain'] for result in found]
-            cells = ['', f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})', f'{row.target:+.2f}']
-            lines.append(table_line([row.claim, *cells]))
+            cells = ['', f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})', asked(mean(gains), row.target)]
+            lines.append(table_line([row.claim, *cells, f'{len(found)}']))
             continue
-        for length, target in row.targets.items():
+        for length in [*row.targets, *row.limits]:
+            if str(length) not in found[0]['curve']:
+                continue
             shares = [result['curve'][str(length)] for result in found]
             tokens = f'{length * row.task().segment_length:,} tokens'
-            lines.append(table_line([row.claim, tokens, f'{mean(shares):.3f} ({min(shares):.3f})', f'{target:.2f}']))
+            worst = min(shares) if length in row.targets else max(shares)
+            cells = [tokens, f'{mean(shares):.3f} ({worst:.3f})', asked_of(row, length, mean(shares)), f'{len(found)}']
+            lines.append(table_line([row.claim, *cells]))
     return '\n'.join(lines) + '\n'
+
+
+def asked_of(row: TaskRow, length: int, share: float) -> str:
+    """The target of a length, and whether it is missed."""
+    if length in row.targets:
+        return asked(share, row.targets[length])
+    return asked(-share, -row.limits[length]) if length in row.limits else ''
+
+
+def asked(value: float, target: float) -> str:
+    """A target, negative where it is the most, and whether it is missed."""
+    return f'{"at most" if target < 0 else "at least"} {abs(target):.2f}{"" if value >= target else " (missed)"}'
 
 
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     """A line for each length."""
     task = row.task()
-    lines = ['| segments | tokens | accuracy | without memory | at least |', '|---|---|---|---|---|']
+    lines = ['| segments | tokens | accuracy | without memory | asked for |', '|---|---|---|---|---|']
     for length in results[0]['curve']:
         shares = [result['curve'][length] for result in results if length in result['curve']]
-        target = row.targets.get(int(length))
-        met = '' if target is None else f'{target:.2f}{"" if sum(shares) / len(shares) >= target else " (missed)"}'
+        met = asked_of(row, int(length), mean(shares))
         trained = '' if int(length) <= row.stages[-1] else ' (longer than trained)'
         tokens = int(length) * task.segment_length
         lines.append(
-            f'| {int(length):,}{trained} | {tokens:,} | {sum(shares) / len(shares):.3f} ({min(shares):.3f}) '
+            f'| {int(length):,}{trained} | {tokens:,} | {mean(shares):.3f} ({min(shares):.3f}) '
             f'| {task.without_memory:.3f} | {met} |'
         )
     clock = 'cpu_' if all('train_cpu_seconds' in result for result in results) else ''
@@ -109,8 +124,7 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
         cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
         lines.append(f'| {result["seed"]} | {" | ".join(cells)} | {result["gain"]:+.4f} |')
     gains = [result['gain'] for result in results]
-    mean = sum(gains) / len(gains)
-    lines.append(f'| mean | | | {mean:+.4f}, at least {row.target:.2f}{"" if mean >= row.target else " (missed)"} |')
+    lines.append(f'| mean | | | {mean(gains):+.4f}, {asked(mean(gains), row.target)} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -120,7 +134,9 @@ def million_section(path: Path) -> list[str]:
         return []
     found = json.loads(path.read_text())
     seconds = ', '.join(f'{value:.0f} s ({name})' for name, value in found['seconds'].items())
-    head = f'## A million tokens, {found["sequences"]} sequences, evaluated on one core in under 3 minutes\n'
+    slowest = max(found['seconds'].values())
+    head = f'## A million tokens, {found["sequences"]} sequences: an evaluation on one core, '
+    head += f'asked for in under 3 minutes{" (missed)" if slowest >= 180 else ""}\n'
     return [head, f'`{found["command"]}`: {seconds}, on {found["machine"]} with one thread.\n']
 
 
@@ -140,8 +156,9 @@ def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
 
 def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]]) -> str:
     """A line for each arm: its scores, and the paired difference of their mean to the first arm's."""
-    default = {run['seed']: score(run) for run in next(iter(runs.values()))}
-    columns = list(next(iter(runs.values()))[0].get('curve', {}))
+    first = next(iter(runs.values()))
+    default = {run['seed']: score(run) for run in first}
+    columns = list(first[0].get('curve', {})) if first else []
     if isinstance(row, TaskRow):
         task = row.task()
         about = f'{type(task).__name__}, {row.steps:,} steps on {row.stages[0]} to {row.stages[-1]} segments of '
@@ -180,7 +197,9 @@ def interval(differences: list[float]) -> str:
     if count < 2:
         return f'{mean(differences):+.3f}'
     half = T_95[count] * stdev(differences) / count**0.5
-    return f'{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]'
+    low, high = mean(differences) - half, mean(differences) + half
+    text = f'{mean(differences):+.3f} [{low:+.3f}, {high:+.3f}]'
+    return text if low <= 0 <= high else f'**{text}**'
 
 
 def table_line(cells: list[str]) -> str:

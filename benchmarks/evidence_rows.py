@@ -58,13 +58,14 @@ class Row:
 @dataclass(kw_only=True)
 class TaskRow(Row):
     """stages: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
-    sequences, a million tokens with `million_sequences`. targets: the least accuracy asked for at some of them.
+    sequences, a million tokens with `million_sequences`. targets, limits: the least, the most accuracy asked for.
     repetition: up to how often a segment is written in training (virtual length). one_rate: gates learn as all else."""
 
     task: Callable[[], Task]
     stages: list[int]
     lengths: list[int]
     targets: dict[int, float] = field(default_factory=dict)
+    limits: dict[int, float] = field(default_factory=dict)
     sequences: int = 64
     million_sequences: int = 16
     repetition: float = 0.0
@@ -151,7 +152,7 @@ _tasks: list[TaskRow | LanguageRow] = [
         claim="Infini with the published package's gate start and its one learning rate: at most 0.2",
         published='gate start 10 (infini-transformer-pytorch 0.2.1)', one_rate=True,
         model='infini', options={**INFINI, 'head_gate_init_value': 10.0}, steps=800,
-        **{**MEMORIZE, 'lengths': [2, 5, 16]},
+        limits={2: 0.2, 5: 0.2, 16: 0.2}, **{**MEMORIZE, 'lengths': [2, 5, 16]},
     ),
     TaskRow(
         name='infini_associative',

@@ -111,4 +111,4 @@ def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) ->
         bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
         print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)
     gain = {'gain': round(bits['without'] - bits['with memory'], 4)} if twin else {}
-    return {'bits': bits, **gain, 'train_cpu_seconds': seconds}
+    return {'corpus': corpus.name, 'sha256': corpus.sha256, 'bits': bits, **gain, 'train_cpu_seconds': seconds}

@@ -1,4 +1,4 @@
-"""Seconds to evaluate 16 sequences of a million tokens on one CPU thread, with the models of docs/results.md.
+"""Seconds to evaluate 16 sequences of a million tokens on one CPU thread, with models of docs/results.md, untrained.
 
     python -m benchmarks.million_evaluation
 

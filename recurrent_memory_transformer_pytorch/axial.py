@@ -1,7 +1,7 @@
 """Axial attention: each memory slot looks down the axis of its own past.
 
 A slot is overwritten at the end of every segment. Before a segment reads its memory, slot i of the newest memory
-attends to slot i of the memories that the segments before it read, so that what a slot once held is still there:
+attends to slot i of the memories that entered the segments before it, so that what a slot once held is still there:
 
     q = W_q norm(x_T),    k_t = W_k norm(x_t) + position_t,    v_t = W_v norm(x_t),    t = 1 .. T, x_T the newest
     read = x_T + W_o softmax(q k / sqrt(d)) v,    beside a learned null key and value
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurrent_memory_transformer_pytorch.state import PastMemories
+from segment_recurrence_pytorch.attention import attend
 from segment_recurrence_pytorch.layers import NORM_EPS
 
 
 class AxialAttention(nn.Module):
-    """Over the newest memory and the `length - 1` before it."""
+    """Over the newest memory and the `length - 1` before it. Without dropout, and always on the backend 'sdpa'."""
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, length: int):
         super().__init__()
@@ -46,5 +47,5 @@ class AxialAttention(nn.Module):
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
         valid = F.pad(past.valid(), (1, 1), value=True)  # null and newest
         mask = valid[:, None, None].repeat_interleave(m, dim=0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q, k, v, mask=mask, backend='sdpa')  # one query a slot, always masked: no other kernel takes it
         return memory + self.to_out(out.flatten(1)).view(batch, m, dim)

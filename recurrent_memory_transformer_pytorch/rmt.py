@@ -45,7 +45,7 @@ class RecurrentMemoryTransformer(SegmentModel):
     write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as the paper has it), or
         their 'sum' (default: of the three it keeps the gradient through many segments, see README).
     axial_mem_len: each memory slot attends to its last axial_mem_len values before it is read, see `axial`; 0: off.
-    memory_noise: while training, Gaussian noise of this size is added to the memory that comes from a segment before.
+    memory_noise: while training, Gaussian noise of this size is added to the memory of every state that is given.
     use_flash_attn: the fastest backend that computes the same thing here (`attention_backend` tells which).
     ignore_index: labels with this value, and with -100, are not counted.
     """
@@ -194,7 +194,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         labels: (b, n), aligned: labels[:, i] is the target of logits[:, i].
         mask_out_read_memories: as if there were no memory yet, whatever is given.
         Returns (logits (b, n, num_tokens), or embeddings (b, n, dim), or the mean loss if labels are given; memories).
-        The memories are a tensor (b, m, dim), with XL memories an `RMTState`. ValueError for what does not fit.
+        The memories are a tensor (b, m, dim), with XL or past memories an `RMTState`. ValueError for what does not fit.
         """
         if labels is not None and return_embeddings:
             raise ValueError('labels give a loss, return_embeddings=True embeddings: ask for one of them')
@@ -311,8 +311,7 @@ class RecurrentMemoryTransformer(SegmentModel):
         if (state.past is None) != (expected.past is None):
             raise ValueError('either the state or the model has no past memories (axial_mem_len): start from None')
         if state.past is not None and expected.past is not None:
-            check_like('past memories', state.past.memories, expected.past.memories)
-            check_like('counts of past memories', state.past.counts, expected.past.counts)
+            PastMemories.check(state.past, expected.past)
 
     def as_state(self, memories: Any, batch_size: int) -> Any:
         """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without a past."""

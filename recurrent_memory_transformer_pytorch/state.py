@@ -84,15 +84,26 @@ class XLMemory(NamedTuple):
 
 
 class PastMemories(NamedTuple):
-    """The memories that the segments before read, newest last, in a buffer of fixed size: for `axial`."""
+    """The memories that entered the segments before, newest last, in a buffer of fixed size: for `axial`."""
 
     memories: Tensor  # (b, t, m, dim)
     counts: Tensor  # (b,) valid entries of a row, the newest ones
 
     def append(self, memory: Tensor) -> PastMemories:
         """With a memory (b, m, dim) behind it; the oldest one goes."""
-        memories = torch.cat((self.memories, memory[:, None]), dim=1)[:, 1:]
-        return PastMemories(memories, (self.counts + 1).clamp_max(memories.shape[1]))
+        length = self.memories.shape[1]
+        if not length:
+            return self
+        # cut before joining: a slice of the joined tensor would keep all of it alive
+        memories = torch.cat((self.memories[:, 1:], memory[:, None]), dim=1)
+        return PastMemories(memories, (self.counts + 1).clamp_max(length))
+
+    def check(self, like: PastMemories) -> None:
+        """Raises ValueError unless shapes, dtypes and device are those of `like`."""
+        if not isinstance(self, PastMemories):
+            raise ValueError('the past memories of the state are no PastMemories: give what the last call returned')
+        check_like('past memories', self.memories, like.memories)
+        check_like('counts of past memories', self.counts, like.counts)
 
     def valid(self) -> Tensor:
         """(b, t) bool: which entries are valid."""

@@ -127,8 +127,8 @@ def read_windows(
     need_hidden: bool = True,
     segments_per_pass: int | None = None,
 ) -> Iterator[tuple[slice, Any, State]]:
-    """Reads tokens (b, n) from the left, of which one window is held at a time: yields each window's columns, its
-    hidden states and the state after it. segments_per_pass: default, `segments_at_once`."""
+    """Reads tokens (b, n) from the left, one window after the other: yields its columns, its hidden states and the
+    state after it. segments_per_pass: segments of a window, default `segments_at_once`."""
     segments = segments_per_pass or segments_at_once(model, segment_length)
     for window in plan_windows(tokens.shape[1], segment_length, segments_per_pass=segments):
         at = slice(window.start, window.stop)

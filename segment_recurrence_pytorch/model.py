@@ -107,11 +107,11 @@ class SegmentModel(nn.Module, ABC):
         return where_rows(rows, chosen, other)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: weight decay for the matrices of the layers, none for embeddings, gains and biases."""
+        """Optimizer groups: weight decay for the matrices of layers and axial attention, none for the rest."""
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
-            (decayed if parameter.ndim == 2 and name.startswith('layers.') else others).append(parameter)
+            (decayed if parameter.ndim == 2 and name.startswith(('layers.', 'axial.')) else others).append(parameter)
         return [
             {'params': decayed, 'lr': lr, 'weight_decay': weight_decay},
             {'params': others, 'lr': lr, 'weight_decay': 0.0},

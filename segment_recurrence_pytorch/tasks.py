@@ -1,7 +1,8 @@
 """Synthetic tasks that only a memory can solve, seeded and of any length, and a curriculum over their length.
 
 A task deals in segments: what is asked for in the last ones stands in earlier ones, so a model without memory is at
-`without_memory`. Labels are aligned with the tokens, and IGNORE where nothing is asked.
+`without_memory`, but where a task of one segment asks for what stands beside. Labels are aligned with the tokens, and
+IGNORE where nothing is asked.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Task(ABC):
 
 
 class Memorize(Task):
-    """Which value was marked? Noise with `MARK value` somewhere in the first segment, and QUERY as the last token.
+    """Which value was marked? Noise with `MARK value` somewhere in the first segment, and QUERY at the end.
 
     The noise holds the values too, so that only the mark tells. anywhere: the mark is in any segment but the last
     (detect and memorize). repeated: instead of noise one sentence over and over, as in passkey retrieval.

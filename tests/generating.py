@@ -10,7 +10,7 @@ LENGTH = 6
 CASES = {f'rmt, {name}': (make_rmt, options) for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
 CASES |= {f'infini, {name}': (make_infini, options) for name, options in INFINI_OPTIONS.items()}
 FEW = ['rmt, plain', 'rmt, xl mixed', 'rmt, xl long', 'rmt, no memory', 'infini, delta, gqa']
-FEW += ['infini, deltanet, decay, gqa']
+FEW += ['rmt, axial', 'infini, deltanet, decay, gqa']
 ALL = pytest.mark.parametrize('case', CASES)
 SOME = pytest.mark.parametrize('case', FEW)
 

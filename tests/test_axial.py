@@ -6,6 +6,7 @@ import torch
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RMTState
 from recurrent_memory_transformer_pytorch.axial import AxialAttention
 from recurrent_memory_transformer_pytorch.state import PastMemories
+from segment_recurrence_pytorch import record_attention
 from tests.conftest import close, ids, make_rmt, random_weights
 
 
@@ -52,6 +53,30 @@ def test_the_state_keeps_the_last_memories_newest_last():
     assert torch.equal(state.past.memories, torch.stack(read[-2:], dim=1))
 
 
+def test_a_dropped_memory_is_not_kept_alive():
+    past = PastMemories(torch.zeros(2, 3, 4, 5), torch.zeros(2, dtype=torch.long)).append(torch.ones(2, 4, 5))
+    assert past.memories.untyped_storage().nbytes() == past.memories.numel() * 4
+    empty = PastMemories(torch.zeros(2, 0, 4, 5), torch.zeros(2, dtype=torch.long))
+    assert empty.append(torch.ones(2, 4, 5)) is empty
+
+
+def test_a_padded_row_keeps_memory_and_past_bit_for_bit_while_noise_is_added():
+    model = make_rmt(axial_mem_len=3, memory_noise=0.5).train()
+    _, state = model.advance(ids(2, 6))
+    mask = torch.tensor([[True] * 6, [False] * 6])
+    _, after = model.advance(ids(2, 6), state, mask=mask)
+    assert torch.equal(after.memory[1], state.memory[1])
+    assert torch.equal(after.past.memories[1], state.past.memories[1])
+    assert after.past.counts.tolist() == [2, 1]
+
+
+def test_the_attention_is_on_record():
+    model = make_rmt(axial_mem_len=3)
+    with record_attention() as calls:
+        model.memory_read(model.initial_state(2))
+    assert [call.backend for call in calls] == ['sdpa']
+
+
 def test_past_memories_carry_a_gradient():
     """Of the first memory, straight from the third segment: not through the second."""
     model = make_rmt(axial_mem_len=3)
@@ -72,6 +97,11 @@ def test_forward_takes_back_what_it_returns_and_refuses_other_states():
         plain(ids(2, 6), state)
     with pytest.raises(ValueError, match='axial_mem_len'):
         model(ids(2, 6), RMTState(state.memory))
+    for past in (state.memory, tuple(state.past)):
+        with pytest.raises(ValueError, match='no PastMemories'):
+            model(ids(2, 6), RMTState(state.memory, None, past))
+    with pytest.raises(ValueError, match='counts of past memories: shape'):
+        model(ids(2, 6), RMTState(state.memory, None, state.past._replace(counts=state.past.counts[:1])))
     with pytest.raises(ValueError, match=r'past memories: shape'):
         make_rmt(axial_mem_len=4)(ids(2, 6), state)
     with pytest.raises(ValueError, match='axial_mem_len is 2, num_memory_tokens 0'):

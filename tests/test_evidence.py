@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from benchmarks.evidence_experiments import EXPERIMENTS
+from benchmarks.evidence_experiments import EXPERIMENTS, SEEDS, Experiment, task_row
 from benchmarks.evidence_extras import EXTRAS
-from benchmarks.evidence_report import load, report
+from benchmarks.evidence_report import arm_table, interval, load, report
 from benchmarks.evidence_rows import ROWS, LanguageRow
 from recurrent_memory_transformer_pytorch.attention import Layout
+from segment_recurrence_pytorch.tasks import Memorize
 from tests.conftest import close, make_rmt, random_weights
 
 
@@ -43,26 +44,65 @@ def test_an_experiment_runs_goes_on_and_reports(name, tmp_path, monkeypatch):
 
 
 def test_results_are_those_of_the_rows_as_they_stand():
-    """A recipe that changes without its results being run again would make the page untrue."""
+    """A recipe or a default that changes without its results being run again would make the page untrue."""
     for row in ROWS.values():
-        now = json.loads(json.dumps(evidence.config(row)))
         for result in load(evidence.RESULTS, row.name):
-            recipe = {'options', 'batch_size', 'lr', 'steps', 'embedding_std', 'stages', 'repetition', 'one_rate'}
-            for name in recipe & set(now):
-                assert result['config'][name] == now[name], (row.name, name)
+            assert result['config'] == json.loads(json.dumps(evidence.config(row))), (row.name, result['seed'])
+            assert not result['quick']
     for experiment in EXPERIMENTS.values():
         for base in experiment.rows:
-            path = evidence.RESULTS / 'experiments' / f'{experiment.name}-{base.name}.json'
-            for result in json.loads(path.read_text())['runs'] if path.exists() else []:
-                now = evidence.config(experiment.row(base, result['arm']))
-                assert result['config'] == json.loads(json.dumps(now)), (path.name, result['arm'])
+            for run in evidence.stored(evidence.RESULTS / 'experiments' / f'{experiment.name}-{base.name}.json'):
+                now = evidence.config(experiment.row(base, run['arm']))
+                assert run['config'] == json.loads(json.dumps(now)), (experiment.name, base.name, run['arm'])
+                assert not run['quick']
+
+
+@pytest.mark.parametrize('experiment', EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
+def test_every_arm_can_be_built_and_differs(experiment):
+    for base in experiment.rows:
+        configs = [json.dumps(evidence.config(experiment.row(base, arm))) for arm in experiment.arms]
+        assert len(set(configs)) == len(configs)
+
+
+def test_runs_are_shared_where_the_recipe_is_the_same_and_only_there(tmp_path, monkeypatch):
+    started = []
+
+    def run_row(row, seed, quick, twin):
+        started.append(row.name)
+        return {'curve': {'2': 0.5}}
+
+    monkeypatch.setattr(evidence, 'run_row', run_row)
+    base = task_row('task', 'infini', Memorize, [2], [2], steps=1)
+    first = Experiment(name='first', question='?', rows=[base], arms={'a': {}, 'b': {'memory_rule': 'delta'}})
+    second = Experiment(name='second', question='?', rows=[base], arms={'c': {}, 'd': {'memory_decay': True}})
+    evidence.run_experiment(first, tmp_path, quick=True)
+    evidence.run_experiment(second, tmp_path, quick=True)
+    assert started == ['first, task, a', 'first, task, b', 'second, task, d']
+    for changed in (replace(base, steps=2), replace(base, task=lambda: Memorize(values=3))):
+        started.clear()
+        evidence.run_experiment(replace(first, rows=[changed]), tmp_path, quick=True)
+        assert started == ['first, task, a', 'first, task, b']
+    started.clear()
+    evidence.run_experiment(replace(first, rows=[changed], arms={'a': {}}), tmp_path, quick=False)
+    assert len(started) == len(SEEDS)  # a quick run is no run
+
+
+def test_an_arm_is_compared_seed_by_seed():
+    """Differences .1, .2, .3: mean .2, sd .1, t interval +- 4.303 * .1 / sqrt(3) = .2484."""
+    runs = {
+        'default': [{'seed': seed, 'curve': {'2': 0.1 * seed, '4': 0.1 * seed}} for seed in (1, 2, 3)],
+        'arm': [{'seed': seed, 'curve': {'2': 0.3 * seed, '4': 0.1 * seed}} for seed in (3, 1, 2)],
+    }
+    table = arm_table(task_row('task', 'infini', Memorize, [2], [2, 4], steps=1), runs).splitlines()
+    assert table[-2] == '| default | 0.200 | 0.200 | 0.200 (0.100) |  | 3 |'
+    assert table[-1] == '| arm | 0.600 | 0.200 | 0.400 (0.200) | +0.200 [-0.048, +0.448] | 3 |'
+    assert interval([0.1, 0.1, 0.1001, 0.1]).startswith('**')
+    assert arm_table(EXPERIMENTS['gate'].rows[0], {'default': [], 'arm': []})
 
 
 def test_the_page_is_what_the_results_say(tmp_path):
     report(evidence.RESULTS, tmp_path / 'results.md')
     assert (tmp_path / 'results.md').read_text() == evidence.PAGE.read_text()
-    for name in ROWS:
-        assert not any(result['quick'] for result in load(evidence.RESULTS, name))
 
 
 @pytest.mark.parametrize('extra', EXTRAS)
