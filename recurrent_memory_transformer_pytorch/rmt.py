@@ -120,15 +120,10 @@ class RecurrentMemoryTransformer(SegmentModel):
         self.dim, self.num_tokens, self.causal, self.ignore_index = dim, num_tokens, causal, ignore_index
         self.seq_len = self.max_segment_length = seq_len
         self.num_memory_tokens, self.write_init = num_memory_tokens, write_init
-        self.memory_mask, self.dim_head, self.kv_heads, self.memory_noise = (
-            memory_mask,
-            dim_head,
-            kv_heads,
-            memory_noise,
-        )
+        self.memory_mask, self.dim_head, self.kv_heads = memory_mask, dim_head, kv_heads
+        self.memory_noise, self.axial_mem_len = memory_noise, axial_mem_len
         self.rotary_pos_emb, self.enhanced_xl_recurrence = rotary_pos_emb, enhanced_xl_recurrence
         self.xl_mem_len = (seq_len if xl_mem_len is None else xl_mem_len) if use_xl_memories else 0
-        self.axial_mem_len = axial_mem_len
         self.backend = 'auto' if use_flash_attn else 'sdpa'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
@@ -139,18 +134,9 @@ class RecurrentMemoryTransformer(SegmentModel):
             self.read_memory_emb = nn.Parameter(torch.empty(num_memory_tokens, dim))
             if write_init != 'previous':
                 self.memory_tokens = nn.Parameter(torch.empty(num_memory_tokens, dim))
+        of_attention = dict(heads=heads, kv_heads=kv_heads, dim_head=dim_head, dropout=attn_dropout, qk_norm=qk_norm)
         self.layers = nn.ModuleList(
-            Block(
-                dim,
-                ff_mult=ff_mult,
-                ff_dropout=ff_dropout,
-                heads=heads,
-                kv_heads=kv_heads,
-                dim_head=dim_head,
-                dropout=attn_dropout,
-                qk_norm=qk_norm,
-            )
-            for _ in range(depth)
+            Block(dim, ff_mult=ff_mult, ff_dropout=ff_dropout, **of_attention) for _ in range(depth)
         )
         self.axial = None
         if axial_mem_len:
