@@ -86,7 +86,7 @@ def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]
 
 def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     """What a result depends on, the model's defaults spelled out: they may change, and the result with them."""
-    texts = ('name', 'claim', 'published', 'remark', 'targets', 'target', 'limits')
+    texts = ('name', 'claim', 'label', 'published', 'remark', 'targets', 'target', 'limits')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
     model = row.wrapper().model
     fields['options'] = {name: getattr(model, name, value) for name, value in model.arguments.items()}

@@ -51,7 +51,7 @@ def report(folder: Path, page: Path) -> None:
     long = {name: found for name, found in results.items() if found and isinstance(ROWS[name], TaskRow)
             and max(map(int, found[0]['curve'])) > 1000}  # fmt: skip
     if long:
-        plot_curves(long, page.parent / 'memory.png')
+        plot_curves(long, page.parent / 'memory.png', 'A value marked in the first 32 tokens, asked for at the end')
     print(f'wrote {page}')
 
 
@@ -207,7 +207,7 @@ def table_line(cells: list[str]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = '') -> None:
     """Accuracy against length, a line for each row: the mean, and the seeds as points."""
     import matplotlib.pyplot as plt
 
@@ -220,12 +220,14 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
         trained, chance = row.stages[-1] * task.segment_length, task.without_memory
         tokens = [int(length) * task.segment_length for length in results[0]['curve']]
         shares = [[result['curve'][length] for result in results] for length in results[0]['curve']]
-        axes.plot(tokens, [sum(each) / len(each) for each in shares], color=f'C{color}', label=name)
+        # thinner and thinner: lines that lie on each other are all seen
+        width = max(1.5, 5 - color) if len(rows) > 1 else 1.5
+        axes.plot(tokens, list(map(mean, shares)), color=f'C{color}', linewidth=width, label=row.label or name)
         for at, each in zip(tokens, shares, strict=True):
             axes.plot([at] * len(each), each, '.', color=f'C{color}', alpha=0.5)
-    axes.axvline(trained, color='gray', linestyle=':', label='longest in training')
+    axes.axvline(trained, color='gray', linestyle=':', label=f'longest in training: {trained} tokens')
     axes.axhline(chance, color='gray', linestyle='--', label='without memory')
-    axes.set(xscale='log', xlabel='tokens', ylabel='accuracy', ylim=(-0.02, 1.02))
+    axes.set(xscale='log', xlabel='tokens', ylabel='accuracy', ylim=(-0.02, 1.05), title=title)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -24,13 +24,14 @@ MILLION = 31_250  # segments of 32 tokens
 
 @dataclass(kw_only=True)
 class Row:
-    """name; claim: what the row says, in a line; published: the number to compare with, and where it stands.
+    """name; claim: what the row says, in a line; label: the same for a plot; published: the number to compare with.
     embedding_std: start from `start_active`; None: from the library's own start. wrapper_options: of `SegmentWrapper`.
     extra: a name of `evidence_extras.EXTRAS`. remark: for the page."""
 
     name: str
     claim: str
     published: str
+    label: str = ''
     model: str
     options: dict[str, Any]
     batch_size: int
@@ -118,6 +119,7 @@ _tasks: list[TaskRow | LanguageRow] = [
     TaskRow(
         name='rmt_memorize',
         claim='RMT keeps a fact through a million tokens, trained on at most 5 segments',
+        label='Recurrent Memory Transformer',
         published='near 1.00 to 1M tokens and more (arXiv 2304.11062, BERT-base)',
         remark='An earlier recipe (batches of 32, noise 0.1, no dropout) was stopped on seed 0 at .906 of 2 segments.',
         model='rmt', options={**RMT, **LASTING}, steps=2500, million_sequences=64,
@@ -126,24 +128,28 @@ _tasks: list[TaskRow | LanguageRow] = [
     TaskRow(
         name='infini_passkey',
         claim='Infini keeps a fact, trained on at most 5 segments, no virtual length',
+        label='Infini-Transformer',
         published=PASSKEY, model='infini', options=INFINI, steps=800, targets={16: 0.99},
         remark="An earlier run of seed 0, with the library's own start, was stopped at .938 of 2 segments.", **MEMORIZE,
     ),
     TaskRow(
         name='infini_passkey_strength',
         claim='Infini keeps a fact: with learned strength',
+        label='Infini-Transformer, learned strength',
         published=PASSKEY, model='infini', options={**INFINI, 'learned_delta_update': True}, steps=800,
         targets={16: 0.99}, **MEMORIZE,
     ),
     TaskRow(
         name='infini_passkey_deltanet',
         claim='Infini keeps a fact: with the deltanet rule',
+        label='Infini-Transformer, deltanet rule',
         published=PASSKEY, model='infini', options={**INFINI, 'memory_rule': 'deltanet'}, steps=800,
         targets={16: 0.99}, **MEMORIZE,
     ),
     TaskRow(
         name='infini_passkey_repetition',
         claim='Infini keeps a fact: a training segment written up to 10,000 times, virtual length',
+        label='Infini-Transformer, virtual length in training',
         published=PASSKEY, model='infini', options=INFINI, steps=800, repetition=1e4,
         targets={16: 0.99, MILLION: 0.9}, **MEMORIZE,
     ),
