@@ -99,9 +99,10 @@ _experiments = [
         name='rules',
         question='Which memory rule: linear, delta or deltanet, with learned strength, with decay?',
         decision='Two aims, two answers. One fact for a long time: learned strength, far better on the passkey, since '
-        'noise is hardly written, and worse on pairs after equal steps. Many pairs: deltanet, better on all five '
-        'seeds, the passkey undecided. Decay forgets the passkey, as it must. Deltanet is better once and never worse, but'
-        ' no fresh seeds have confirmed it yet: the default stays linear, the rule of the paper.',
+        'noise is hardly written, and worse on pairs after equal steps. Many pairs: deltanet, better on all '
+        'five seeds, the passkey undecided. Decay forgets the passkey, as it must. Deltanet is better once '
+        'and never worse, but no fresh seeds have confirmed it yet: the default stays linear, the rule of the'
+        ' paper.',
         rows=[INFINI_PAIRS, PASSKEY],
         arms={
             'linear': {}, 'delta': {'memory_rule': 'delta'}, 'deltanet': {'memory_rule': 'deltanet'},
