@@ -133,8 +133,8 @@ def million_section(path: Path) -> list[str]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    seconds = ', '.join(f'{value:.0f} s ({name})' for name, value in found['seconds'].items())
-    slowest = max(found['seconds'].values())
+    seconds = ', '.join(f'{value:.0f} CPU seconds ({name})' for name, value in found['cpu_seconds'].items())
+    slowest = max(found['cpu_seconds'].values())
     head = f'## A million tokens, {found["sequences"]} sequences: an evaluation on one core, '
     head += f'asked for in under 3 minutes{" (missed)" if slowest >= 180 else ""}\n'
     return [head, f'`{found["command"]}`: {seconds}, on {found["machine"]} with one thread.\n']
