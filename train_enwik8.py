@@ -13,7 +13,6 @@ document starts. What is written to runs/NAME: metrics.jsonl, loss.png, config.j
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import math
 import sys
@@ -48,6 +47,7 @@ from segment_recurrence_pytorch.training import (
     train_loss,
     valid_streams,
     warmup_cosine,
+    write_on,
 )
 
 # model arguments, and how it is trained: segments a step, batch, learning rate, steps or minutes
@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 WEIGHT_DECAY, CLIP = 0.01, 1.0
-SAMPLE_BYTES, TOP_P, PROMPT = 256, 0.9, 'import '
+SAMPLE_BYTES, PROMPT = 256, 'import '
 SAVE_SECONDS = 600
 VALIDATED = {'on': 'carried', 'off': 'reset'}  # each twin is validated as it was trained
 
@@ -335,14 +335,6 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
         )
     print(args.prompt, end='', flush=True)
     write_on(wrapper, prompt, count, temperature=args.temperature)
-
-
-def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: float = 1.0) -> None:
-    """Prints new bytes after a prompt (1, n) as they come."""
-    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    for token in wrapper.stream(prompt, max_new_tokens=count, temperature=temperature, top_p=TOP_P):
-        print(decoder.decode(bytes(token.tolist())), end='', flush=True)
-    print(decoder.decode(b'', final=True))
 
 
 if __name__ == '__main__':

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks import evidence_experiments
-from benchmarks.evidence_experiments import EXPERIMENTS, Experiment
-from benchmarks.evidence_report import report
+from benchmarks.evidence_experiments import EXPERIMENTS, Experiment, stored
+from benchmarks.evidence_report import load, report
 from benchmarks.evidence_rows import ROWS, LanguageRow, TaskRow
 from benchmarks.evidence_training import run_row
 from segment_recurrence_pytorch.checkpoint import replacing
@@ -46,36 +46,25 @@ def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> Non
 def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
     """The runs of an experiment that are not there yet, written one by one; one that another experiment has is taken
     from there. One process an experiment."""
-    folder = folder / 'experiments'
     for base in experiment.rows:
-        path = folder / f'{experiment.name}-{base.name}.json'
-        runs: list[dict[str, Any]] = []
+        path = experiment.file(folder, base)
+        runs = {(run['arm'], run['seed']): run for run in stored(path)}
         for seed in evidence_experiments.SEEDS[:1] if quick else evidence_experiments.SEEDS:
             for arm in list(experiment.arms)[: 2 if quick else None]:
                 row = experiment.row(base, arm)
                 wanted = json.loads(json.dumps(origin(row, seed, quick)))
-                done = known(path, arm, wanted) or known(folder, None, wanted)
-                if done is None:
-                    done = {**wanted, **run_row(row, seed, quick, twin=False)}
-                runs.append({**done, 'arm': arm})
-                done_here = {(run['arm'], run['seed']) for run in runs}
-                to_come = [run for run in stored(path) if (run['arm'], run['seed']) not in done_here]
-                write(path, {'experiment': experiment.name, 'row': base.name, 'runs': runs + to_come})
+                done = known(path.parent, wanted) or {**wanted, **run_row(row, seed, quick, twin=False)}
+                runs[arm, seed] = {**done, 'arm': arm}
+                write(path, {'experiment': experiment.name, 'row': base.name, 'runs': list(runs.values())})
 
 
-def known(where: Path, arm: str | None, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The run of that configuration and seed, in a file or a folder, if there is one."""
-    for path in sorted(where.glob('*.json')) if where.is_dir() else [where]:
+def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The run of that configuration and seed, if any experiment has it."""
+    for path in sorted(folder.glob('*.json')):
         for have in stored(path):
-            same = all(have[name] == wanted[name] for name in ('config', 'seed', 'quick'))
-            if same and arm in (None, have['arm']):
+            if all(have[name] == wanted[name] for name in ('config', 'seed', 'quick')):
                 return have
     return None
-
-
-def stored(path: Path) -> list[dict[str, Any]]:
-    """The runs in the file of an experiment."""
-    return json.loads(path.read_text())['runs'] if path.exists() else []
 
 
 def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
@@ -130,11 +119,11 @@ def main() -> None:
         report(folder, PAGE if folder == RESULTS else folder / 'results.md')
         return
     for name, row in ROWS.items():
-        seeds = [seed for seed in range(1000) if (RESULTS / f'{name}-{seed}.json').exists()]
+        seeds = [result['seed'] for result in load(RESULTS, name)]
         print(f'{name:28} {row.claim:70} seeds {seeds or "not run"}')
     for name, experiment in EXPERIMENTS.items():
-        have = [path.stem for path in RESULTS.glob(f'experiments/{name}-*.json')]
-        print(f'{name:28} {experiment.question:70} {len(have)} of {len(experiment.rows)} tables')
+        have = sum(experiment.file(RESULTS, row).exists() for row in experiment.rows)
+        print(f'{name:28} {experiment.question:70} {have} of {len(experiment.rows)} tables')
 
 
 if __name__ == '__main__':

@@ -6,8 +6,10 @@ default. `python -m benchmarks.evidence NAME` runs what has no result yet; `deci
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence_extras import EXTRAS
@@ -32,7 +34,6 @@ class Experiment:
     question: str
     rows: list[TaskRow | LanguageRow]
     arms: dict[str, dict[str, Any]]
-    rule: str = RULE
     decision: str = ''
 
     def row(self, row: TaskRow | LanguageRow, arm: str) -> TaskRow | LanguageRow:
@@ -41,23 +42,32 @@ class Experiment:
         fields = {name: changes.pop(name) for name in FIELDS if name in changes}
         return replace(row, name=f'{self.name}, {row.name}, {arm}', options={**row.options, **changes}, **fields)
 
+    def file(self, folder: Path, row: TaskRow | LanguageRow) -> Path:
+        """Where the runs of a row are kept, in the folder of the results."""
+        return folder / 'experiments' / f'{self.name}-{row.name}.json'
 
-FIELDS = ('one_rate', 'wrapper_options', 'extra', 'steps')
+
+FIELDS = ('one_rate', 'wrapper_options', 'extra')
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file of an experiment."""
+    return json.loads(path.read_text())['runs'] if path.exists() else []
 
 
 def task_row(name: str, model: str, task: Callable[[], Task], stages: list[int], lengths: list[int], **more) -> TaskRow:
     """A small row: 256 sequences a length."""
     options: dict[str, Any] = {'options': RMT if model == 'rmt' else INFINI, 'batch_size': 64, 'lr': 3e-3}
     options |= {'sequences': 256, **more}
-    return TaskRow(name=name, claim='', published='', model=model, task=task, stages=stages, lengths=lengths, **options)
+    return TaskRow(name=name, model=model, task=task, stages=stages, lengths=lengths, **options)
 
 
-def bytes_row(model: str, options: dict[str, Any], steps: int = 600) -> LanguageRow:
+def bytes_row(model: str, options: dict[str, Any]) -> LanguageRow:
     """A byte model, segments of 32, 8 of them a step."""
     sizes = dict(dim=96, depth=2, heads=4, dim_head=24)
     return LanguageRow(
-        name=f'{model}_bytes', claim='', published='', model=model, options={**sizes, **options}, segment_length=32,
-        segments=8, batch_size=16, lr=3e-3, steps=steps, embedding_std=None, target=0.0,
+        name=f'{model}_bytes', model=model, options={**sizes, **options}, segment_length=32, segments=8, batch_size=16,
+        lr=3e-3, steps=600, embedding_std=None,
     )  # fmt: skip
 
 

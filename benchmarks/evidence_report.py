@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.evidence_experiments import EXPERIMENTS, Experiment
+from benchmarks.evidence_experiments import EXPERIMENTS, RULE, Experiment, stored
 from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
 
 INTRODUCTION = """# Results
@@ -42,7 +42,7 @@ def report(folder: Path, page: Path) -> None:
             parts.append(f'{row.remark}\n')
     parts += million_section(folder.parent / 'million_evaluation.json')
     for experiment in EXPERIMENTS.values():
-        parts += experiment_section(experiment, folder / 'experiments')
+        parts += experiment_section(experiment, folder)
     missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
                for name, row in ROWS.items() if not results[name]]  # fmt: skip
     if missing:
@@ -70,7 +70,11 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
             continue
         if isinstance(row, LanguageRow):
             gains = [result['gain'] for result in found]
-            cells = ['', f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})', asked(mean(gains), row.target)]
+            cells = [
+                '',
+                f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})',
+                asked(mean(gains), at_least=row.target),
+            ]
             lines.append(table_line([row.claim, *cells, f'{len(found)}']))
             continue
         for length in [*row.targets, *row.limits]:
@@ -86,14 +90,16 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def asked_of(row: TaskRow, length: int, share: float) -> str:
     """The target of a length, and whether it is missed."""
-    if length in row.targets:
-        return asked(share, row.targets[length])
-    return asked(-share, -row.limits[length]) if length in row.limits else ''
+    return asked(share, at_least=row.targets.get(length), at_most=row.limits.get(length))
 
 
-def asked(value: float, target: float) -> str:
-    """A target, negative where it is the most, and whether it is missed."""
-    return f'{"at most" if target < 0 else "at least"} {abs(target):.2f}{"" if value >= target else " (missed)"}'
+def asked(value: float, at_least: float | None = None, at_most: float | None = None) -> str:
+    """A target, if there is one, and whether it is missed."""
+    if at_least is not None:
+        return f'at least {at_least:.2f}{" (missed)" if value < at_least else ""}'
+    if at_most is not None:
+        return f'at most {at_most:.2f}{" (missed)" if value > at_most else ""}'
+    return ''
 
 
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
@@ -124,7 +130,7 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
         cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
         lines.append(f'| {result["seed"]} | {" | ".join(cells)} | {result["gain"]:+.4f} |')
     gains = [result['gain'] for result in results]
-    lines.append(f'| mean | | | {mean(gains):+.4f}, {asked(mean(gains), row.target)} |')
+    lines.append(f'| mean | | | {mean(gains):+.4f}, {asked(mean(gains), at_least=row.target)} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -142,15 +148,13 @@ def million_section(path: Path) -> list[str]:
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
     """Question, rule, a table for each row that has results, and the decision."""
-    paths = {row.name: folder / f'{experiment.name}-{row.name}.json' for row in experiment.rows}
     tables = []
     for row in experiment.rows:
-        if paths[row.name].exists():
-            runs = json.loads(paths[row.name].read_text())['runs']
+        if runs := stored(experiment.file(folder, row)):
             tables.append(arm_table(row, {arm: [run for run in runs if run['arm'] == arm] for arm in experiment.arms}))
     if not tables:
         return []
-    head = f'## {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`. Rule: {experiment.rule}\n'
+    head = f'## {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`. Rule: {RULE}\n'
     return [head, *tables, f'**Decision.** {experiment.decision or "Not made yet."}\n']
 
 
@@ -169,7 +173,7 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         head = ['bits (worst)']
     head = [f'{row.name}', *head, 'difference', 'seeds']
     lines = [
-        f'{row.model.upper() if row.model == "rmt" else "Infini"}, {about}.\n',
+        f'{"RMT" if row.model == "rmt" else "Infini"}, {about}.\n',
         table_line(head),
         '|---' * len(head) + '|',
     ]

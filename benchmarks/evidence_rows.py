@@ -29,8 +29,8 @@ class Row:
     extra: a name of `evidence_extras.EXTRAS`. remark: for the page."""
 
     name: str
-    claim: str
-    published: str
+    claim: str = ''
+    published: str = ''
     label: str = ''
     model: str
     options: dict[str, Any]
@@ -84,7 +84,7 @@ class LanguageRow(Row):
 
     segment_length: int
     segments: int
-    target: float
+    target: float = 0.0
 
     def wrapper(self) -> SegmentWrapper:
         """A new model of bytes."""
@@ -106,7 +106,7 @@ def start_active(model: SegmentModel, embedding_std: float) -> None:
 
 RMT: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16, num_memory_tokens=4)
 RMT |= dict(rotary_pos_emb=True, abs_pos_emb=False)
-SLOTS: dict[str, Any] = {**RMT, 'num_memory_tokens': 8, 'memory_noise': 0.0}
+SLOTS: dict[str, Any] = {**RMT, 'num_memory_tokens': 8}
 # of what keeps a fact beyond the trained length, each helped on development seeds: memory tokens that are written anew
 # rather than added to, noise as large as the memory itself, and dropout
 LASTING: dict[str, Any] = dict(write_init='learned', memory_noise=1.0, attn_dropout=0.1, ff_dropout=0.1)

@@ -44,15 +44,20 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
         if row.repetition:
             per_segment['write_scale'] = repetitions(row.batch_size, segments, row.repetition, generator)
         loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(wrapper, loss, optimizer, schedule)
         curriculum.update(math.exp(-loss.item()), segments)
         if step % 50 == 49 or step == steps - 1:
             history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
     return history
+
+
+def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    """One step of the optimizer, and of its learning rate."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
 
 
 def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
@@ -102,11 +107,7 @@ def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) ->
         wrapper.train()
         for _ in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
             loss, _, state = train_loss(wrapper, next(streams), state, memory)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            update(wrapper, loss, optimizer, schedule)
         seconds[name] = round(time.process_time() - start)
         bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
         print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)

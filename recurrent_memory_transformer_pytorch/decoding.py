@@ -93,8 +93,7 @@ class RMTCache(SegmentCache):
             values = torch.stack([values[:, :, text] for values in self.values], dim=1)
             mask = self.text_valid() if self.aligned is None else None
             xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), mask, model.xl_mem_len)
-        past = None if self.state.past is None else self.state.past.append(self.state.memory)
-        state = RMTState(memory, xl, past)
+        state = RMTState(memory, xl, self.state.past_after())
         return state if rows is None else model.where(rows, state, self.state)
 
     def enter(self, model: RecurrentMemoryTransformer) -> None:

@@ -261,7 +261,7 @@ class RecurrentMemoryTransformer(SegmentModel):
 
         # a copy: a slice would keep the text's hidden states alive as long as the memory
         memory = x[:, x.shape[1] - m :].to(state.memory.dtype, copy=True)
-        past = None if state.past is None else state.past.append(state.memory)
+        past = state.past_after()
         if mask is not None:
             memory, past = where_rows(mask.any(dim=1), (memory, past), (state.memory, state.past))
         if xl is not None:

@@ -80,7 +80,7 @@ class XLMemory(NamedTuple):
         batch, device = self.keys.shape[0], self.keys.device
         if self.counts is None:
             return torch.ones(batch, self.length, dtype=torch.bool, device=device)
-        return torch.arange(self.length, device=device) >= self.length - self.counts[:, None]
+        return _newest(self.counts, self.length)
 
 
 class PastMemories(NamedTuple):
@@ -107,8 +107,7 @@ class PastMemories(NamedTuple):
 
     def valid(self) -> Tensor:
         """(b, t) bool: which entries are valid."""
-        length = self.memories.shape[1]
-        return torch.arange(length, device=self.counts.device) >= length - self.counts[:, None]
+        return _newest(self.counts, self.memories.shape[1])
 
 
 class RMTState(NamedTuple):
@@ -117,3 +116,12 @@ class RMTState(NamedTuple):
     memory: Tensor  # (b, m, dim)
     xl: XLMemory | None = None
     past: PastMemories | None = None
+
+    def past_after(self) -> PastMemories | None:
+        """The past memories of the next state: with this memory among them."""
+        return None if self.past is None else self.past.append(self.memory)
+
+
+def _newest(counts: Tensor, length: int) -> Tensor:
+    """(b, length) bool: the last counts[i] entries of row i."""
+    return torch.arange(length, device=counts.device) >= length - counts[:, None]

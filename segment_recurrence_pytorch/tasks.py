@@ -82,7 +82,7 @@ class Memorize(Task):
             raise ValueError(f'{segments} segments of {length}: give at least 1, of at least {2 * k + 1} tokens')
         key = _draw(self.values, (batch_size, k), generator)
         marked = torch.cat((torch.full_like(key[:, :1], self.mark), key), dim=1)
-        where = _draw(segments - 1 if self.anywhere and segments > 1 else 1, (batch_size,), generator)
+        where = _draw(max(1, segments - 1) if self.anywhere else 1, (batch_size,), generator)
         room = length - k if segments > 1 else length - 2 * k
         columns = where[:, None] * length + _draw(room, (batch_size, 1), generator) + torch.arange(k + 1)
         for start in range(0, segments - 1, PIECE_SEGMENTS):

@@ -1,10 +1,11 @@
-"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, text as loss and score, plots.
+"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, text scored and written on, plots.
 
 Needs the extra `train`.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import signal
@@ -21,6 +22,8 @@ from segment_recurrence_pytorch.data import Piece, Streams
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
+
+TOP_P = 0.9  # of what is written on
 
 
 class StopRequest:
@@ -89,6 +92,14 @@ def valid_streams(documents: list[Tensor], length: int) -> Streams:
     """Streams over the validation text: up to 16 rows of at least four pieces each."""
     rows = sum(map(len, documents)) // (4 * length)
     return Streams(documents, max(1, min(16, rows)), length, loop=False)
+
+
+def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: float = 1.0) -> None:
+    """Prints new bytes after a prompt (1, n) as they come."""
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    for token in wrapper.stream(prompt, max_new_tokens=count, temperature=temperature, top_p=TOP_P):
+        print(decoder.decode(bytes(token.tolist())), end='', flush=True)
+    print(decoder.decode(b'', final=True))
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from benchmarks.evidence_experiments import EXPERIMENTS, SEEDS, Experiment, task_row
+from benchmarks.evidence_experiments import EXPERIMENTS, SEEDS, Experiment, stored, task_row
 from benchmarks.evidence_extras import EXTRAS
 from benchmarks.evidence_report import arm_table, interval, load, report
 from benchmarks.evidence_rows import ROWS, LanguageRow
@@ -51,7 +51,7 @@ def test_results_are_those_of_the_rows_as_they_stand():
             assert not result['quick']
     for experiment in EXPERIMENTS.values():
         for base in experiment.rows:
-            for run in evidence.stored(evidence.RESULTS / 'experiments' / f'{experiment.name}-{base.name}.json'):
+            for run in stored(experiment.file(evidence.RESULTS, base)):
                 now = evidence.config(experiment.row(base, run['arm']))
                 assert run['config'] == json.loads(json.dumps(now)), (experiment.name, base.name, run['arm'])
                 assert not run['quick']
