@@ -41,8 +41,8 @@ def report(folder: Path, page: Path) -> None:
         if row.remark:
             parts.append(f'{row.remark}\n')
     parts += million_section(folder.parent / 'million_evaluation.json')
-    for experiment in EXPERIMENTS.values():
-        parts += experiment_section(experiment, folder)
+    if sections := [part for experiment in EXPERIMENTS.values() for part in experiment_section(experiment, folder)]:
+        parts += [f'## Experiments\n\n{RULE}\n', *sections]
     missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
                for name, row in ROWS.items() if not results[name]]  # fmt: skip
     if missing:
@@ -147,14 +147,14 @@ def million_section(path: Path) -> list[str]:
 
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
-    """Question, rule, a table for each row that has results, and the decision."""
+    """Question, a table for each row that has results, and the decision."""
     tables = []
     for row in experiment.rows:
         if runs := stored(experiment.file(folder, row)):
             tables.append(arm_table(row, {arm: [run for run in runs if run['arm'] == arm] for arm in experiment.arms}))
     if not tables:
         return []
-    head = f'## {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`. Rule: {RULE}\n'
+    head = f'### {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`\n'
     return [head, *tables, f'**Decision.** {experiment.decision or "Not made yet."}\n']
 
 
@@ -169,7 +169,8 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         about += f'{task.segment_length} tokens; accuracy at so many segments, without memory {task.without_memory:.3f}'
         head = [*(f'{int(column):,}' for column in columns), 'mean (worst)']
     else:
-        about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; bits per byte'
+        about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; '
+        about += 'bits per byte, lower is better'
         head = ['bits (worst)']
     head = [f'{row.name}', *head, 'difference', 'seeds']
     lines = [

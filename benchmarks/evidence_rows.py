@@ -26,7 +26,7 @@ MILLION = 31_250  # segments of 32 tokens
 class Row:
     """name; claim: what the row says, in a line; label: the same for a plot; published: the number to compare with.
     embedding_std: start from `start_active`; None: from the library's own start. wrapper_options: of `SegmentWrapper`.
-    extra: a name of `evidence_extras.EXTRAS`. remark: for the page."""
+    one_rate: gates learn as all else. extra: a name of `evidence_extras.EXTRAS`. remark: for the page."""
 
     name: str
     claim: str = ''
@@ -39,6 +39,7 @@ class Row:
     steps: int
     embedding_std: float | None = 0.5
     wrapper_options: dict[str, Any] = field(default_factory=dict)
+    one_rate: bool = False
     extra: str = ''
     remark: str = ''
 
@@ -60,7 +61,7 @@ class Row:
 class TaskRow(Row):
     """stages: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
     sequences, a million tokens with `million_sequences`. targets, limits: the least, the most accuracy asked for.
-    repetition: up to how often a segment is written in training (virtual length). one_rate: gates learn as all else."""
+    repetition: up to how often a segment is written in training (virtual length)."""
 
     task: Callable[[], Task]
     stages: list[int]
@@ -70,7 +71,6 @@ class TaskRow(Row):
     sequences: int = 64
     million_sequences: int = 16
     repetition: float = 0.0
-    one_rate: bool = False
 
     def wrapper(self) -> SegmentWrapper:
         """A new model for the task."""
@@ -147,13 +147,6 @@ segments.""",
         targets={16: 0.99}, **MEMORIZE,
     ),
     TaskRow(
-        name='infini_passkey_deltanet',
-        claim='Infini keeps a fact: with the deltanet rule',
-        label='Infini-Transformer, deltanet rule',
-        published=PASSKEY, model='infini', options={**INFINI, 'memory_rule': 'deltanet'}, steps=800,
-        targets={16: 0.99}, **MEMORIZE,
-    ),
-    TaskRow(
         name='infini_passkey_repetition',
         claim='Infini keeps a fact: a training segment written up to 10,000 times, virtual length',
         label='Infini-Transformer, virtual length in training',
@@ -197,18 +190,28 @@ segments.""",
         sequences=1024,
     ),
 ]  # fmt: skip
+
+
+def bytes_row(
+    name: str, title: str, options: dict[str, Any], length: int, steps: int = 800, **more: Any
+) -> LanguageRow:
+    """A byte model, 128 bytes a step, against a twin without memory."""
+    claim = f'{title}, segments of {length}, against a twin trained without memory'
+    sizes = dict(dim=96, depth=2, heads=4, dim_head=24)
+    return LanguageRow(
+        name=f'{name}_{length}', claim=claim, published='none for models of this size', options={**sizes, **options},
+        segment_length=length, segments=128 // length, batch_size=16, lr=3e-3, steps=steps, embedding_std=None, **more,
+    )  # fmt: skip
+
+
+# on development seeds each part made bytes better: writes that replace, forgetting, gates that start at the local
+# attention and stay there until the memory is worth reading
+FORGETTING: dict[str, Any] = dict(memory_rule='deltanet', memory_decay=True, head_gate_init_value=3.0)
 _language: list[TaskRow | LanguageRow] = [
-    LanguageRow(
-        name=f'{model}_bytes_{length}',
-        claim=f'{title} on bytes, segments of {length}, against a twin trained without memory',
-        published='none for models of this size',
-        model=model, options=options, segment_length=length, segments=128 // length,
-        batch_size=16, lr=3e-3, steps=800, embedding_std=None, target=0.03 if (model, length) == ('rmt', 16) else 0.0,
-    )
-    for model, title, options in (
-        ('rmt', 'RMT', dict(dim=96, depth=2, heads=4, dim_head=24, num_memory_tokens=4)),
-        ('infini', 'Infini', dict(dim=96, depth=2, heads=4, dim_head=24)),
-    )
-    for length in (16, 64)
-]  # fmt: skip
+    bytes_row('rmt_bytes', 'RMT on bytes', {'num_memory_tokens': 4}, 16, model='rmt', target=0.03),
+    bytes_row('rmt_bytes', 'RMT on bytes', {'num_memory_tokens': 4}, 64, model='rmt'),
+    bytes_row('infini_bytes', 'Infini on bytes', FORGETTING, 16, model='infini', one_rate=True),
+    bytes_row('infini_bytes', 'Infini on bytes', FORGETTING, 64, model='infini', one_rate=True),
+    bytes_row('infini_bytes_default', 'Infini on bytes with the default memory', {}, 64, model='infini'),
+]
 ROWS = {row.name: row for row in _tasks + _language}

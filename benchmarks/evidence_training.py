@@ -29,10 +29,7 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
     generator = torch.Generator().manual_seed(seed)
     task = row.task()
     curriculum = SegmentCurriculum(row.stages, threshold=0.9)
-    groups = wrapper.model.param_groups(row.lr, 0.01)
-    if row.one_rate:
-        groups = [{**group, 'lr': row.lr} for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(row, wrapper), betas=(0.9, 0.98))
     # warm up, then straight down
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
     history = []
@@ -49,6 +46,12 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
         if step % 50 == 49 or step == steps - 1:
             history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
     return history
+
+
+def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> list[dict[str, Any]]:
+    """The model's groups, with one learning rate if the row asks for it."""
+    groups = wrapper.model.param_groups(row.lr, 0.01)
+    return [{**group, 'lr': row.lr} for group in groups] if row.one_rate else groups
 
 
 def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
@@ -101,7 +104,7 @@ def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) ->
         order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
         length = wrapper.segment_length * row.segments
         streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
-        optimizer = torch.optim.AdamW(wrapper.model.param_groups(row.lr, 0.01), betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(parameter_groups(row, wrapper), betas=(0.9, 0.95))
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
         start, state = time.process_time(), None
         wrapper.train()
