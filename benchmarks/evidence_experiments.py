@@ -162,6 +162,10 @@ attention trains.""",
     Experiment(
         name='write_init',
         question='What should enter the write rows: learned tokens, the memory before, or their sum?',
+        decision="""\
+Their sum, as before: it copies best. Learned tokens alone model bytes better, but copy nothing beyond the trained
+length; the previous memory is worse on copies. Which is best for one fact is not decided: two arms did not find the
+mark at all on one seed of five.""",
         rows=[MEMORIZE, COPY, RMT_BYTES],
         arms={name: {'write_init': name} for name in ('sum', 'learned', 'previous')},
     ),

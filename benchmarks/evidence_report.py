@@ -165,7 +165,8 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
     columns = list(first[0].get('curve', {})) if first else []
     if isinstance(row, TaskRow):
         task = row.task()
-        about = f'{type(task).__name__}, {row.steps:,} steps on {row.stages[0]} to {row.stages[-1]} segments of '
+        stages = ' to '.join(map(str, dict.fromkeys((row.stages[0], row.stages[-1]))))
+        about = f'{type(task).__name__}, {row.steps:,} steps on {stages} segments of '
         about += f'{task.segment_length} tokens; accuracy at so many segments, without memory {task.without_memory:.3f}'
         head = [*(f'{int(column):,}' for column in columns), 'mean (worst)']
     else:
