@@ -230,13 +230,14 @@ class RecurrentMemoryTransformer(SegmentModel):
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
         noise = self.memory_noise if self.training and state is not None else 0.0
         state = self.initial_state(batch) if state is None else state
+        read = state._replace(memory=state.memory + noise * torch.randn_like(state.memory)) if noise else state
         if not n:
             return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
         x = self.embed(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]
         if m:
-            memory = self.memory_read(state, noise)
+            memory = self.memory_read(read)
             x = torch.cat((self.read_rows(memory), x, self.write_rows(memory)), dim=1)
 
         xl = state.xl
@@ -261,7 +262,7 @@ class RecurrentMemoryTransformer(SegmentModel):
 
         # a copy: a slice would keep the text's hidden states alive as long as the memory
         memory = x[:, x.shape[1] - m :].to(state.memory.dtype, copy=True)
-        past = state.past_after()
+        past = read.past_after()
         if mask is not None:
             memory, past = where_rows(mask.any(dim=1), (memory, past), (state.memory, state.past))
         if xl is not None:
@@ -311,11 +312,9 @@ class RecurrentMemoryTransformer(SegmentModel):
         """What `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
         return state.memory if state.xl is None and state.past is None else state
 
-    def memory_read(self, state: RMTState, noise: float = 0.0) -> Tensor:
-        """The memory (b, m, dim) that a segment reads of a state: with noise of that size, after axial attention."""
+    def memory_read(self, state: RMTState) -> Tensor:
+        """The memory (b, m, dim) that a segment reads of a state: after axial attention."""
         memory = state.memory.to(self.dtype)
-        if noise:
-            memory = memory + noise * torch.randn_like(memory)
         return memory if self.axial is None else self.axial(memory, state.past)
 
     def read_rows(self, memory: Tensor) -> Tensor:

@@ -70,6 +70,18 @@ def test_a_padded_row_keeps_memory_and_past_bit_for_bit_while_noise_is_added():
     assert after.past.counts.tolist() == [2, 1]
 
 
+def test_past_memories_are_as_noisy_as_they_were_read():
+    """Else a model could read the same memory without noise a segment later."""
+    model = make_rmt(axial_mem_len=3, memory_noise=0.5).train()
+    _, state = model.advance(ids(2, 6))
+    assert torch.equal(state.past.memories[:, -1], model.initial_state(2).memory)  # a first memory has no noise
+    tokens = ids(2, 6)
+    torch.manual_seed(1)
+    _, after = model.advance(tokens, state)
+    torch.manual_seed(1)
+    close(after.past.memories[:, -1], state.memory + 0.5 * torch.randn_like(state.memory))
+
+
 def test_the_attention_is_on_record():
     model = make_rmt(axial_mem_len=3)
     with record_attention() as calls:
