@@ -21,12 +21,13 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready .venv-peer/ready
-	$(BIN)/python -m benchmarks.write_init
+	$(BIN)/python -m benchmarks.gradient_reach
 	$(BIN)/python -m benchmarks.rmt_training
 	$(BIN)/python -m benchmarks.infini_training
 	$(BIN)/python -m benchmarks.infini_million
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.million_evaluation
 
 evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report

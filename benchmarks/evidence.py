@@ -122,8 +122,7 @@ def main() -> None:
         seeds = [result['seed'] for result in load(RESULTS, name)]
         print(f'{name:28} {row.claim:70} seeds {seeds or "not run"}')
     for name, experiment in EXPERIMENTS.items():
-        have = sum(experiment.file(RESULTS, row).exists() for row in experiment.rows)
-        print(f'{name:28} {experiment.question:70} {have} of {len(experiment.rows)} tables')
+        print(f'{name:28} {experiment.question:70} {", ".join(experiment.lacking(RESULTS)) or "all runs"}')
 
 
 if __name__ == '__main__':

@@ -15,8 +15,10 @@ INTRODUCTION = """# Results
 Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
 `make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` runs one again.
 Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
-best score that a model can have that sees only its own segment. No run on a seed of the table is left out: what was
-stopped or repeated is named with its row.
+best score that a model can have that sees only its own segment. Undecided: the 95 % t interval over the seeds, in
+square brackets, reaches below what is asked. No run on a seed of the table is left out: what was stopped or repeated
+is named with its row. Runs on development seeds, from which recipes come, were single ones: what the remarks say of
+them is not in the JSON.
 """
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
@@ -43,8 +45,9 @@ def report(folder: Path, page: Path) -> None:
     parts += million_section(folder.parent / 'million_evaluation.json')
     if sections := [part for experiment in EXPERIMENTS.values() for part in experiment_section(experiment, folder)]:
         parts += [f'## Experiments\n\n{RULE}\n', *sections]
-    missing = [f'- {row.claim} (`{name}`)' + (f': {row.remark}' if row.remark else '')
-               for name, row in ROWS.items() if not results[name]]  # fmt: skip
+    missing = [f'- {row.claim} (`{name}`)' for name, row in ROWS.items() if not results[name]]
+    missing += [f'- {experiment.question} (`{name}`): {", ".join(lacking)}'
+                for name, experiment in EXPERIMENTS.items() if (lacking := experiment.lacking(folder))]  # fmt: skip
     if missing:
         parts.append('## Without results yet\n\n' + '\n'.join(missing) + '\n')
     page.write_text('\n'.join(parts))
@@ -70,22 +73,28 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
             continue
         if isinstance(row, LanguageRow):
             gains = [result['gain'] for result in found]
-            cells = [
-                '',
-                f'{mean(gains):+.3f} bits per byte ({min(gains):+.3f})',
-                asked(mean(gains), at_least=row.target),
-            ]
-            lines.append(table_line([row.claim, *cells, f'{len(found)}']))
+            cells = [row.claim, '', f'{interval(gains)} bits per byte ({min(gains):+.3f})', asked_gain(row, gains)]
+            lines.append(table_line([*cells, f'{len(found)}']))
             continue
         for length in [*row.targets, *row.limits]:
             if str(length) not in found[0]['curve']:
                 continue
             shares = [result['curve'][str(length)] for result in found]
             tokens = f'{length * row.task().segment_length:,} tokens'
-            worst = min(shares) if length in row.targets else max(shares)
-            cells = [tokens, f'{mean(shares):.3f} ({worst:.3f})', asked_of(row, length, mean(shares)), f'{len(found)}']
+            cells = [tokens, mean_and_worst(row, length, shares), asked_of(row, length, mean(shares)), f'{len(found)}']
             lines.append(table_line([row.claim, *cells]))
     return '\n'.join(lines) + '\n'
+
+
+def mean_and_worst(row: TaskRow, length: int, shares: list[float]) -> str:
+    """Of the seeds: the worst is the highest where little is asked for."""
+    return f'{mean(shares):.3f} ({(max if length in row.limits else min)(shares):.3f})'
+
+
+def asked_gain(row: LanguageRow, gains: list[float]) -> str:
+    """The target of a byte row, whether it is missed, and whether the seeds decide that."""
+    text = asked(mean(gains), at_least=row.target)
+    return f'{text} (undecided)' if len(gains) > 1 and bounds(gains)[0] < row.target <= mean(gains) else text
 
 
 def asked_of(row: TaskRow, length: int, share: float) -> str:
@@ -104,17 +113,14 @@ def asked(value: float, at_least: float | None = None, at_most: float | None = N
 
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     """A line for each length."""
-    task = row.task()
+    task, trained = row.task(), longest_in_training(results)
     lines = ['| segments | tokens | accuracy | without memory | asked for |', '|---|---|---|---|---|']
     for length in results[0]['curve']:
         shares = [result['curve'][length] for result in results if length in result['curve']]
-        met = asked_of(row, int(length), mean(shares))
-        trained = '' if int(length) <= row.stages[-1] else ' (longer than trained)'
-        tokens = int(length) * task.segment_length
-        lines.append(
-            f'| {int(length):,}{trained} | {tokens:,} | {mean(shares):.3f} ({min(shares):.3f}) '
-            f'| {task.without_memory:.3f} | {met} |'
-        )
+        longer = '' if int(length) <= trained else ' (longer than trained)'
+        cells = [f'{int(length):,}{longer}', f'{int(length) * task.segment_length:,}']
+        cells += [mean_and_worst(row, int(length), shares), f'{task.without_memory:.3f}']
+        lines.append(table_line([*cells, asked_of(row, int(length), mean(shares))]))
     clock = 'cpu_' if all('train_cpu_seconds' in result for result in results) else ''
     seconds = ', '.join(str(result[f'train_{clock}seconds']) for result in results)
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
@@ -130,8 +136,10 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
         cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
         lines.append(f'| {result["seed"]} | {" | ".join(cells)} | {result["gain"]:+.4f} |')
     gains = [result['gain'] for result in results]
-    lines.append(f'| mean | | | {mean(gains):+.4f}, {asked(mean(gains), at_least=row.target)} |')
-    return '\n'.join(lines) + '\n'
+    lines.append(f'| mean | | | {interval(gains)}, {asked_gain(row, gains)} |')
+    corpora = ', '.join(dict.fromkeys(result['corpus'] for result in results))
+    about = f'Bytes of {corpora}; {row.steps} steps of {row.batch_size} x {row.segment_length * row.segments} bytes.'
+    return '\n'.join(lines) + f'\n\n{about}\n'
 
 
 def million_section(path: Path) -> list[str]:
@@ -166,7 +174,7 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
     if isinstance(row, TaskRow):
         task = row.task()
         stages = ' to '.join(map(str, dict.fromkeys((row.stages[0], row.stages[-1]))))
-        about = f'{type(task).__name__}, {row.steps:,} steps on {stages} segments of '
+        about = f'{type(task).__name__}, {row.steps:,} steps, a curriculum of {stages} segments of '
         about += f'{task.segment_length} tokens; accuracy at so many segments, without memory {task.without_memory:.3f}'
         head = [*(f'{int(column):,}' for column in columns), 'mean (worst)']
     else:
@@ -199,13 +207,22 @@ def score(run: dict[str, Any]) -> float:
 
 def interval(differences: list[float]) -> str:
     """The mean and its 95 % t interval."""
-    count = len(differences)
-    if count < 2:
+    if len(differences) < 2:
         return f'{mean(differences):+.3f}'
-    half = T_95[count] * stdev(differences) / count**0.5
-    low, high = mean(differences) - half, mean(differences) + half
+    low, high = bounds(differences)
     text = f'{mean(differences):+.3f} [{low:+.3f}, {high:+.3f}]'
     return text if low <= 0 <= high else f'**{text}**'
+
+
+def bounds(differences: list[float]) -> tuple[float, float]:
+    """Of the 95 % t interval of the mean."""
+    half = T_95[len(differences)] * stdev(differences) / len(differences) ** 0.5
+    return mean(differences) - half, mean(differences) + half
+
+
+def longest_in_training(results: list[dict[str, Any]]) -> int:
+    """How many segments the curriculum reached, on the seed that went furthest."""
+    return max(entry['segments'] for result in results for entry in result['history'])
 
 
 def table_line(cells: list[str]) -> str:
@@ -223,7 +240,8 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
         row = ROWS[name]
         assert isinstance(row, TaskRow)
         task = row.task()
-        trained, chance = row.stages[-1] * task.segment_length, task.without_memory
+        trained = max(trained, longest_in_training(results) * task.segment_length)
+        chance = task.without_memory
         tokens = [int(length) * task.segment_length for length in results[0]['curve']]
         shares = [[result['curve'][length] for result in results] for length in results[0]['curve']]
         # thinner and thinner: lines that lie on each other are all seen

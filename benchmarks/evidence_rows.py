@@ -183,17 +183,20 @@ segments.""",
     ),
     TaskRow(
         name='rmt_associative',
-        claim='RMT retrieves values by key, one pair a segment',
+        claim='RMT retrieves values by key, one pair a segment: better than naming the most frequent value',
         published='0.99 / 1.00 / 0.99 / 0.97 at 2 / 3 / 4 / 5 segments (arXiv 2207.06881)',
         model='rmt', options=SLOTS, task=AssociativeRetrieval,
-        stages=[2, 3, 4, 5], lengths=[2, 3, 4, 5], targets={4: 0.4}, batch_size=64, lr=1e-3, steps=4000,
+        stages=[2, 3, 4, 5], lengths=[2, 3, 4, 5], targets={4: 0.45}, batch_size=64, lr=1e-3, steps=4000,
         sequences=1024,
         remark="""\
-The values are stored soon; which key they belong to is found late, and by few seeds: guessing among the stored values
-gives .50, .33 and .25 at 3, 4 and 5 segments, a loss of log 2 that stays for thousands of steps. On development seeds,
-accuracy at 3 and 4 segments: this recipe, another seed: .95, .67; with `qk_norm`, learning rate 3e-3, batch 32, at most
-3 segments in training, 1,500 steps: .89, .67, and with 2e-3 .79, .52; over the whole curriculum, 4,000 steps: .90,
-.52. There the plateau was left when the learning rate had fallen below 1e-3.""",
+The values are stored soon; which key they belong to is found late, or not at all: who knows the stored values alone,
+and names the most frequent, is right in .55, .43 and .38 of the cases at 3, 4 and 5 segments, and the seeds here do
+hardly better. What was tried, on development seeds, accuracy at 3 and 4 segments. More luck: this recipe, .95, .67 on
+another seed. Sharper matching: `qk_norm`, 4 memory tokens, learning rate 3e-3, batch 32, at most 3 segments, 1,500
+steps: .89, .67, and with 2e-3 .79, .52; with 8 memory tokens on another seed .55, .39. More time: the same over the
+whole curriculum, 4,000 steps: .90, .52; at 1e-3, 3,000 steps, on the other seed: .55, .40. Keys that start equal to
+queries (mimetic initialization, arXiv 2305.09828), on that seed: .55, .40. The likely reason is the plateau itself:
+matching and what it reads must be learned together, each useless without the other.""",
     ),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence_rows import MILLION, LanguageRow, TaskRow
-from segment_recurrence_pytorch.data import Streams, load_corpus
+from segment_recurrence_pytorch.data import Streams, python_source
 from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -94,7 +94,7 @@ def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
 
 def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
     """Trains a model with memory, and its twin without, on the same bytes; their bits per byte."""
-    corpus = load_corpus(None)
+    corpus = python_source()
     held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
     steps = 3 if quick else row.steps
     bits, seconds = {}, {}

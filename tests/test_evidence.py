@@ -22,9 +22,13 @@ def test_a_row_trains_evaluates_and_reports(name, tmp_path):
     result = json.loads((tmp_path / f'{name}-7.json').read_text())
     assert (result['row'], result['seed'], result['quick']) == (name, 7, True)
     if isinstance(ROWS[name], LanguageRow):
-        assert all(0 < bits < 9 for bits in result['bits'].values())
+        assert list(result['bits']) == ['with memory', 'without']
+        assert all(4 < bits < 9 for bits in result['bits'].values())  # three steps: better than nothing, not good
+        assert result['gain'] == pytest.approx(result['bits']['without'] - result['bits']['with memory'], abs=1e-4)
     else:
-        assert all(0 <= share <= 1 for share in result['curve'].values())
+        assert list(result['curve']) == [f'{length}' for length in ROWS[name].lengths[:2]]
+        assert all(0 <= share < 0.9 for share in result['curve'].values())
+        assert result['history'][-1]['step'] == 3
     report(tmp_path, tmp_path / 'page' / 'results.md')
     assert ROWS[name].claim in (tmp_path / 'page' / 'results.md').read_text()
     plots = list((tmp_path / 'page').glob('*.png'))
@@ -45,6 +49,7 @@ def test_an_experiment_runs_goes_on_and_reports(name, tmp_path, monkeypatch):
 
 def test_results_are_those_of_the_rows_as_they_stand():
     """A recipe or a default that changes without its results being run again would make the page untrue."""
+    assert any(load(evidence.RESULTS, name) for name in ROWS)
     for row in ROWS.values():
         for result in load(evidence.RESULTS, row.name):
             assert result['config'] == json.loads(json.dumps(evidence.config(row))), (row.name, result['seed'])

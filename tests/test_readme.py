@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -81,6 +82,35 @@ def test_speeds_are_those_that_were_measured():
         ('is read at {} and {} times', generation['prompt_times_evaluation'].values()),
     ):
         assert words.format(*values) in README.replace('\n', ' ')
-    growth = json.loads((results / 'write_init.json').read_text())['gradient_norm']
+    growth = json.loads((results / 'gradient_reach.json').read_text())['gradient_norm']
     grown = [round(growth[name]['32'] / growth[name]['1']) for name in ('sum', 'previous', 'learned')]
     assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
+
+
+BYTE_ROWS = ('rmt_bytes_16', 'infini_bytes_16', 'infini_bytes_default_64')
+
+
+def test_what_memories_learn_is_what_was_measured():
+    folder = Path(__file__).parents[1] / 'benchmarks' / 'results' / 'evidence'
+    found = {path.stem: json.loads(path.read_text()) for path in folder.rglob('*.json')}
+
+    def of_row(name, length):
+        return [found[f'{name}-{seed}']['curve'][length] for seed in range(3)]
+
+    def of_arm(table, arm, length=''):
+        runs = [run for run in found[table]['runs'] if run['arm'] == arm]
+        return mean(run['curve'][length] if length else run['bits']['with memory'] for run in runs)
+
+    assert of_row('rmt_memorize', '31250') == of_row('infini_passkey_repetition', '31250') == [1, 1, 1]
+    pairs, passkey = ('deltanet', 'linear'), ('linear, strength', 'linear')
+    bits = of_arm('write_init-rmt_bytes_16', 'sum') - of_arm('write_init-rmt_bytes_16', 'learned')
+    gains = [mean(found[f'{name}-{seed}']['gain'] for seed in range(3)) for name in BYTE_ROWS]
+    for words, *values in (
+        ('RMT gains {} bits per byte and Infini {}, with a memory that forgets', *gains[:2]),
+        ("and Infini's default memory costs {}", -gains[2]),
+        ('it still tells {} of the values after 32,768', mean(of_row('infini_passkey_strength', '1024'))),
+        ('26 at {} against {}', *(of_arm('rules-pairs', arm, '14') for arm in pairs)),
+        ('is told in {} of the cases, without it in {}', *(of_arm('rules-passkey', arm, '1024') for arm in passkey)),
+        ("`'learned'` gains {} bits per byte after 300 steps", bits),
+    ):
+        assert words.format(*(f'{value:.2f}'.removeprefix('0') for value in values)) in README.replace('\n', ' ')

@@ -22,11 +22,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def asked(example):
-    tokens, labels = example
-    return [(row, labels_row != IGNORE) for row, labels_row in zip(tokens, labels, strict=True)]
-
-
 @pytest.mark.parametrize('options', [{}, {'anywhere': True}, {'repeated': True}, {'key_length': 3}])
 def test_memorize_asks_for_what_was_marked(options):
     task = Memorize(values=5, noise=9, segment_length=8, **options)

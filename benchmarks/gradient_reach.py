@@ -1,6 +1,6 @@
-"""What should enter the write rows? How far a gradient reaches back through the memory, for each `write_init`.
+"""How far a gradient reaches back through the memory, for each `write_init`: what enters the write rows.
 
-    python -m benchmarks.write_init
+    python -m benchmarks.gradient_reach
 
 For 1 to 32 segments: the norm of d(loss of the last segment) / d(memory entering the first), at a trained size of the
 weights (random, std fan_in ** -0.5: at the start blocks are the identity, and only the residual path carries).
