@@ -235,7 +235,7 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    trained, chance = 0, 0.0
+    trained, chance, tokens = 0, 0.0, [0]
     for color, (name, results) in enumerate(rows.items()):
         row = ROWS[name]
         assert isinstance(row, TaskRow)
@@ -252,6 +252,9 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
     axes.axvline(trained, color='gray', linestyle=':', label=f'longest in training: {trained} tokens')
     axes.axhline(chance, color='gray', linestyle='--', label='without memory')
     axes.set(xscale='log', xlabel='tokens', ylabel='accuracy', ylim=(-0.02, 1.05), title=title)
+    if tokens[-1] < 1000:  # powers of ten say little here
+        axes.set_xticks(tokens, [f'{count}' for count in tokens])
+        axes.minorticks_off()
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -8,6 +8,8 @@ from statistics import mean
 import pytest
 import torch
 
+from benchmarks.evidence_report import score
+
 README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 SMALLER = {
@@ -99,11 +101,14 @@ def test_what_memories_learn_is_what_was_measured():
 
     def of_arm(table, arm, length=''):
         runs = [run for run in found[table]['runs'] if run['arm'] == arm]
-        return mean(run['curve'][length] if length else run['bits']['with memory'] for run in runs)
+        return mean(run['curve'][length] if length else score(run) for run in runs)
 
+    def saved(table, default, arm):
+        return of_arm(table, default) - of_arm(table, arm)
+
+    axial = ('the last 8 memories', 'off', 'the last one (control)')
     assert of_row('rmt_memorize', '31250') == of_row('infini_passkey_repetition', '31250') == [1, 1, 1]
     pairs, passkey = ('deltanet', 'linear'), ('linear, strength', 'linear')
-    bits = of_arm('write_init-rmt_bytes_16', 'sum') - of_arm('write_init-rmt_bytes_16', 'learned')
     gains = [mean(found[f'{name}-{seed}']['gain'] for seed in range(3)) for name in BYTE_ROWS]
     for words, *values in (
         ('RMT gains {} bits per byte and Infini {}, with a memory that forgets', *gains[:2]),
@@ -111,6 +116,12 @@ def test_what_memories_learn_is_what_was_measured():
         ('it still tells {} of the values after 32,768', mean(of_row('infini_passkey_strength', '1024'))),
         ('26 at {} against {}', *(of_arm('rules-pairs', arm, '14') for arm in pairs)),
         ('is told in {} of the cases, without it in {}', *(of_arm('rules-passkey', arm, '1024') for arm in passkey)),
-        ("`'learned'` gains {} bits per byte after 300 steps", bits),
+        ("`'learned'` gains {} bits per byte after", saved('write_init-rmt_bytes_16', 'sum', 'learned')),
+        (
+            '{} of values by key with two slots, {} without; {} if it sees',
+            *(of_arm('axial-pairs_m2', arm) for arm in axial),
+        ),
+        ("`'kv_proj'` gains {} bits", saved('enhanced-infini_bytes_16', 'same layer', 'kv projection')),
+        ('text: {} bits per byte for a third', saved('enhanced-infini_bytes_16', 'same layer', 'layer above')),
     ):
         assert words.format(*(f'{value:.2f}'.removeprefix('0') for value in values)) in README.replace('\n', ' ')
