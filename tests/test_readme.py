@@ -106,6 +106,7 @@ def test_what_memories_learn_is_what_was_measured():
     def saved(table, default, arm):
         return of_arm(table, default) - of_arm(table, arm)
 
+    masks = ('causal', 'block')
     axial = ('the last 8 memories', 'off', 'the last one (control)')
     assert of_row('rmt_memorize', '31250') == of_row('infini_passkey_repetition', '31250') == [1, 1, 1]
     pairs, passkey = ('deltanet', 'linear'), ('linear, strength', 'linear')
@@ -121,6 +122,7 @@ def test_what_memories_learn_is_what_was_measured():
             '{} of values by key with two slots, {} without; {} if it sees',
             *(of_arm('axial-pairs_m2', arm) for arm in axial),
         ),
+        ('with 16 it reversed worse, {} against {}', *(of_arm('memory_mask-reverse_m16', arm) for arm in masks)),
         ("`'kv_proj'` gains {} bits", saved('enhanced-infini_bytes_16', 'same layer', 'kv projection')),
         ('text: {} bits per byte for a third', saved('enhanced-infini_bytes_16', 'same layer', 'layer above')),
     ):
