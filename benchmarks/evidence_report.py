@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.evidence_experiments import EXPERIMENTS, RULE, Experiment, stored
-from benchmarks.evidence_rows import MILLION, ROWS, LanguageRow, TaskRow
+from benchmarks.evidence_rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
 
 INTRODUCTION = """# Results
 
@@ -66,7 +66,7 @@ def load(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def overview(results: dict[str, list[dict[str, Any]]]) -> str:
     """A line for each target: what was asked for, and what was measured."""
-    lines = ['| claim | at | measured (worst seed) | asked for | seeds |', '|---|---|---|---|---|']
+    lines = []
     for name, found in results.items():
         row = ROWS[name]
         if not found:
@@ -74,7 +74,7 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
         if isinstance(row, LanguageRow):
             gains = [result['gain'] for result in found]
             cells = [row.claim, '', f'{interval(gains)} bits per byte ({min(gains):+.3f})', asked_gain(row, gains)]
-            lines.append(table_line([*cells, f'{len(found)}']))
+            lines.append([*cells, f'{len(found)}'])
             continue
         for length in [*row.targets, *row.limits]:
             if str(length) not in found[0]['curve']:
@@ -82,8 +82,8 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
             shares = [result['curve'][str(length)] for result in found]
             tokens = f'{length * row.task().segment_length:,} tokens'
             cells = [tokens, mean_and_worst(row, length, shares), asked_of(row, length, mean(shares)), f'{len(found)}']
-            lines.append(table_line([row.claim, *cells]))
-    return '\n'.join(lines) + '\n'
+            lines.append([row.claim, *cells])
+    return table(['claim', 'at', 'measured (worst seed)', 'asked for', 'seeds'], lines)
 
 
 def mean_and_worst(row: TaskRow, length: int, shares: list[float]) -> str:
@@ -114,32 +114,32 @@ def asked(value: float, at_least: float | None = None, at_most: float | None = N
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     """A line for each length."""
     task, trained = row.task(), longest_in_training(results)
-    lines = ['| segments | tokens | accuracy | without memory | asked for |', '|---|---|---|---|---|']
+    lines = []
     for length in results[0]['curve']:
         shares = [result['curve'][length] for result in results if length in result['curve']]
         longer = '' if int(length) <= trained else ' (longer than trained)'
         cells = [f'{int(length):,}{longer}', f'{int(length) * task.segment_length:,}']
         cells += [mean_and_worst(row, int(length), shares), f'{task.without_memory:.3f}']
-        lines.append(table_line([*cells, asked_of(row, int(length), mean(shares))]))
+        lines.append([*cells, asked_of(row, int(length), mean(shares))])
     clock = 'cpu_' if all('train_cpu_seconds' in result for result in results) else ''
     seconds = ', '.join(str(result[f'train_{clock}seconds']) for result in results)
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
     about = f'{len(results)} seeds, {row.steps:,} steps in {seconds} {"CPU" if clock else "wall"} seconds; '
     about += f'{row.sequences} sequences a length{million}.'
-    return '\n'.join(lines) + f'\n\n{about}\n'
+    return table(['segments', 'tokens', 'accuracy', 'without memory', 'asked for'], lines) + f'\n{about}\n'
 
 
 def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     """A line for each seed."""
-    lines = ['| seed | with memory | twin without | gain in bits per byte |', '|---|---|---|---|']
+    lines = []
     for result in results:
         cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
-        lines.append(f'| {result["seed"]} | {" | ".join(cells)} | {result["gain"]:+.4f} |')
+        lines.append([f'{result["seed"]}', *cells, f'{result["gain"]:+.4f}'])
     gains = [result['gain'] for result in results]
-    lines.append(f'| mean | | | {interval(gains)}, {asked_gain(row, gains)} |')
+    lines.append(['mean', '', '', f'{interval(gains)}, {asked_gain(row, gains)}'])
     corpora = ', '.join(dict.fromkeys(result['corpus'] for result in results))
     about = f'Bytes of {corpora}; {row.steps} steps of {row.batch_size} x {row.segment_length * row.segments} bytes.'
-    return '\n'.join(lines) + f'\n\n{about}\n'
+    return table(['seed', 'with memory', 'twin without', 'gain in bits per byte'], lines) + f'\n{about}\n'
 
 
 def million_section(path: Path) -> list[str]:
@@ -181,12 +181,7 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; '
         about += 'bits per byte, lower is better'
         head = ['bits (worst)']
-    head = [f'{row.name}', *head, 'difference', 'seeds']
-    lines = [
-        f'{"RMT" if row.model == "rmt" else "Infini"}, {about}.\n',
-        table_line(head),
-        '|---' * len(head) + '|',
-    ]
+    lines = []
     for arm, found in runs.items():
         if not found:
             continue
@@ -196,8 +191,8 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         pairs = [score(run) - default[run['seed']] for run in found if run['seed'] in default]
         cells = [arm, *(f'{each:.3f}' for each in means), f'{mean(scores):.3f} ({worst:.3f})']
         cells += ['' if arm == next(iter(runs)) else interval(pairs), f'{len(found)}']
-        lines.append(table_line(cells))
-    return '\n'.join(lines) + '\n'
+        lines.append(cells)
+    return f'{TITLES[row.model]}, {about}.\n\n' + table([row.name, *head, 'difference', 'seeds'], lines)
 
 
 def score(run: dict[str, Any]) -> float:
@@ -225,9 +220,10 @@ def longest_in_training(results: list[dict[str, Any]]) -> int:
     return max(entry['segments'] for result in results for entry in result['history'])
 
 
-def table_line(cells: list[str]) -> str:
-    """A line of a Markdown table."""
-    return f'| {" | ".join(cells)} |'
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    first, *rest = (f'| {" | ".join(cells)} |\n' for cells in (head, *lines))
+    return ''.join((first, '|---' * len(head) + '|\n', *rest))
 
 
 def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = '') -> None:
@@ -235,7 +231,7 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    trained, chance, tokens = 0, 0.0, [0]
+    trained = 0
     for color, (name, results) in enumerate(rows.items()):
         row = ROWS[name]
         assert isinstance(row, TaskRow)

@@ -201,17 +201,21 @@ seeds with the first of these recipes, .58, .42 and .35 at 3 to 5 segments.""",
 
 
 def bytes_row(
-    name: str, title: str, options: dict[str, Any], length: int, steps: int = 800, **more: Any
+    model: str, length: int, options: dict[str, Any] | None = None, kind: str = '', steps: int = 800, **more: Any
 ) -> LanguageRow:
-    """A byte model, 128 bytes a step, against a twin without memory."""
-    claim = f'{title}, segments of {length}, against a twin trained without memory'
-    sizes = dict(dim=96, depth=2, heads=4, dim_head=24)
+    """A byte model, 128 bytes a step, against a twin without memory. kind: of memory, for name and claim."""
+    name, on = (f'{model}_bytes_{kind}', f'bytes with the {kind} memory') if kind else (f'{model}_bytes', 'bytes')
     return LanguageRow(
-        name=f'{name}_{length}', claim=claim, published='none for models of this size', options={**sizes, **options},
+        name=f'{name}_{length}',
+        claim=f'{TITLES[model]} on {on}, segments of {length}, against a twin trained without memory',
+        published='none for models of this size', model=model, options={**BYTES[model], **(options or {})},
         segment_length=length, segments=128 // length, batch_size=16, lr=3e-3, steps=steps, embedding_std=None, **more,
     )  # fmt: skip
 
 
+TITLES = {'rmt': 'RMT', 'infini': 'Infini'}
+BYTES: dict[str, dict[str, Any]] = {'infini': dict(dim=96, depth=2, heads=4, dim_head=24)}
+BYTES['rmt'] = {**BYTES['infini'], 'num_memory_tokens': 4}
 # on development seeds each part made bytes better: writes that replace, forgetting, gates that start at the local
 # attention and stay there until the memory is worth reading
 FORGETTING: dict[str, Any] = dict(memory_rule='deltanet', memory_decay=True, head_gate_init_value=3.0)
@@ -225,10 +229,10 @@ with decay, gates at 2, segments of 64: -.046, with 3 times: -.015; gates at 4: 
 After 800 steps: gates at 2, 3 times: +.008; at 3, without a rate of their own: +.014, and with the delta rule, learned
 strength and decay instead of deltanet: +.012."""
 _language: list[TaskRow | LanguageRow] = [
-    bytes_row('rmt_bytes', 'RMT on bytes', {'num_memory_tokens': 4}, 16, model='rmt', target=0.03),
-    bytes_row('rmt_bytes', 'RMT on bytes', {'num_memory_tokens': 4}, 64, model='rmt'),
-    bytes_row('infini_bytes', 'Infini on bytes', FORGETTING, 16, model='infini', one_rate=True),
-    bytes_row('infini_bytes', 'Infini on bytes', FORGETTING, 64, model='infini', one_rate=True, remark=BYTES_TRIED),
-    bytes_row('infini_bytes_default', 'Infini on bytes with the default memory', {}, 64, model='infini'),
+    bytes_row('rmt', 16, target=0.03),
+    bytes_row('rmt', 64),
+    bytes_row('infini', 16, FORGETTING, one_rate=True),
+    bytes_row('infini', 64, FORGETTING, one_rate=True, remark=BYTES_TRIED),
+    bytes_row('infini', 64, kind='default'),
 ]
 ROWS = {row.name: row for row in _tasks + _language}

@@ -230,9 +230,9 @@ class RecurrentMemoryTransformer(SegmentModel):
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
         noise = self.memory_noise if self.training and state is not None else 0.0
         state = self.initial_state(batch) if state is None else state
-        read = state._replace(memory=state.memory + noise * torch.randn_like(state.memory)) if noise else state
         if not n:
             return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
+        read = state._replace(memory=state.memory + noise * torch.randn_like(state.memory)) if noise else state
         x = self.embed(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]

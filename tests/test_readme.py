@@ -89,9 +89,6 @@ def test_speeds_are_those_that_were_measured():
     assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
 
 
-BYTE_ROWS = ('rmt_bytes_16', 'infini_bytes_16', 'infini_bytes_default_64')
-
-
 def test_what_memories_learn_is_what_was_measured():
     folder = Path(__file__).parents[1] / 'benchmarks' / 'results' / 'evidence'
     found = {path.stem: json.loads(path.read_text()) for path in folder.rglob('*.json')}
@@ -99,30 +96,29 @@ def test_what_memories_learn_is_what_was_measured():
     def of_row(name, length):
         return [found[f'{name}-{seed}']['curve'][length] for seed in range(3)]
 
-    def of_arm(table, arm, length=''):
-        runs = [run for run in found[table]['runs'] if run['arm'] == arm]
-        return mean(run['curve'][length] if length else score(run) for run in runs)
+    def gain(name):
+        return mean(found[f'{name}-{seed}']['gain'] for seed in range(3))
+
+    def of_arms(table, *arms, length=''):
+        runs = ([run for run in found[table]['runs'] if run['arm'] == arm] for arm in arms)
+        return [mean(run['curve'][length] if length else score(run) for run in each) for each in runs]
 
     def saved(table, default, arm):
-        return of_arm(table, default) - of_arm(table, arm)
+        bits = of_arms(table, default, arm)
+        return bits[0] - bits[1]
 
-    masks = ('causal', 'block')
-    axial = ('the last 8 memories', 'off', 'the last one (control)')
+    passkey = of_arms('rules-passkey', 'linear, strength', 'linear', length='1024')
+    axial = of_arms('axial-pairs_m2', 'the last 8 memories', 'off', 'the last one (control)')
     assert of_row('rmt_memorize', '31250') == of_row('infini_passkey_repetition', '31250') == [1, 1, 1]
-    pairs, passkey = ('deltanet', 'linear'), ('linear, strength', 'linear')
-    gains = [mean(found[f'{name}-{seed}']['gain'] for seed in range(3)) for name in BYTE_ROWS]
     for words, *values in (
-        ('RMT gains {} bits per byte and Infini {}, with a memory that forgets', *gains[:2]),
-        ("and Infini's default memory costs {}", -gains[2]),
+        ('RMT gains {} bits per byte and Infini {}, with a memory', gain('rmt_bytes_16'), gain('infini_bytes_16')),
+        ("and Infini's default memory costs {}", -gain('infini_bytes_default_64')),
         ('it still tells {} of the values after 32,768', mean(of_row('infini_passkey_strength', '1024'))),
-        ('26 at {} against {}', *(of_arm('rules-pairs', arm, '14') for arm in pairs)),
-        ('is told in {} of the cases, without it in {}', *(of_arm('rules-passkey', arm, '1024') for arm in passkey)),
+        ('26 at {} against {}', *of_arms('rules-pairs', 'deltanet', 'linear', length='14')),
+        ('is told in {} of the cases, without it in {}', *passkey),
         ("`'learned'` gains {} bits per byte after", saved('write_init-rmt_bytes_16', 'sum', 'learned')),
-        (
-            '{} of values by key with two slots, {} without; {} if it sees',
-            *(of_arm('axial-pairs_m2', arm) for arm in axial),
-        ),
-        ('with 16 it reversed worse, {} against {}', *(of_arm('memory_mask-reverse_m16', arm) for arm in masks)),
+        ('{} of values by key with two slots, {} without; {} if it sees', *axial),
+        ('with 16 it reversed worse, {} against {}', *of_arms('memory_mask-reverse_m16', 'causal', 'block')),
         ("`'kv_proj'` gains {} bits", saved('enhanced-infini_bytes_16', 'same layer', 'kv projection')),
         ('text: {} bits per byte for a third', saved('enhanced-infini_bytes_16', 'same layer', 'layer above')),
     ):
