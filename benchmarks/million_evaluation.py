@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from benchmarks.evidence_rows import MILLION, ROWS, TaskRow
+from benchmarks.evidence.rows import MILLION, ROWS, TaskRow
 from benchmarks.interleave import write_results
 from segment_recurrence_pytorch.tasks import accuracy
 

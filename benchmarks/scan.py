@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from benchmarks.interleave import write_results
-from infini_transformer_pytorch.scan import affine_scan
+from infini_transformer_pytorch.memory import affine_scan
 
 SEGMENTS, BATCH, HEADS, FEATURES, REPETITIONS = (16, 64, 256), 2, 4, 64, 9
 

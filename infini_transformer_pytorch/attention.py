@@ -5,6 +5,7 @@ Letters: s segments, b batch, h query heads, g key/value heads, n tokens of a se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 from typing import NamedTuple
 
@@ -12,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.memory import Memories, Writes, mix, read, write
-from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import ResidualBlock, no_autocast, rotary_turns, rotate
+from infini_transformer_pytorch.memory import MEMORY_RULES, Memories, Recallable, Writes, mix, recall, write
+from segment_recurrence_pytorch.checks import check_finite, check_positive
+from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rotate
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
-ROTARY_THETA = 10000.0
 # a token keeps sigmoid(8) = 0.9997 of the memory at the start, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0
 # off-diagonal entries of a memory transform start at exp(-6) = 0.0025: near the identity, and able to move
@@ -25,7 +25,13 @@ TRANSFORM_START = -6.0
 
 
 class CachedKV(NamedTuple):
-    """Keys before rotation and values of a segment's tokens so far (2, b, g, n, d), with their strength and decay."""
+    """The tokens of a segment so far, in one layer: what `InfiniTransformer.forward` returns to go on inside it.
+
+    Attributes:
+        kv: keys before rotation, and values, (2, b, g, n, d).
+        strength: (b, g, n), if the model learns it.
+        log_decay: (b, g, n), if the model learns it.
+    """
 
     kv: Tensor
     strength: Tensor | None = None
@@ -33,12 +39,12 @@ class CachedKV(NamedTuple):
 
     @classmethod
     def of_last_segment(cls, writes: Writes) -> CachedKV:
-        """The cache after the last of some segments."""
+        """Returns the cache after the last of some segments."""
         strength, log_decay = (None if part is None else part[-1] for part in (writes.strength, writes.log_decay))
         return cls(torch.stack((writes.keys[-1], writes.values[-1])), strength, log_decay)
 
     def followed_by(self, new: Writes) -> Writes:
-        """All tokens of the segment: those in the cache, then the new ones (s = 1)."""
+        """Returns what all tokens of the segment write: those in the cache, then the new ones (s = 1)."""
         keys, values = (torch.cat((old[None], fresh), dim=3) for old, fresh in zip(self.kv, new[:2], strict=True))
         strength, log_decay = (
             None if old is None or fresh is None else torch.cat((old[None], fresh), dim=3)
@@ -48,12 +54,26 @@ class CachedKV(NamedTuple):
 
 
 class FastweightMemory(nn.Module):
-    """The compressive memory as a module, usable in any attention layer; see `memory` for rules and equations.
+    """The compressive memory of one layer, for any attention: `memory` has the rules and equations.
 
-    heads: query heads, each with a gate: sigmoid(gate) is the share of the local attention, published sign.
-    kv_heads: memories (default `heads`), each read by heads / kv_heads query heads.
-    mem_transform: what is read passes through 'talking_heads' (mixes the heads' memories) or 'kv_proj' (a projection of
-        M's keys and one of its values), both near the identity at the start.
+    `create_new_memories` writes a segment, and `retrieve_and_add_to_output` mixes what its queries recall into the
+    output of the layer's own attention. The README has it in a plain transformer.
+
+    Args:
+        heads: query heads, each with a gate: sigmoid(gate) is the share of the layer's own attention (published sign).
+        head_gate_init_value: the start of the gates. Default: 0, equal shares.
+        use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
+        kv_heads: memories, a divisor of `heads`; consecutive query heads share one. Default: None, `heads`.
+        memory_rule: 'linear', 'delta' or 'deltanet'. Default: None, 'delta' if use_mem_delta_rule is True, else
+            'linear'.
+        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser; False as in
+            published checkpoints. Default: True.
+        mem_transform: what is recalled passes through 'talking_heads', which mixes the heads' memories, or 'kv_proj', a
+            projection of keys and one of values; both start near the identity. Default: None, neither.
+        dim_head: features of a head; only 'kv_proj' needs it. Default: None.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(
@@ -69,65 +89,160 @@ class FastweightMemory(nn.Module):
         dim_head: int | None = None,
     ):
         super().__init__()
-        self.kv_heads = heads if kv_heads is None else kv_heads
-        self.memory_rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_positive(heads=heads, kv_heads=kv_heads)
+        check_finite(head_gate_init_value=head_gate_init_value)
+        if heads % kv_heads:
+            raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
+        if use_mem_delta_rule and memory_rule not in (None, 'delta'):
+            raise ValueError(
+                f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them"
+            )
+        memory_rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
+        if memory_rule not in MEMORY_RULES:
+            raise ValueError(f'memory_rule is {memory_rule!r}: give one of {", ".join(MEMORY_RULES)}')
+        if mem_transform not in (None, 'talking_heads', 'kv_proj'):
+            raise ValueError(f"mem_transform is {mem_transform!r}: give 'talking_heads', 'kv_proj' or None")
+        if mem_transform == 'kv_proj' and dim_head is None:
+            raise ValueError("mem_transform='kv_proj' projects the features of a head: give dim_head")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.memory_rule = memory_rule
         self.strength_in_normaliser = strength_in_normaliser
         self.mem_transform = mem_transform
         self.head_gates = nn.Parameter(torch.full((heads,), float(head_gate_init_value)))
         if mem_transform == 'talking_heads':
-            self.talking_heads = nn.Parameter(torch.full((self.kv_heads, self.kv_heads), TRANSFORM_START))
-        elif mem_transform == 'kv_proj':
-            assert dim_head is not None
-            start = torch.full((self.kv_heads, dim_head, dim_head), TRANSFORM_START - log(dim_head))
+            self.talking_heads = nn.Parameter(torch.full((kv_heads, kv_heads), TRANSFORM_START))
+        elif mem_transform == 'kv_proj' and dim_head is not None:
+            start = torch.full((kv_heads, dim_head, dim_head), TRANSFORM_START - log(dim_head))
             self.key_proj = nn.Parameter(start)
-            self.value_proj = nn.Parameter(torch.eye(dim_head).repeat(self.kv_heads, 1, 1))
+            self.value_proj = nn.Parameter(torch.eye(dim_head).repeat(kv_heads, 1, 1))
 
     def create_new_memories(
-        self, keys: Tensor, values: Tensor, past_memories: Memories | None = None, weights: Tensor | None = None,
-        *, mask: Tensor | None = None,
-    ) -> Memories:  # fmt: skip
-        """The memories after one segment with keys (b, g, n, d) and values (b, g, n, e).
+        self,
+        keys: Tensor,
+        values: Tensor,
+        past_memories: Memories | None = None,
+        weights: Tensor | None = None,
+        *,
+        strength: Tensor | None = None,
+        log_decay: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Memories:
+        """Returns the memories after one segment.
 
-        weights (b, g, n, 1): the share of each token that is not stored (published sign: 1 - strength).
-        mask (b, n): True = valid.
+        Args:
+            keys: before rotation, (b, g, n, d).
+            values: (b, g, n, e).
+            past_memories: the memories before. Default: None, empty ones.
+            weights: the share of each token that is not stored, (b, g, n, 1): the published name and sign of
+                1 - strength. Default: None.
+            strength: the share of each token that is stored, in [0, 1], (b, g, n). Default: None, all of it.
+            log_decay: the logarithm of the share of the memory that each token keeps, at most 0, (b, g, n).
+                Default: None, nothing decays.
+            mask: (b, n) bool, True = valid; padded tokens write nothing. Default: None, all are valid.
+
+        Raises:
+            ValueError: for shapes that do not fit, and if both weights and strength are given.
         """
-        strength = None if weights is None else (1 - weights)[None, ..., 0]
-        writes = Writes(keys[None], values[None], strength, None, None if mask is None else mask[None])
+        if weights is not None and strength is not None:
+            raise ValueError('weights are 1 - strength: give only strength')
+        batch, groups, n, _ = keys.shape
+        wanted = {'weights': (batch, groups, n, 1), 'strength': (batch, groups, n), 'log_decay': (batch, groups, n)}
+        wanted |= {'mask': (batch, n), 'keys': (batch, self.kv_heads, n, keys.shape[-1])}
+        wanted |= {'values': (batch, groups, n, values.shape[-1])}
+        given = {'weights': weights, 'strength': strength, 'log_decay': log_decay, 'mask': mask, 'keys': keys}
+        for name, tensor in (given | {'values': values}).items():
+            if tensor is not None and tuple(tensor.shape) != wanted[name]:
+                raise ValueError(f'{name} has shape {tuple(tensor.shape)}: this memory needs {wanted[name]}')
+        if weights is not None:
+            strength = (1 - weights)[..., 0]
+        per_token = (None if part is None else part[None] for part in (strength, log_decay, mask))
         past = empty_memories(keys, values.shape[-1]) if past_memories is None else past_memories
-        return self.write(writes, past)[1]
+        return self.write(Writes(keys[None], values[None], *per_token), past)[1]
 
-    def retrieve_and_add_to_output(self, out: Tensor, queries: Tensor, past_memories: Memories | None = None) -> Tensor:
-        """Local output (b, h, n, e) mixed with what queries (b, h, n, d), before rotation, recall."""
+    def retrieve_and_add_to_output(
+        self, out: Tensor, queries: Tensor, past_memories: Memories | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """Returns the output of a layer's own attention, mixed with what its queries recall, (b, h, n, e).
+
+        Args:
+            out: what the layer's own attention gives, (b, h, n, e).
+            queries: before rotation, (b, h, n, d).
+            past_memories: the memories before the segment. Default: None, nothing is mixed in.
+            gates: instead of the learned ones; sigmoid(gates) is the share of `out`; broadcast to (b, h, n).
+                Default: None.
+        """
         if past_memories is None:
             return out
-        return self.recall(out[None], queries[None], Memories(*(part[None] for part in past_memories)))[0]
+        return self.recall(out, queries, self.recallable(past_memories), gates)
 
     def write(self, writes: Writes, past: Memories) -> tuple[Memories, Memories]:
         """See `memory.write`, with this module's rule."""
         return write(writes, past, self.memory_rule, strength_in_normaliser=self.strength_in_normaliser)
 
-    def recall(self, local: Tensor, queries: Tensor, memories: Memories) -> Tensor:
-        """Local output (s, b, h, n, e) mixed with what queries (s, b, h, n, d) recall from the memories that enter."""
-        recalled, written = read(queries, self.transformed(memories), self.memory_rule)
-        return mix(local, recalled, written, self.head_gates)
+    def recall(self, local: Tensor, queries: Tensor, memories: Recallable, gates: Tensor | None = None) -> Tensor:
+        """Returns local attention mixed with what queries recall (equations 3 and 6), (..., b, h, n, e).
 
-    def transformed(self, memories: Memories) -> Memories:
-        """The memories as they are read: M and z through the same positive maps, so that a read stays a mean."""
+        Args:
+            local: what the local attention gives, (..., b, h, n, e).
+            queries: before rotation, (..., b, h, n, d).
+            memories: what `recallable` returned.
+            gates: broadcast to (..., b, h, n). Default: None, `head_gates`.
+        """
+        gates = self.head_gates[:, None] if gates is None else gates
+        return mix(local, recall(queries, memories, self.memory_rule), memories, gates)
+
+    def recallable(self, memories: Memories) -> Recallable:
+        """Returns memories (..., b, g, ...) as queries recall from them: through the transform, if there is one.
+
+        M and z pass through the same positive maps, so that what is recalled stays a mean of values.
+        """
         kv_mem, k_norm = memories
         with no_autocast(kv_mem.device.type):
             if self.mem_transform == 'talking_heads':
                 over_heads = _near_identity(self.talking_heads, kv_mem.dtype)
-                kv_mem = torch.einsum('hg,sbgde->sbhde', over_heads, kv_mem)
-                k_norm = torch.einsum('hg,sbgd->sbhd', over_heads, k_norm)
+                kv_mem = torch.einsum('hg,...gde->...hde', over_heads, kv_mem)
+                k_norm = torch.einsum('hg,...gd->...hd', over_heads, k_norm)
             elif self.mem_transform == 'kv_proj':
                 over_keys = _near_identity(self.key_proj, kv_mem.dtype)
                 kv_mem = over_keys @ kv_mem @ self.value_proj.to(kv_mem.dtype)
                 k_norm = (over_keys @ k_norm[..., None])[..., 0]
-        return Memories(kv_mem, k_norm)
+            written = (k_norm > 0).any(-1).repeat_interleave(self.heads // self.kv_heads, dim=-1)
+        return Recallable(kv_mem, k_norm[..., None], written[..., None])
+
+
+class Surroundings(NamedTuple):
+    """What the tokens that a layer is given attend to: their segments, or a cache of one.
+
+    Attributes:
+        attend: called with the layer's attention, its heads (`InfiniAttention.heads_of`), strength and log decay.
+            Returns what the local attention gives, the queries before rotation, and the memories to recall from; or
+            None, if no output is needed.
+        need_output: whether output is needed, and not just what the tokens write. Default: True.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor, Recallable] | None]
+    need_output: bool = True
 
 
 class InfiniAttention(nn.Module):
-    """The attention of one layer over the segments of a window, all at once."""
+    """The attention of one layer: local attention, and a memory in each head.
+
+    What a researcher may want to replace is one method, which training and decoding share: `gates` makes the gates, and
+    `strength_and_decay` what scales and fades the writes.
+
+    Args:
+        dim: features of a token.
+        heads: query heads.
+        kv_heads: key/value heads and memories, a divisor of `heads`.
+        dim_head: features of a head.
+        dropout: probability that a local attention weight is dropped while training.
+        qk_norm: whether queries and keys pass an RMS norm with a learned gain.
+        learned_strength: whether each token has a learned strength in each head.
+        memory_decay: whether each token has a learned decay in each head.
+        memory: further arguments of `FastweightMemory`.
+    """
 
     def __init__(
         self,
@@ -143,123 +258,156 @@ class InfiniAttention(nn.Module):
         **memory,
     ):
         super().__init__()
-        self.heads, self.kv_heads, self.dim_head, self.dropout = heads, kv_heads, dim_head, dropout
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.dim_head = dim_head
+        self.dropout = dropout
         self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.q_norm = nn.RMSNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.to_strength = nn.Linear(dim, kv_heads, bias=False) if learned_strength else None
         self.to_decay = nn.Linear(dim, kv_heads) if memory_decay else None
         self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, dim_head=dim_head, **memory)
 
-    def forward(
-        self,
-        x: Tensor,
-        past: Memories,
-        *,
-        mask: Tensor | None,
-        attn_mask: Tensor | None,
-        backend: str,
-        need_output: bool = True,
-        read_from: Memories | None = None,
-        cached: CachedKV | None = None,
-        write_scale: Tensor | None = None,
-    ) -> tuple[Tensor | None, Memories, Writes]:
-        """x (s, b, n, dim) normed. past: the memories entering the first segment, (b, g, ...).
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
+        """Returns the outputs (..., b, n, dim) of normed tokens x (..., b, n, dim); no token's, if none is needed."""
+        heads = self.heads_of(x, surroundings.need_output)
+        found = surroundings.attend(self, heads, *self.strength_and_decay(x))
+        if found is None:
+            return x[..., :0, :]
+        local, queries, memories = found
+        out = self.fastweight_mem.recall(local, queries, memories, self.gates(x))
+        return self.to_out(out.transpose(-3, -2).flatten(-2))
 
-        mask (s, b, n): which keys are written. attn_mask: for the local attention, None = causal.
-        read_from: memories to read instead of the layer's own (b, g, ...), for one segment.
-        write_scale (s, b): how often each segment is written.
-        cached: keys and values of the segment's tokens before x, for one segment.
-        Returns output (s, b, n, dim), the memories after the last segment, and what was written.
+    def gates(self, x: Tensor) -> Tensor:
+        """Returns the gates, broadcast to (..., b, h, n): sigmoid(gate) is the share of the local attention.
+
+        By default one learned gate for each head. Override it to make the gates of the tokens.
+
+        Args:
+            x: the layer's input after its norm, (..., b, n, dim).
         """
-        query, k, v, strength, log_decay = self.project(x, need_output)
-        writes = Writes(k, v, strength, log_decay, mask, write_scale)
-        if cached is not None:
-            writes = cached.followed_by(writes)
-        entering, after = self.fastweight_mem.write(writes, past)
-        if query is None:
-            return None, after, writes
-        local = self._local(query, writes.keys, writes.values, attn_mask, backend)
-        memories = entering if read_from is None else Memories(*(part[None] for part in read_from))
-        out = self.fastweight_mem.recall(local, query, memories)
-        return self.merge(out), after, writes
+        return self.fastweight_mem.head_gates[:, None]
 
-    def project(
-        self, x: Tensor, need_query: bool = True
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """x (..., n, dim) normed -> queries (..., h, n, d), keys and values (..., g, n, d), none of them rotated, and
-        the strength and log decay (..., g, n). Queries only if need_query."""
-        parts = self._parts(self.heads_of(x, need_query))
-        # copied once into the order of the products that follow: each of them would copy a view again
-        *query, k, v = (part.contiguous() for part in parts)
-        return self.q_norm(query[0]) if query else None, self.k_norm(k), v, *self.strength_and_decay(x)
+    def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the strength beta and the log decay of each token, (..., b, g, n), in float32 at least; None for what
+        is not learned.
+
+        Args:
+            x: the layer's input after its norm, (..., b, n, dim).
+        """
+        strength = log_decay = None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.to_strength is not None:
+            strength = self.to_strength(x).to(dtype).sigmoid().transpose(-1, -2)
+        if self.to_decay is not None:
+            log_decay = F.logsigmoid(self.to_decay(x).to(dtype)).transpose(-1, -2)
+        return strength, log_decay
 
     def heads_of(self, x: Tensor, need_query: bool = True) -> Tensor:
-        """x (..., n, dim) normed -> queries, keys and values side by side (..., h + 2 g, n, d), as projected."""
+        """Returns queries, keys and values side by side, as projected, (..., b, h + 2 g, n, d); without the queries
+        (..., b, 2 g, n, d) if need_query is False."""
         heads = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[self.heads * self.dim_head :])
         return heads.unflatten(-1, (-1, self.dim_head)).transpose(-3, -2)
 
+    def split(self, heads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Returns what `heads_of` returned as queries (None if there are none), keys and values, after the norms."""
+        # copied once into the order of the products that follow: each of them would copy a view again
+        *query, k, v = (part.contiguous() for part in self._parts(heads))
+        return self.q_norm(query[0]) if query else None, self.k_norm(k), v
+
     def normed(self, heads: Tensor) -> Tensor:
-        """What `heads_of` returned, after the norms of queries and keys."""
+        """Returns what `heads_of` returned, side by side as it was, after the norms of queries and keys."""
         if isinstance(self.q_norm, nn.Identity):
             return heads
         q, k, v = self._parts(heads)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-3)
 
     def _parts(self, heads: Tensor) -> tuple[Tensor, ...]:
-        """Queries, if there are any, keys and values."""
+        """Returns queries, if there are any, keys and values."""
         have_query = [self.heads] * (heads.shape[-3] > 2 * self.kv_heads)
         return heads.split([*have_query, self.kv_heads, self.kv_heads], dim=-3)
 
-    def merge(self, out: Tensor) -> Tensor:
-        """(..., h, n, d) -> (..., n, dim)."""
-        return self.to_out(out.transpose(-3, -2).flatten(-2))
-
-    def _local(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, backend: str) -> Tensor:
-        """Causal attention inside each segment, positions counted from its start; the queries are its last ones."""
-        segments, length = k.shape[0], k.shape[3]
-        turns = self.turns(length)
-        q, k = rotate(q, turns[length - q.shape[3] :]), rotate(k, turns)
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, backend: str
+    ) -> Tensor:
+        """One call of `layers.attend`, in training and in decoding alike, with this layer's dropout."""
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, causal=attn_mask is None, mask=attn_mask, dropout=dropout, backend=backend)
+        return attend(q, k, v, causal=causal, mask=mask, dropout=dropout, backend=backend)
+
+
+class Segments:
+    """The segments of a window, all at once: what their tokens attend to in one layer.
+
+    After `attend` was called it holds what the tokens wrote, and the memories after the last segment.
+
+    Args:
+        past: the memories entering the first segment, (b, g, ...).
+        rotations: of the positions of a segment, (n, d / 2, 2).
+        mask: which keys are written, (s, b, n) bool; None: all.
+        attn_mask: of the local attention, (s b, 1, n, n) bool; None: causal.
+        backend: the name of an attention backend.
+        recall_from: memories (b, g, ...) to recall from instead of the layer's own, for one segment. Default: None.
+        cached: the segment's tokens before these, for one segment. Default: None.
+        write_scale: how many times each segment counts, (s, b). Default: None, once.
+    """
+
+    after: Memories
+    writes: Writes
+
+    def __init__(
+        self,
+        past: Memories,
+        *,
+        rotations: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        backend: str,
+        recall_from: Memories | None = None,
+        cached: CachedKV | None = None,
+        write_scale: Tensor | None = None,
+    ):
+        self.past = past
+        self.rotations = rotations
+        self.mask = mask
+        self.attn_mask = attn_mask
+        self.backend = backend
+        self.recall_from = recall_from
+        self.cached = cached
+        self.write_scale = write_scale
+
+    def attend(
+        self, attention: InfiniAttention, heads: Tensor, strength: Tensor | None, log_decay: Tensor | None
+    ) -> tuple[Tensor, Tensor, Recallable] | None:
+        """See `Surroundings`."""
+        query, k, v = attention.split(heads)
+        writes = Writes(k, v, strength, log_decay, self.mask, self.write_scale)
+        self.writes = writes if self.cached is None else self.cached.followed_by(writes)
+        entering, self.after = attention.fastweight_mem.write(self.writes, self.past)
+        if query is None:
+            return None
+        local = self._local(attention, query, self.writes.keys, self.writes.values)
+        if self.recall_from is not None:
+            entering = Memories(*(part[None] for part in self.recall_from))
+        return local, query, attention.fastweight_mem.recallable(entering)
+
+    def _local(self, attention: InfiniAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention inside each segment; the queries are its last ones."""
+        segments, length = k.shape[0], k.shape[3]
+        q, k = rotate(q, self.rotations[length - q.shape[3] :]), rotate(k, self.rotations)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        out = attention.attend(q, k, v, causal=self.attn_mask is None, mask=self.attn_mask, backend=self.backend)
         return out.unflatten(0, (segments, -1))
-
-    def turns(self, length: int) -> Tensor:
-        """The rotations of the positions of a segment, see `layers.rotary_turns`."""
-        weight = self.to_out.weight
-        positions = torch.arange(length, device=weight.device)
-        return rotary_turns(positions, self.dim_head, theta=ROTARY_THETA, dtype=weight.dtype)
-
-    def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """beta and log gamma (..., g, n) of each token, in float32 at least."""
-        strength = log_decay = None
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self.to_strength is not None:
-            strength = self.to_strength(x).to(wide).sigmoid().transpose(-1, -2)
-        if self.to_decay is not None:
-            log_decay = F.logsigmoid(self.to_decay(x).to(wide)).transpose(-1, -2)
-        return strength, log_decay
-
-
-class Block(ResidualBlock):
-    """One layer; arguments as in `InfiniAttention`."""
-
-    def __init__(self, dim: int, *, ff_mult: float, ff_dropout: float, **attention):
-        attn = InfiniAttention(dim, **attention)
-        super().__init__(dim, attn, ff_mult=ff_mult, ff_dropout=ff_dropout, norm_eps=NORM_EPS)
-
-    def forward(self, x: Tensor, past: Memories, **attention) -> tuple[Tensor, Memories, Writes]:
-        """x (s, b, n, dim) -> the same shape, the memories after the last segment, and what was written."""
-        out, after, writes = self.attn(self.attn_norm(x), past, **attention)
-        if out is not None:
-            x = self.add(x, out)
-        return x, after, writes
 
 
 def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:
-    """Memories in which nothing was ever written, for keys (b, g, n, d)."""
+    """Returns memories in which nothing was ever written.
+
+    Args:
+        like: keys (b, g, n, d).
+        value_features: e. Default: None, d.
+    """
     batch, heads, _, features = like.shape
     dtype = torch.promote_types(like.dtype, torch.float32)
     kv_mem = like.new_zeros(batch, heads, features, value_features or features, dtype=dtype)

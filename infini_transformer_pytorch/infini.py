@@ -19,41 +19,78 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, NORM_EPS, Block, CachedKV, empty_memories
+from infini_transformer_pytorch.attention import (
+    DECAY_BIAS,
+    NORM_EPS,
+    CachedKV,
+    InfiniAttention,
+    Segments,
+    Surroundings,
+    empty_memories,
+)
 from infini_transformer_pytorch.decoding import InfiniCache
 from infini_transformer_pytorch.memory import Memories, Writes
-from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
-from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import detach
+from segment_recurrence_pytorch.checks import check_finite, check_input, check_like, check_positive, check_probability
+from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
+from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # tokens times rows that a CPU evaluates at once, in benchmarks/infini_training.py
 GATE_LR = 30.0  # times the learning rate: 0.01 against 3e-4 in the Hugging Face replication
 
 
 class TransformerReturn(NamedTuple):
-    """What `InfiniTransformer.forward` returns."""
+    """What `InfiniTransformer.forward` returns.
+
+    Attributes:
+        logits: (b, n, num_tokens).
+        cached_kvs: one `CachedKV` a layer, to go on inside the segment; None if the segment was closed.
+        past_memories: one `Memories` a layer that holds all segments that were closed; None if none was.
+    """
 
     logits: Tensor
     cached_kvs: list[CachedKV] | None
     past_memories: Any
 
 
-class InfiniTransformer(SegmentModel):
-    """A causal transformer with a compressive memory in every layer: `kv_heads` matrices (dim_head, dim_head) a layer.
+class InfiniTransformer(SegmentTransformer):
+    """A causal transformer with a compressive memory in every head of every layer.
 
-    memory_rule: 'linear' (eq 4), 'delta' (eq 5; use_mem_delta_rule=True means it) or 'deltanet' (token after token,
-        no normaliser, learned strength always), see `memory`. learned_delta_update: learned strength for each token.
-    memory_decay: a learned decay in (0, 1) for each token. strength_in_normaliser=False: as in published checkpoints.
-    head_gate_init_value: sigmoid(gate) is the share of the local attention; 0 is where the memory learns.
-    kv_heads: key/value heads and memories (default `heads`). qk_norm: RMS norm on queries and keys.
-    mem_transform: None, 'talking_heads' or 'kv_proj', on what is read (`FastweightMemory`).
-    mem_read_from: 'same' layer's memory, or that of the layer 'above' (the last layer: its own), which selects the
-        segment loop: layer l of a segment then needs layer l + 1 of the segment before, so segments cannot be parallel.
+    The state is one `Memories` a layer: `kv_heads` matrices (dim_head, dim_head) and their normalisers, in float32 at
+    least.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: features of a token.
+        depth: number of layers.
+        dim_head: features of a head, an even number. Default: 128.
+        heads: attention heads. Default: 8.
+        kv_heads: key/value heads and memories, a divisor of `heads`. Default: None, `heads`.
+        attn_dropout: probability that a local attention weight is dropped while training. Default: 0.
+        ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
+        ff_dropout: probability that an inner feature of the feed-forward is dropped while training. Default: 0.
+        use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
+        memory_rule: 'linear' (equation 4), 'delta' (equation 5) or 'deltanet' (token after token, without a normaliser,
+            and always with learned strength), see `memory`. Default: None, 'delta' if use_mem_delta_rule is True, else
+            'linear'.
+        learned_delta_update: whether each token has a learned strength, the share of it that is stored.
+            Default: False.
+        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser; False as in
+            published checkpoints. Default: True.
+        memory_decay: whether each token has a learned decay, the share of the memory that it keeps. Default: False.
+        head_gate_init_value: the start of the gates: sigmoid(gate) is the share of the local attention. Default: 0,
+            where the memory learns.
+        mem_transform: what is recalled passes through 'talking_heads' or 'kv_proj', see `FastweightMemory`.
+            Default: None, neither.
+        mem_read_from: a layer recalls from its own memory, 'same', or from that of the layer 'above' (the last layer
+            from its own). 'above' selects the segment loop: layer l of a segment then needs layer l + 1 of the segment
+            before, so segments cannot be evaluated in parallel. Default: 'same'.
+        rotary_theta: the base of the rotary positions inside a segment. Default: 10000.
+        qk_norm: whether queries and keys pass an RMS norm with a learned gain. Default: False.
+        tie_embeddings: whether logits use the weight of the token embedding. Default: False.
+
+    Raises:
+        ValueError: for values outside their range, and for options that contradict each other.
     """
-
-    causal = True
-    max_segment_length = None
-    layers: Any  # nn.ModuleList of Block
 
     @beartype
     def __init__(
@@ -76,16 +113,16 @@ class InfiniTransformer(SegmentModel):
         head_gate_init_value: int | float = 0.0,
         mem_transform: Literal['talking_heads', 'kv_proj'] | None = None,
         mem_read_from: Literal['same', 'above'] = 'same',
+        rotary_theta: int | float = 10000.0,
         qk_norm: bool = False,
         tie_embeddings: bool = False,
     ):
-        arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         super().__init__()
-        self.arguments = arguments
         kv_heads = heads if kv_heads is None else kv_heads
         check_positive(num_tokens=num_tokens, dim=dim, depth=depth, dim_head=dim_head, heads=heads, kv_heads=kv_heads)
-        check_positive(ff_mult=ff_mult)
+        check_positive(ff_mult=ff_mult, rotary_theta=rotary_theta)
         check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        check_finite(head_gate_init_value=head_gate_init_value)
         if heads % kv_heads:
             raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
         if dim_head % 2:
@@ -94,43 +131,72 @@ class InfiniTransformer(SegmentModel):
             raise ValueError(
                 f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them"
             )
-        rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
+        memory_rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
 
-        self.num_tokens, self.dim, self.kv_heads, self.dim_head = num_tokens, dim, kv_heads, dim_head
-        self.memory_rule, self.mem_read_from, self.memory_decay = rule, mem_read_from, memory_decay
+        self.num_tokens = num_tokens
+        self.dim = dim
+        self.kv_heads = kv_heads
+        self.dim_head = dim_head
+        self.memory_rule = memory_rule
+        self.memory_decay = memory_decay
+        self.mem_read_from = mem_read_from
+        self.rotary_theta = rotary_theta
         self.parallel_segments = mem_read_from == 'same'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
+
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.layers = nn.ModuleList(
-            Block(
-                dim,
-                ff_mult=ff_mult,
-                ff_dropout=ff_dropout,
-                heads=heads,
-                kv_heads=kv_heads,
-                dim_head=dim_head,
-                dropout=attn_dropout,
-                qk_norm=qk_norm,
-                learned_strength=learned_delta_update or rule == 'deltanet',
-                memory_decay=memory_decay,
-                memory_rule=rule,
-                strength_in_normaliser=strength_in_normaliser,
-                head_gate_init_value=head_gate_init_value,
-                mem_transform=mem_transform,
-            )
-            for _ in range(depth)
+        of_attention = dict(
+            heads=heads,
+            kv_heads=kv_heads,
+            dim_head=dim_head,
+            dropout=attn_dropout,
+            qk_norm=qk_norm,
+            learned_strength=learned_delta_update or memory_rule == 'deltanet',
+            memory_decay=memory_decay,
+            memory_rule=memory_rule,
+            strength_in_normaliser=strength_in_normaliser,
+            head_gate_init_value=head_gate_init_value,
+            mem_transform=mem_transform,
         )
+        self.layers = Blocks(
+            self.make_block(
+                index, self.make_attention(index, **of_attention), ff_mult=ff_mult, ff_dropout=ff_dropout
+            )
+            for index in range(depth)
+        )  # fmt: skip
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.logits = nn.Linear(dim, num_tokens)
         if tie_embeddings:
             self.logits.weight = self.token_emb.weight
         self.init_weights()
 
+    def make_attention(self, index: int, **options: Any) -> InfiniAttention:
+        """Returns the attention of layer `index`, while the model is made. Override it to put another one there.
+
+        Args:
+            index: the layer, counted from 0.
+            options: see `InfiniAttention`.
+        """
+        return InfiniAttention(self.dim, **options)
+
+    def make_block(self, index: int, attention: InfiniAttention, **options: Any) -> ResidualBlock:
+        """Returns layer `index`, while the model is made. Override it to put another one there.
+
+        Args:
+            index: the layer, counted from 0.
+            attention: its attention.
+            options: ff_mult and ff_dropout, see `ResidualBlock`.
+        """
+        return ResidualBlock(self.dim, attention, **options, norm_eps=NORM_EPS)
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Embeddings and logits: normal, std 0.02. Linear layers: normal, std fan_in ** -0.5, but 0 where they write
-        to the residual stream, so that a block starts as the identity. Biases 0, decay biases `DECAY_BIAS`. Gates,
-        gains and memory transforms keep the start that their constructors give them."""
+        """Gives the parameters their start.
+
+        Embeddings and logits: normal, std 0.02. Linear layers: normal, std fan_in ** -0.5, but 0 where they write to
+        the residual stream, so that a block starts as the identity. Biases 0, decay biases `DECAY_BIAS`. Gates, gains,
+        memory transforms and what a subclass adds keep the start that their constructors give them.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith('to_decay.bias'):
                 nn.init.constant_(parameter, DECAY_BIAS)
@@ -143,7 +209,7 @@ class InfiniTransformer(SegmentModel):
                 nn.init.normal_(parameter, std=0.02)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups as in `SegmentModel`, and the gates: `GATE_LR` times the learning rate, no decay."""
+        """See `SegmentModel.param_groups`; a third group are the gates: `GATE_LR` times the learning rate, no decay."""
         gates = [parameter for name, parameter in self.named_parameters() if name.endswith('.head_gates')]
         known = {id(gate) for gate in gates}
         groups = super().param_groups(lr, weight_decay)
@@ -153,7 +219,7 @@ class InfiniTransformer(SegmentModel):
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
-        """(depth, heads): the share 1 - sigmoid(gate) that the memory has in each head's output."""
+        """Returns the share 1 - sigmoid(gate) that the memory has in the output of each head, (depth, heads)."""
         gates = [gate.sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
         return 1 - torch.stack(gates)
 
@@ -167,15 +233,27 @@ class InfiniTransformer(SegmentModel):
         *,
         mask: Tensor | None = None,
     ) -> TransformerReturn:
-        """Reads x (b, n), ids or embeddings (b, n, dim), as one segment, or as its next part.
+        """Reads one segment, or the next part of a segment that is open.
 
-        past_memories: one `Memories` a layer. mask (b, n): True = valid.
-        cached_kv: what the last call returned: x goes on in the same segment (all of x is new).
-        return_new_memories=False: returns the cache, and past_memories as they came: the segment is still open.
-        return_new_memories=True: closes the segment: no cache, and memories that hold all of it.
-        detach_memories: what is returned beside the logits carries no graph.
+        Args:
+            x: ids (b, n) or embeddings (b, n, dim); all of it is new.
+            past_memories: one `Memories` a layer, of the segments that were closed. Default: None, a text starts.
+            cached_kv: what the last call returned: x goes on in the same segment. Default: None, x begins one.
+            return_new_memories: True closes the segment: its tokens are written into the memories. False leaves it open
+                (to read a segment part by part, as in decoding): nothing is written yet, the memories come back as they
+                were given, and the cache is what the next part of the segment needs. Default: False.
+            detach_memories: whether what is returned beside the logits carries no graph. Default: False.
+            mask: (b, n) bool, True = valid; not with a cache. Default: None, all positions are valid.
+
+        Returns:
+            A `TransformerReturn`.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         x, state, mask = check_input(self, x, past_memories, mask=mask)
+        if not x.shape[1]:
+            raise ValueError('x holds no token: give at least one, or use the wrapper, which takes any number')
         if cached_kv is not None:
             self._check_cache(cached_kv, x, mask)
         state = self.initial_state(x.shape[0]) if state is None else state
@@ -188,10 +266,15 @@ class InfiniTransformer(SegmentModel):
 
     @classmethod
     def from_peer_state_dict(cls, state_dict: dict[str, Tensor], **arguments: Any) -> InfiniTransformer:
-        """The model of a checkpoint of infini-transformer-pytorch 0.2.1, with its weights, in their dtype.
+        """Returns the model of a checkpoint of infini-transformer-pytorch 0.2.1, with its weights, in their dtype.
 
-        What the shapes tell need not be given (num_tokens, dim, depth, heads, dim_head, ff_mult, learned_delta_update);
-        use_mem_delta_rule leaves no trace in a checkpoint: give it. ValueError for what does not fit.
+        Args:
+            state_dict: the weights.
+            arguments: of this class, as far as the shapes do not tell them. They tell num_tokens, dim, depth, heads,
+                dim_head, ff_mult and learned_delta_update. use_mem_delta_rule leaves no trace in a checkpoint: give it.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         from infini_transformer_pytorch.peer import arguments_of, translated
 
@@ -204,9 +287,14 @@ class InfiniTransformer(SegmentModel):
         return model
 
     def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """Empty memories, one a layer."""
-        like = torch.empty(batch_size, self.kv_heads, 0, self.dim_head, dtype=self.dtype, device=self.device)
+        """See `SegmentModel.initial_state`: empty memories, one a layer."""
+        like = self.token_emb.weight.new_empty(batch_size, self.kv_heads, 0, self.dim_head)
         return tuple(empty_memories(like) for _ in self.layers)
+
+    def largest_state(self, batch_size: int) -> tuple[Memories, ...]:
+        """See `SegmentModel.largest_state`: the shapes of the initial state, without the memory that it takes."""
+        one = empty_memories(self.token_emb.weight.new_empty(1, self.kv_heads, 0, self.dim_head))
+        return tuple(Memories(*(part.expand(batch_size, *part.shape[1:]) for part in one)) for _ in self.layers)
 
     def advance(
         self,
@@ -220,7 +308,14 @@ class InfiniTransformer(SegmentModel):
     ) -> tuple[Any, tuple[Memories, ...]]:
         """Reads any number of segments, see `SegmentModel.advance`; with mem_read_from='above' one.
 
-        write_scale (b, segments): what a segment writes counts so often: virtual length, for training.
+        Args:
+            tokens, state, segment_length, mask, need_hidden: see `SegmentModel.advance`.
+            write_scale: how many times each segment is written, (b, segments), finite and not negative: a segment that
+                is read once can stand for many (virtual length, for training). Default: None, once.
+
+        Raises:
+            ValueError: for several segments with mem_read_from='above', and for write_scale with a rule or an option
+                that it is not defined for.
         """
         length = min(segment_length or tokens.shape[1], tokens.shape[1])
         if not self.parallel_segments and tokens.shape[1] > length:
@@ -228,11 +323,15 @@ class InfiniTransformer(SegmentModel):
         if write_scale is not None and (self.memory_rule == 'deltanet' or self.memory_decay):
             raise ValueError("write_scale needs memory_rule 'linear' or 'delta', and memory_decay=False")
         state = self.initial_state(tokens.shape[0]) if state is None else state
+        if not tokens.shape[1]:
+            return (self.token_emb.weight.new_zeros(tokens.shape[0], 0, self.dim) if need_hidden else None), copied(
+                state
+            )
         # all at once fills a GPU; a CPU is full with fewer segments, whose activations stay in its cache
-        at_once = max(1, tokens.shape[1])
+        at_once = tokens.shape[1]
         if tokens.device.type == 'cpu':
-            at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * max(1, length)
-        hiddens = [torch.zeros(tokens.shape[0], 0, self.dim, dtype=self.dtype, device=tokens.device)]
+            at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * length
+        hiddens = []
         for start in range(0, tokens.shape[1], at_once):
             part = slice(start, start + at_once)
             part_mask = None if mask is None else mask[:, part]
@@ -241,9 +340,7 @@ class InfiniTransformer(SegmentModel):
                 tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale
             )
             hiddens.append(hidden)
-        if not need_hidden:
-            return None, state
-        return (torch.cat(hiddens[1:], dim=1) if hiddens[1:] else hiddens[0]), state
+        return (torch.cat(hiddens, dim=1) if need_hidden else None), state
 
     def _read(
         self,
@@ -256,7 +353,10 @@ class InfiniTransformer(SegmentModel):
         cached: list[CachedKV] | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
-        """Hidden states (b, n, dim), the memories after the last segment, and what each layer wrote."""
+        """Runs the layers over tokens (b, n), in segments of `length`.
+
+        Returns hidden states (b, n, dim), the memories after the last segment, and what each layer wrote.
+        """
         batch, n = tokens.shape[:2]
         segments = -(-n // length)
         missing = segments * length - n
@@ -274,66 +374,89 @@ class InfiniTransformer(SegmentModel):
             if mask is not None:
                 itself = torch.eye(length, dtype=torch.bool, device=x.device)
                 attn_mask = (key_mask.flatten(0, 1)[:, None, None] & torch.ones_like(itself).tril()) | itself
+        rotations = self.rotations(length if cached is None else length + cached[0].kv.shape[3], x)
         # with dropout, a pass with and one without hidden states must draw the same random numbers
         skip = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
         after, written = [], []
         for index, (block, past) in enumerate(zip(self.layers, state, strict=True)):
-            x, memories, writes = block(
-                x,
+            segments_of_layer = Segments(
                 past,
+                rotations=rotations,
                 mask=key_mask,
                 attn_mask=attn_mask,
                 backend=self.backend,
-                need_output=index < last or not skip,
-                read_from=state[self.layer_read(index)] if self.mem_read_from == 'above' else None,
+                recall_from=state[self.layer_recalled(index)] if self.mem_read_from == 'above' else None,
                 cached=None if cached is None else cached[index],
                 write_scale=scale,
             )
-            after.append(memories)
-            written.append(writes)
+            x = block(x, Surroundings(segments_of_layer.attend, need_output=index < last or not skip))
+            after.append(segments_of_layer.after)
+            written.append(segments_of_layer.writes)
         hidden = None
         if need_hidden:
             hidden = self.norm(rearrange(x, 's b n d -> b (s n) d')[:, :n])
         return hidden, tuple(after), written
 
-    def to_logits(self, hidden: Tensor) -> Tensor:
-        """(b, n, dim) -> (b, n, num_tokens)."""
-        return self.logits(hidden)
+    def rotations(self, length: int, like: Tensor) -> Tensor:
+        """Returns the rotations of the positions of a segment, counted from its start, (length, dim_head / 2, 2).
 
-    @torch.no_grad()
+        Args:
+            length: tokens of the segment.
+            like: a tensor of the device and dtype of the model.
+        """
+        positions = torch.arange(length, device=like.device)
+        return rotations_at(positions, self.dim_head, theta=self.rotary_theta, dtype=like.dtype)
+
     def open_segment(self, state: tuple[Memories, ...], segment_length: int) -> InfiniCache:
         """See `SegmentModel.open_segment`."""
         return InfiniCache(self, state, segment_length)
 
-    def layer_read(self, index: int) -> int:
-        """The layer whose memories layer `index` reads."""
+    def layer_recalled(self, index: int) -> int:
+        """Returns the layer from whose memories layer `index` recalls."""
         return min(index + 1, len(self.layers) - 1) if self.mem_read_from == 'above' else index
 
     def as_state(self, state: Any, batch_size: int) -> Any:
-        """See `SegmentModel.as_state`: lists and plain pairs are memories too."""
+        """See `SegmentModel.as_state`: lists, and pairs that are no `Memories`, are memories too."""
         if not isinstance(state, (tuple, list)):
             return state
-        pairs = (isinstance(layer, (tuple, list)) and len(layer) == 2 for layer in state)
-        return tuple(Memories(*layer) if pair else layer for layer, pair in zip(state, pairs, strict=True))
+        return tuple(
+            Memories(*layer) if isinstance(layer, (tuple, list)) and len(layer) == 2 else layer for layer in state
+        )
 
-    def check_state(self, state: Any, batch_size: int) -> None:
-        """Raises ValueError if `state` is not one `Memories` a layer, of this model and batch size."""
-        expected = self.initial_state(batch_size)
-        if not isinstance(state, (tuple, list)) or len(state) != len(expected):
-            found = f'{len(state)} entries' if isinstance(state, (tuple, list)) else f'a {type(state).__name__}'
-            raise ValueError(f'the memories are {found}: give one Memories a layer, {len(expected)}')
-        for layer, (have, want) in enumerate(zip(state, expected, strict=True)):
-            if not isinstance(have, tuple) or len(have) != 2:
-                raise ValueError(f'the memories of layer {layer} are a {type(have).__name__}: give Memories')
-            check_like(f'kv_mem of layer {layer}', have[0], want.kv_mem)
-            check_like(f'k_norm of layer {layer}', have[1], want.k_norm)
+    def state_faults(self, state: State) -> list[tuple[str, Tensor]]:
+        """See `SegmentModel.state_faults`: also normalisers below 0, which no key can have made."""
+        negative = torch.stack([(layer.k_norm < 0).any() for layer in state]).any()
+        return [*super().state_faults(state), ('state holds a k_norm below 0', negative)]
+
+    def per_segment_faults(self, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """See `SegmentModel.per_segment_faults`: a write_scale is not negative."""
+        negative = [(f'{name} holds negative numbers', (value < 0).any()) for name, value in values.items()]
+        return super().per_segment_faults(values) + negative
 
     def _check_cache(self, cached_kv: list[CachedKV], x: Tensor, mask: Tensor | None) -> None:
+        """Raises ValueError for a cache that does not fit the model and the batch."""
         if mask is not None:
             raise ValueError('mask with cached_kv: a cache holds valid tokens only; read padded rows in one call')
         if len(cached_kv) != len(self.layers):
             raise ValueError(f'cached_kv has {len(cached_kv)} entries: give one a layer, {len(self.layers)}')
-        shape = (2, x.shape[0], self.kv_heads, cached_kv[0].kv.shape[3], self.dim_head)
-        for cached in cached_kv:
-            check_like('cached_kv', cached.kv, cached.kv.new_empty(()).expand(shape))
+        for layer, cached in enumerate(cached_kv):
+            if not isinstance(cached, CachedKV) or not isinstance(cached.kv, Tensor) or cached.kv.ndim != 5:
+                raise ValueError(f'cached_kv of layer {layer} is a {type(cached).__name__}: give what a call returned')
+        n = cached_kv[0].kv.shape[3]
+        flags = []
+        for layer, (cached, block) in enumerate(zip(cached_kv, self.layers, strict=True)):
+            kv = cached.kv.new_empty(()).expand(2, x.shape[0], self.kv_heads, n, self.dim_head).to(self.device)
+            # what this layer would make of as many tokens
+            strength, log_decay = block.attn.strength_and_decay(kv.new_zeros(x.shape[0], n, self.dim, dtype=self.dtype))
+            wanted = {'kv': kv, 'strength': strength, 'log_decay': log_decay}
+            for part, want in wanted.items():
+                have, name = getattr(cached, part), f'cached_kv of layer {layer}: {part}'
+                if (have is None) != (want is None):
+                    missing = 'is missing' if have is None else 'is not for this model'
+                    raise ValueError(f'{name} {missing}: it comes from a model with other options')
+                if want is not None:
+                    check_like(name, have, want)
+                    flags.append(~have.isfinite().all())
+        if torch.stack(flags).any():
+            raise ValueError('cached_kv holds NaN or infinite values')

@@ -11,6 +11,7 @@ from beartype import beartype
 from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
+from segment_recurrence_pytorch.checks import check_count, is_whole
 from segment_recurrence_pytorch.generation import Cursor, new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -19,10 +20,16 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 class InfiniTransformerWrapper(SegmentWrapper):
     """Trains an `InfiniTransformer` on sequences of any length, and generates from it.
 
-    Gradients are exact, through the whole sequence. detach_mems_every_num_segments is the published name of
-    backprop_segments, which cuts them at every k-th segment border. segments_per_pass: how many segments are evaluated
-    at once (default: about 8,192 tokens); it changes speed and memory, no number. ignore_index: as published, ids with
-    this value (and with -100) are padding. The other arguments: see `SegmentWrapper`.
+    Args:
+        model: the model.
+        segment_length: tokens of a segment. Default: 512.
+        detach_mems_every_num_segments: the published name of backprop_segments. Default: None, gradients are exact,
+            through the whole sequence.
+        ignore_index: ids and labels with this value, and with -100, are padding. Default: -1, as published.
+        segments_per_pass, backprop_segments, recompute: see `SegmentWrapper`.
+
+    Raises:
+        ValueError: for values outside their range, and for two different values of one option.
     """
 
     model: InfiniTransformer
@@ -68,14 +75,34 @@ class InfiniTransformerWrapper(SegmentWrapper):
         return_memories: bool = False,
         backward_fn: Callable | None = None,
     ) -> Any:
-        """The loss of seq (b, any length), times grad_accum_scale (1 / accumulation steps); and, with
-        return_memories=True, the memories to go on with: the next piece starts with the last token of this one.
+        """Computes the loss of a sequence, and on request its gradients.
 
-        backward=True runs backward here, in training mode, with one window of segments held at a time, and returns a
-        loss without a graph. Labels, mask and backward_fn: see `SegmentWrapper.loss`.
+        Args:
+            seq: ids (b, n) or embeddings (b, n, dim), any n.
+            segment_length: instead of the wrapper's. Default: None.
+            backward: whether to run backward inside this call, in training mode, with one window of segments held at a
+                time. Default: False.
+            grad_accum_scale: with backward=True, the gradients are multiplied by it (1 / accumulation steps); the loss
+                that is returned is not. Default: 1.
+            past_memories: what a call returned as memories: the next piece of a text starts with the last token of the
+                piece before. Default: None, texts start.
+            labels, mask: see `SegmentWrapper.loss`.
+            return_memories: whether to return the memories to go on with, too. Default: False.
+            backward_fn: see `SegmentWrapper.loss`; only with backward=True. Default: None.
+
+        Returns:
+            The mean loss () in nats, without a graph if backward is True; or (loss, memories).
+
+        Raises:
+            ValueError: before anything is changed, for what does not fit.
         """
+        if not backward and grad_accum_scale != 1:
+            raise ValueError(
+                f'grad_accum_scale={grad_accum_scale} scales the gradients of backward=True: '
+                'without it, multiply the loss that is returned'
+            )
+        options: dict[str, Any] = {'backward_fn': backward_fn}
         modes = {module: module.training for module in self.modules()}
-        options: dict[str, Any] = {}
         if backward:
             run_backward = backward_fn or Tensor.backward
             options = {'backward': True, 'backward_fn': lambda loss: run_backward(loss * grad_accum_scale)}
@@ -87,7 +114,6 @@ class InfiniTransformerWrapper(SegmentWrapper):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        loss = loss * grad_accum_scale
         return (loss, state) if return_memories else loss
 
     @beartype
@@ -97,22 +123,42 @@ class InfiniTransformerWrapper(SegmentWrapper):
         seq_len: int | None = None,
         prompt: Any = None,
         max_new_tokens: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         filter_fn: Callable | None = None,
         filter_kwargs: dict | None = None,
         exclude_prompt: bool = True,
         past_memories: Any = None,
         **options: Any,
     ) -> Any:
-        """New tokens (b, seq_len - n) after prompt (b, n): seq_len counts the prompt, as published; or max_new_tokens.
+        """Generates new tokens after a prompt.
 
-        exclude_prompt=False: the prompt (b, n) stands in front of them. Without a prompt, and without a `Cursor` as
-        past_memories, batch_size rows start from start_token=0, which counts as the prompt.
-        filter_fn(logits, **filter_kwargs) -> logits; `sampling.top_p` unless top_k, top_p or min_p is given.
-        The other options: see `SegmentWrapper.generate_tokens`.
+        Args:
+            seq_len: tokens of prompt and new tokens together, as published. Give it or max_new_tokens.
+            prompt: ids (b, n), or a list of rows. Default: None, rows begin with start_token, which counts as the
+                prompt, unless past_memories is a `Cursor`.
+            max_new_tokens: how many new tokens.
+            batch_size: without a prompt: how many rows. Default: None, one.
+            filter_fn: called with logits and filter_kwargs, returns logits. Default: None, `sampling.top_p`, unless
+                top_k, top_p or min_p is given.
+            filter_kwargs: further arguments of filter_fn. Default: None.
+            exclude_prompt: False puts the prompt (b, n) in front of the new tokens. Default: True.
+            past_memories: what a call returned, or a `Cursor`. Default: None, texts start.
+            options: see `SegmentWrapper.generate_tokens`.
+
+        Returns:
+            The new tokens (b, seq_len - n), and the cursor too if return_cursor is True.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         if prompt is None and not isinstance(past_memories, Cursor):
-            prompt = torch.full((batch_size, 1), options.pop('start_token', 0), device=self.model.device)
+            check_count('batch_size', batch_size)
+            start = options.pop('start_token', 0)
+            if not (is_whole(start) and 0 <= start < self.model.num_tokens):
+                raise ValueError(f'start_token is {start!r}: give a token id in [0, {self.model.num_tokens})')
+            prompt = torch.full((batch_size or 1, 1), start, device=self.model.device)
+        elif batch_size is not None:
+            raise ValueError(f'batch_size={batch_size} begins new rows: give no prompt and no cursor')
         if not exclude_prompt and not isinstance(prompt, Tensor):
             raise ValueError('exclude_prompt=False needs a prompt of shape (batch, length)')
         if filter_fn is None and not has_filter(options):

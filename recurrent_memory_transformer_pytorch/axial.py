@@ -18,12 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurrent_memory_transformer_pytorch.state import PastMemories
-from segment_recurrence_pytorch.attention import attend
-from segment_recurrence_pytorch.layers import NORM_EPS
+from segment_recurrence_pytorch.layers import NORM_EPS, attend
 
 
 class AxialAttention(nn.Module):
-    """Over the newest memory and the `length - 1` before it. Without dropout, and always on the backend 'sdpa'."""
+    """Attention of each memory slot over its newest value and its `length - 1` values before it.
+
+    It has no dropout, and always runs on the backend 'sdpa': one query a slot, with a mask.
+
+    Args:
+        dim: features of a memory token.
+        heads: attention heads.
+        dim_head: features of a head.
+        length: how many values of a slot are seen, the newest one included.
+    """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, length: int):
         super().__init__()
@@ -35,11 +43,16 @@ class AxialAttention(nn.Module):
         self.null_kv = nn.Parameter(torch.empty(2, heads, 1, dim_head))
 
     def forward(self, memory: Tensor, past: PastMemories) -> Tensor:
-        """The newest memory (b, m, dim) -> the memory that is read (b, m, dim)."""
+        """Returns the memory that a segment reads, (b, m, dim).
+
+        Args:
+            memory: the newest memory (b, m, dim).
+            past: the memories that entered the segments before.
+        """
         batch, m, dim = memory.shape
         heads, d = self.positions.shape[1:]
         series = torch.cat((past.memories.to(memory.dtype), memory[:, None]), dim=1)
-        normed = self.norm(series).transpose(1, 2).reshape(batch * m, -1, dim)  # every slot is a row of its own
+        normed = self.norm(series).transpose(1, 2).flatten(0, 1)  # every slot is a row of its own
         q = self.to_q(normed[:, -1:]).unflatten(-1, (heads, d)).transpose(1, 2)
         k, v = self.to_kv(normed).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4)
         k = k + self.positions.transpose(0, 1).to(k.dtype)
@@ -47,5 +60,5 @@ class AxialAttention(nn.Module):
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
         valid = F.pad(past.valid(), (1, 1), value=True)  # null and newest
         mask = valid[:, None, None].repeat_interleave(m, dim=0)
-        out = attend(q, k, v, mask=mask, backend='sdpa')  # one query a slot, always masked: no other kernel takes it
+        out = attend(q, k, v, mask=mask, backend='sdpa')
         return memory + self.to_out(out.flatten(1)).view(batch, m, dim)

@@ -1,21 +1,22 @@
 """Decoding inside a segment: text rows one after the other over cached keys, memory rows at the borders.
 
 By causality a text row sees neither write rows nor later text, and read rows see read rows only. So the read rows are
-computed when a segment opens, the write rows once, when it closes, and each text row costs one position.
+computed once, when a segment opens, the write rows once, when it closes, and each text row costs one position. All
+three go through the model's own blocks; what differs is what they attend to.
 
 Letters: b batch, h query heads, g key/value heads, l XL positions, m memory tokens, n text positions, d features.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from recurrent_memory_transformer_pytorch.attention import text_turns
+from recurrent_memory_transformer_pytorch.attention import Attention, Surroundings
 from recurrent_memory_transformer_pytorch.state import RMTState
-from segment_recurrence_pytorch.attention import attend
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.layers import rotate
 
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
 
 class RMTCache(SegmentCache):
-    """Keys and values of [XL | read | text], keys rotated. raw_keys: the text's keys before rotation, for XL memories.
-    turns: rotations of the XL and of the text positions."""
+    """Keys and values of [XL | read | text] of each layer, the keys rotated.
+
+    Attributes:
+        keys, values: one buffer (b, g, l + m + length + 1, d) a layer.
+        raw_keys: the text's keys before rotation, of which XL memories are made; empty without them.
+        rotations: those of the XL and of the text positions; None without rotary positions.
+    """
 
     state: RMTState
 
@@ -33,22 +39,26 @@ class RMTCache(SegmentCache):
         self.xl_mem_len = model.xl_mem_len
         batch, prefix = state.memory.shape[0], model.xl_mem_len + model.num_memory_tokens
         super().__init__(state, batch=batch, prefix=prefix, length=segment_length, device=model.device)
-        shape = len(model.layers), model.kv_heads, prefix + segment_length + 1, model.dim_head
-        self.keys, self.values = (self.buffers(*shape, dtype=model.compute_dtype) for _ in range(2))
+        layers, shape = len(model.layers), (model.kv_heads, prefix + segment_length + 1, model.dim_head)
+        self.keys = self.buffers(layers, *shape, dtype=model.compute_dtype)
+        self.values = self.buffers(layers, *shape, dtype=model.compute_dtype)
         self.raw_keys: list[Tensor] = []
         if model.xl_mem_len:
             self.raw_keys = [torch.zeros_like(keys[:, :, prefix:]) for keys in self.keys]
-        self.turns: tuple[Tensor, Tensor] | None = None
-        if model.rotary_pos_emb:
+        self.rotations: tuple[Tensor, Tensor] | None = None
+        if model.positions is not None:
             like = state.memory.to(model.dtype)
-            xl, text = (text_turns(*at, model.dim_head, like) for at in ((-model.xl_mem_len, 0), (0, segment_length)))
-            self.turns = xl, text
+            self.rotations = (
+                model.positions.text(-model.xl_mem_len, 0, like),
+                model.positions.text(0, segment_length, like),
+            )
         if state.xl is not None and state.xl.counts is not None:
             self.make_ragged()
-        self.enter(model)
+        with torch.no_grad():
+            self.enter(model)
 
     def make_ragged(self) -> None:
-        """See `SegmentCache`; XL memories get their full size and counts."""
+        """See `OpenSegment.make_ragged`; XL memories get their full size and counts."""
         xl = self.state.xl
         aligned = self.aligned is not None
         super().make_ragged()
@@ -65,80 +75,119 @@ class RMTCache(SegmentCache):
         else:
             self.prefix_valid[:, : xl.length] = xl.valid()
 
-    def read(self, model: RecurrentMemoryTransformer, x: Tensor, slots: Slots) -> Tensor:
-        """See `SegmentCache.read`."""
-        if model.pos_emb is not None:
-            x = x + self.of(model.pos_emb.weight, slots)
-        turns = None if self.turns is None else self.turns_of(self.turns[1], slots)
-        for index, block in enumerate(model.layers):
-            q, k, v = block.attn.project(block.attn_norm(x))
-            if self.raw_keys:
-                self.put(self.raw_keys[index], k, slots)
-            if turns is not None:
-                q, k = rotate(q, turns), rotate(k, turns)
-            self.put(self.keys[index], k, slots, self.prefix)
-            self.put(self.values[index], v, slots, self.prefix)
-            out = self.attend(q, self.keys[index], self.values[index], slots, model.backend)
-            x = block.add(x, block.attn.merge(out))
-        return x
-
-    def written_state(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> RMTState:
-        """See `SegmentCache.written_state`."""
-        memory = self._memory(model).to(self.state.memory.dtype)
-        xl = self.state.xl
-        if xl is not None:
-            end = self.length if self.aligned is None else self.aligned
-            keys = torch.stack([keys[:, :, :end] for keys in self.raw_keys], dim=1)
-            text = slice(self.prefix, self.prefix + end)
-            values = torch.stack([values[:, :, text] for values in self.values], dim=1)
-            mask = self.text_valid() if self.aligned is None else None
-            xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), mask, model.xl_mem_len)
-        state = RMTState(memory, xl, self.state.past_after())
-        return state if rows is None else model.where(rows, state, self.state)
-
     def enter(self, model: RecurrentMemoryTransformer) -> None:
-        """Fills the keys and values of [XL | read] from the state."""
+        """See `OpenSegment.enter`: fills the keys and values of [XL | read] from the state."""
         xl = self.state.xl
-        m, l = model.num_memory_tokens, model.xl_mem_len
         if xl is not None:
             self._set_valid()
-            at = slice(l - xl.length, l)
+            at = slice(self.xl_mem_len - xl.length, self.xl_mem_len)
             for index, pair in enumerate(model.xl_of_layers(xl)):
                 if pair is not None:
                     keys = pair[0].to(model.compute_dtype)
-                    self.keys[index][:, :, at] = keys if self.turns is None else rotate(keys, self.turns[0][at])
+                    self.keys[index][:, :, at] = keys if self.rotations is None else rotate(keys, self.rotations[0][at])
                     self.values[index][:, :, at] = pair[1]
-        if not m:
+        if not model.num_memory_tokens:
             return
-        x = model.read_rows(model.memory_read(self.state))
+        x = model.read_rows(model.memory_to_read(self.state))
+        last = len(model.layers) - 1
         for index, block in enumerate(model.layers):
-            q, k, v = block.attn.project(block.attn_norm(x))
-            self.keys[index][:, :, l : l + m] = k
-            self.values[index][:, :, l : l + m] = v
-            if index < len(model.layers) - 1:  # nobody reads the last layer's read rows
-                out = attend(q, k, v, causal=model.memory_mask == 'causal', backend=model.backend)
-                x = block.add(x, block.attn.merge(out))
+            # nobody reads the last layer's read rows: their keys and values are put, and no row comes out
+            first_row = x.shape[1] if index == last else 0
+            x = block(x, Surroundings(partial(self._attend_read, model, index), first_row))
 
-    def _memory(self, model: RecurrentMemoryTransformer) -> Tensor:
-        """What the write rows (b, m, dim) of the open segment become."""
-        m = model.num_memory_tokens
-        if not m:
-            return self.state.memory
-        x = model.write_rows(model.memory_read(self.state))
-        causal = model.memory_mask != 'block'
+    def read(self, model: RecurrentMemoryTransformer, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
+        """See `OpenSegment.read`: the text rows."""
+        x = model.embed(tokens)
+        if model.pos_emb is not None:
+            x = x + self.positions_of(model.pos_emb.weight, slots)
+        mask = self.mask(slots)
+        rotations = None if self.rotations is None else self.rotations_of(self.rotations[1], slots)
+        for index, block in enumerate(model.layers):
+            x = block(x, Surroundings(partial(self._attend_text, model, index, slots, mask, rotations)))
+        return model.norm(x)
+
+    def state_after(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> RMTState:
+        """See `OpenSegment.state_after`: the write rows, and the text as XL memories."""
+        memory = model.memory_to_read(self.state)
+        x = memory
+        if model.num_memory_tokens:
+            mask = self._mask_of_write_rows(model)
+            x = model.write_rows(memory)
+            for index, block in enumerate(model.layers):
+                x = block(x, Surroundings(partial(self._attend_write, model, index, mask)))
+            x = model.norm(x)
+        state = self.state
+        xl, past = state.xl, None if state.past is None else state.past.append(state.memory)
+        if xl is not None:
+            end = self.length if self.aligned is None else self.aligned
+            text = slice(self.prefix, self.prefix + end)
+            keys = torch.stack([keys[:, :, :end] for keys in self.raw_keys], dim=1)
+            values = torch.stack([values[:, :, text] for values in self.values], dim=1)
+            text_mask = self.text_valid() if self.aligned is None else None
+            xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), text_mask, model.xl_mem_len)
+        after = RMTState(model.next_memory(x, memory).to(state.memory.dtype), xl, past)
+        return after if rows is None else model.where(rows, after, state)
+
+    def _attend_read(
+        self, model: RecurrentMemoryTransformer, index: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Read rows see read rows; their keys and values are put in front of the text."""
+        at = slice(self.xl_mem_len, self.prefix)
+        self.keys[index][:, :, at] = k
+        self.values[index][:, :, at] = v
+        if not q.shape[2]:
+            return q
+        return attention.attend(q, k, v, causal=model.memory_mask == 'causal', backend=model.backend)
+
+    def _attend_text(
+        self,
+        model: RecurrentMemoryTransformer,
+        index: int,
+        slots: Slots,
+        mask: Tensor | None,
+        rotations: Tensor | None,
+        attention: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """Text rows see XL, read, and the text up to themselves; their keys and values are put behind it."""
+        if self.raw_keys:
+            self.put(self.raw_keys[index], k, slots)
+        if rotations is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
+        keys, values = self.keys[index], self.values[index]
+        self.put(keys, k, slots, self.prefix)
+        self.put(values, v, slots, self.prefix)
+        return self.attend(attention, q, keys, values, slots, mask, backend=model.backend)
+
+    def _attend_write(
+        self,
+        model: RecurrentMemoryTransformer,
+        index: int,
+        mask: Tensor | None,
+        attention: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """Write rows see all of the segment and each other; nothing of them is put."""
         if self.aligned is not None:
-            seen, mask = slice(self.first_key, self.prefix + self.aligned), None
+            seen = slice(self.first_key, self.prefix + self.aligned)
         else:
             seen = slice(0, self.prefix + self.length)
-            valid = torch.cat((self.prefix_valid, self.text_valid()), dim=1)
-            itself = valid.new_ones(m, m)
-            itself = itself.tril() if causal else itself
-            parts = valid[:, None].expand(-1, m, -1), itself.expand(self.batch, -1, -1)
-            mask = torch.cat(parts, dim=-1)[:, None]
-        for index, block in enumerate(model.layers):
-            q, k, v = block.attn.project(block.attn_norm(x))
-            keys = torch.cat((self.keys[index][:, :, seen], k.to(self.keys[index].dtype)), dim=2)
-            values = torch.cat((self.values[index][:, :, seen], v.to(self.values[index].dtype)), dim=2)
-            out = attend(q, keys, values, causal=causal and mask is None, mask=mask, backend=model.backend)
-            x = block.add(x, block.attn.merge(out))
-        return model.norm(x)
+        keys, values = self.keys[index][:, :, seen], self.values[index][:, :, seen]
+        keys, values = torch.cat((keys, k.to(keys.dtype)), dim=2), torch.cat((values, v.to(values.dtype)), dim=2)
+        causal = model.memory_mask != 'block' and mask is None
+        return attention.attend(q, keys, values, causal=causal, mask=mask, backend=model.backend)
+
+    def _mask_of_write_rows(self, model: RecurrentMemoryTransformer) -> Tensor | None:
+        """Returns which keys of [XL | read | text | write] the write rows see, (b, 1, m, keys); None: aligned rows."""
+        if self.aligned is not None:
+            return None
+        m = model.num_memory_tokens
+        valid = torch.cat((self.prefix_valid, self.text_valid()), dim=1)
+        itself = valid.new_ones(m, m)
+        itself = itself if model.memory_mask == 'block' else itself.tril()
+        parts = valid[:, None].expand(-1, m, -1), itself.expand(self.batch, -1, -1)
+        return torch.cat(parts, dim=-1)[:, None]

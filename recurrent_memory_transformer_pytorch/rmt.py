@@ -1,12 +1,16 @@
 """The Recurrent Memory Transformer (arXiv 2207.06881, 2304.11062).
 
-A segment is read as [read memory | text | write memory]; what the last layer writes at the end is read
-at the start of the next segment. The state is that memory (b, m, dim), and optionally the detached keys
-and values of the last text positions (XL, arXiv 1901.02860) and the memories before it (`axial`).
+A segment is read as [read memory | text | write memory]. What the last layer writes at the end of a segment is read at
+the start of the next one. The state is that memory (b, m, dim), and optionally the detached keys and values of the last
+text positions (XL, arXiv 1901.02860) and the memories before it (`axial`).
 
     model = RecurrentMemoryTransformer(num_tokens=256, num_memory_tokens=16, dim=256, depth=4, seq_len=128)
     logits, memory = model(x)            # x (b, n <= 128)
     logits, memory = model(x, memory)
+
+What a researcher may want to replace is one method, which training and decoding share: `memory_to_read`, `read_rows`
+and `write_rows` make what enters the memory rows, `next_memory` makes the memory that is carried on, and
+`make_attention` and `make_block` make the layers.
 
 Letters: b batch, n text positions, m memory tokens, l XL positions, g key/value heads, d features of a head.
 """
@@ -19,39 +23,78 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from recurrent_memory_transformer_pytorch.attention import Block, Layout, attention_mask, layout_turns
+from recurrent_memory_transformer_pytorch.attention import (
+    Attention,
+    Layout,
+    Positions,
+    SegmentRows,
+    Surroundings,
+    attention_mask,
+)
 from recurrent_memory_transformer_pytorch.axial import AxialAttention
 from recurrent_memory_transformer_pytorch.decoding import RMTCache
 from recurrent_memory_transformer_pytorch.state import PastMemories, RMTState, XLMemory
-from segment_recurrence_pytorch.checks import check_input, check_like, check_positive, check_probability
-from segment_recurrence_pytorch.layers import NORM_EPS
+from segment_recurrence_pytorch.checks import (
+    check_input,
+    check_like,
+    check_not_negative,
+    check_positive,
+    check_probability,
+)
+from segment_recurrence_pytorch.layers import NORM_EPS, Blocks, ResidualBlock, SegmentTransformer
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
-from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import where_rows
+from segment_recurrence_pytorch.state import copied, where_rows
 
 
-class RecurrentMemoryTransformer(SegmentModel):
-    """A transformer with `num_memory_tokens` memory tokens (b, m, dim) carried between segments of at most `seq_len`.
+class RecurrentMemoryTransformer(SegmentTransformer):
+    """A transformer that carries memory tokens (b, m, dim) from segment to segment.
 
-    num_memory_tokens=0: the plain segment transformer. causal=False: an encoder, every row sees every row.
-    kv_heads: key/value heads (default `heads`; fewer: grouped queries, arXiv 2305.13245).
-    qk_norm: RMS norm with learned gain on queries and keys. tie_embeddings: logits from the token embedding.
-    abs_pos_emb: learned position inside the segment, for text. rotary_pos_emb: memory at 0, text at 10000 + i,
-        XL keys at 10000 + j - l; angles in float32 whatever the model's dtype.
-    use_xl_memories, xl_mem_len: attend to the last xl_mem_len (default seq_len, may be more) earlier text positions.
-    enhanced_xl_recurrence: layer i attends to what layer i + 1 kept (arXiv 2012.15688); the last one to its own.
-    memory_mask: 'block' (default), 'causal' or 'mixed', see `attention`. memory_not_causal=True / False is the
-        published name for 'block' / 'causal'.
-    write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as the paper has it), or
-        their 'sum' (default: of the three it keeps the gradient through many segments, see README).
-    axial_mem_len: each memory slot attends to its last axial_mem_len values before it is read, see `axial`; 0: off.
-    memory_noise: while training, Gaussian noise of this size is added to the memory of every state that is given.
-    use_flash_attn: the fastest backend that computes the same thing here (`attention_backend` tells which).
-    ignore_index: labels with this value, and with -100, are not counted.
+    Args:
+        dim: features of a token and of a memory token.
+        num_tokens: size of the vocabulary.
+        depth: number of layers.
+        num_memory_tokens: number m of memory tokens. 0 is the plain segment transformer.
+        seq_len: the longest segment, in tokens.
+        causal: whether no position sees a later one. False is an encoder, in which every row sees every row.
+            Default: True.
+        dim_head: features of an attention head. Default: 64.
+        heads: attention heads. Default: 8.
+        kv_heads: key/value heads, a divisor of `heads` (grouped queries, arXiv 2305.13245). Default: None, `heads`.
+        ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
+        attn_dropout: probability that an attention weight is dropped while training. Default: 0.
+        ff_dropout: probability that an inner feature of the feed-forward is dropped while training. Default: 0.
+        use_flash_attn: True: the attention backend is 'auto', the fastest that computes the same thing here; False: it
+            is 'sdpa'. `attention_backend` tells which one runs. Default: False.
+        ignore_index: a label that is not counted, beside -100. Default: -1.
+        abs_pos_emb: whether text gets a learned embedding of its position inside the segment. Default: True.
+        rotary_pos_emb: whether queries and keys are rotated by position: memory stands at 0, text at
+            first_text_position + i, XL memories just before the text. Angles are in float32 in any model.
+            Default: False.
+        rotary_theta: the base of the rotations. Default: 32768, as published.
+        first_text_position: the rotary position of the first text token. Default: 10000, far from the memory, as
+            published.
+        use_xl_memories: whether text also attends to the last `xl_mem_len` earlier text positions, through which no
+            gradient passes. Default: False.
+        xl_mem_len: how many of them; may be more than a segment; 0 turns them off. Default: None, `seq_len`.
+        enhanced_xl_recurrence: whether layer i attends to what layer i + 1 kept (arXiv 2012.15688), and the last layer
+            to its own. Default: False.
+        memory_mask: who sees whom among the memory tokens, 'block', 'causal' or 'mixed': see `attention`.
+            Default: None, which is 'block' unless memory_not_causal says otherwise.
+        memory_not_causal: the published name: True is 'block', False is 'causal'. Default: None.
+        write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as in the paper), or their
+            'sum'. Default: 'sum'; of the three it keeps the gradient through many segments best.
+        qk_norm: whether queries and keys pass an RMS norm with a learned gain. Default: False.
+        tie_embeddings: whether logits use the weight of the token embedding. Default: False.
+        axial_mem_len: each memory slot attends to its last axial_mem_len values before it is read, see `axial`; 0 turns
+            that off. Default: 0.
+        memory_noise: standard deviation of Gaussian noise that is added, while training, to the memory of every state
+            that is given. Default: 0.
+
+    Raises:
+        ValueError: for values outside their range, and for options that contradict each other.
     """
 
     parallel_segments = False
-    layers: Any  # nn.ModuleList of Block
 
     @beartype
     def __init__(
@@ -73,6 +116,8 @@ class RecurrentMemoryTransformer(SegmentModel):
         ignore_index: int = -1,
         abs_pos_emb: bool = True,
         rotary_pos_emb: bool = False,
+        rotary_theta: int | float = 32768.0,
+        first_text_position: int = 10000,
         use_xl_memories: bool = False,
         xl_mem_len: int | None = None,
         enhanced_xl_recurrence: bool = False,
@@ -84,28 +129,21 @@ class RecurrentMemoryTransformer(SegmentModel):
         axial_mem_len: int = 0,
         memory_noise: int | float = 0.0,
     ):
-        arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
         super().__init__()
-        self.arguments = arguments
         kv_heads = heads if kv_heads is None else kv_heads
         check_positive(dim=dim, num_tokens=num_tokens, depth=depth, seq_len=seq_len, dim_head=dim_head, heads=heads)
-        check_positive(kv_heads=kv_heads, ff_mult=ff_mult)
+        check_positive(kv_heads=kv_heads, ff_mult=ff_mult, rotary_theta=rotary_theta)
         check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
-        if num_memory_tokens < 0:
-            raise ValueError(f'num_memory_tokens is {num_memory_tokens}: give 0 (no memory) or more')
-        if axial_mem_len < 0 or (axial_mem_len and not num_memory_tokens):
-            raise ValueError(
-                f'axial_mem_len is {axial_mem_len}, num_memory_tokens {num_memory_tokens}: give 0 (off), or 1 and more '
-                'with memory tokens'
-            )
-        if memory_noise < 0:
-            raise ValueError(f'memory_noise is {memory_noise}: give 0 (none) or more')
+        check_not_negative(num_memory_tokens=num_memory_tokens, axial_mem_len=axial_mem_len, memory_noise=memory_noise)
+        check_not_negative(first_text_position=first_text_position)
+        if axial_mem_len and not num_memory_tokens:
+            raise ValueError(f'axial_mem_len is {axial_mem_len}, num_memory_tokens 0: there is no memory to attend to')
         if heads % kv_heads:
             raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
         if rotary_pos_emb and dim_head % 2:
             raise ValueError(f'rotary_pos_emb turns pairs of features: dim_head={dim_head} must be even')
-        if xl_mem_len is not None and xl_mem_len < 0:
-            raise ValueError(f'xl_mem_len is {xl_mem_len}: give 0 (off) or more')
+        if xl_mem_len is not None:
+            check_not_negative(xl_mem_len=xl_mem_len)
         if not use_xl_memories and xl_mem_len:
             raise ValueError(f'xl_mem_len={xl_mem_len} needs use_xl_memories=True')
         if enhanced_xl_recurrence and (not use_xl_memories or xl_mem_len == 0):
@@ -117,13 +155,24 @@ class RecurrentMemoryTransformer(SegmentModel):
         if not causal and memory_mask != 'block':
             raise ValueError(f'memory_mask={memory_mask!r} needs causal=True: in an encoder every row sees every row')
 
-        self.dim, self.num_tokens, self.causal, self.ignore_index = dim, num_tokens, causal, ignore_index
-        self.seq_len = self.max_segment_length = seq_len
-        self.num_memory_tokens, self.write_init = num_memory_tokens, write_init
-        self.memory_mask, self.dim_head, self.kv_heads = memory_mask, dim_head, kv_heads
-        self.memory_noise, self.axial_mem_len = memory_noise, axial_mem_len
-        self.rotary_pos_emb, self.enhanced_xl_recurrence = rotary_pos_emb, enhanced_xl_recurrence
-        self.xl_mem_len = (seq_len if xl_mem_len is None else xl_mem_len) if use_xl_memories else 0
+        self.dim = dim
+        self.num_tokens = num_tokens
+        self.causal = causal
+        self.ignore_index = ignore_index
+        self.seq_len = seq_len
+        self.max_segment_length = seq_len
+        self.num_memory_tokens = num_memory_tokens
+        self.write_init = write_init
+        self.memory_mask = memory_mask
+        self.dim_head = dim_head
+        self.kv_heads = kv_heads
+        self.memory_noise = memory_noise
+        self.axial_mem_len = axial_mem_len
+        self.positions = Positions(dim_head, rotary_theta, first_text_position) if rotary_pos_emb else None
+        self.enhanced_xl_recurrence = enhanced_xl_recurrence
+        self.xl_mem_len = 0
+        if use_xl_memories:
+            self.xl_mem_len = seq_len if xl_mem_len is None else xl_mem_len
         self.backend = 'auto' if use_flash_attn else 'sdpa'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
@@ -135,9 +184,12 @@ class RecurrentMemoryTransformer(SegmentModel):
             if write_init != 'previous':
                 self.memory_tokens = nn.Parameter(torch.empty(num_memory_tokens, dim))
         of_attention = dict(heads=heads, kv_heads=kv_heads, dim_head=dim_head, dropout=attn_dropout, qk_norm=qk_norm)
-        self.layers = nn.ModuleList(
-            Block(dim, ff_mult=ff_mult, ff_dropout=ff_dropout, **of_attention) for _ in range(depth)
-        )
+        self.layers = Blocks(
+            self.make_block(
+                index, self.make_attention(index, **of_attention), ff_mult=ff_mult, ff_dropout=ff_dropout
+            )
+            for index in range(depth)
+        )  # fmt: skip
         self.axial = None
         if axial_mem_len:
             self.axial = AxialAttention(dim, heads=heads, dim_head=dim_head, length=axial_mem_len)
@@ -147,21 +199,48 @@ class RecurrentMemoryTransformer(SegmentModel):
             self.logits.weight = self.token_emb.weight
         self.init_weights()
 
+    def make_attention(self, index: int, **options: Any) -> Attention:
+        """Returns the attention of layer `index`, while the model is made. Override it to put another one there.
+
+        Args:
+            index: the layer, counted from 0.
+            options: heads, kv_heads, dim_head, dropout and qk_norm, see `Attention`.
+        """
+        return Attention(self.dim, **options)
+
+    def make_block(self, index: int, attention: Attention, **options: Any) -> ResidualBlock:
+        """Returns layer `index`, while the model is made. Override it to put another one there.
+
+        Args:
+            index: the layer, counted from 0.
+            attention: its attention.
+            options: ff_mult and ff_dropout, see `ResidualBlock`.
+        """
+        return ResidualBlock(self.dim, attention, **options)
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Embeddings, memory tokens (distinct rows: equal ones would stay equal) and logits: normal, std 0.02.
-        Linear layers: normal, std fan_in ** -0.5, but 0 where they write to the residual stream: a block starts as the
-        identity, so that the small embeddings are not drowned. Biases 0, norm gains 1."""
+        """Gives the parameters of this class their start; those that a subclass adds keep the one that they have.
+
+        Embeddings, memory tokens (distinct rows: equal ones would stay equal) and logits: normal, std 0.02. Linear
+        layers: normal, std fan_in ** -0.5, but 0 where they write to the residual stream: a block starts as the
+        identity, so that the small embeddings are not drowned. Biases 0, norm gains 1.
+        """
+        memory = ('initial_memory', 'read_memory_emb', 'memory_tokens', 'axial.positions', 'axial.null_kv')
         for name, parameter in self.named_parameters():
             if name.endswith('norm.weight'):
                 nn.init.ones_(parameter)
             elif name.endswith('bias'):
                 nn.init.zeros_(parameter)
-            elif name.startswith(('layers.', 'axial.to_')):
+            elif name.startswith(('layers.', 'axial.to_')) and parameter.ndim == 2:
                 writes = name.endswith(('to_out.weight', 'proj_out.weight'))
                 nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
-            else:
+            elif name in memory or name in ('token_emb.weight', 'pos_emb.weight', 'logits.weight'):
                 nn.init.normal_(parameter, std=0.02)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """See `SegmentModel.decays`: the matrices of the blocks and of axial attention."""
+        return super().decays(name, parameter) or (parameter.ndim == 2 and name.startswith('axial.'))
 
     def forward(
         self,
@@ -175,12 +254,22 @@ class RecurrentMemoryTransformer(SegmentModel):
     ) -> tuple[Tensor, Any]:
         """Reads one segment.
 
-        x: ids (b, n) or embeddings (b, n, dim), n <= seq_len. mask: (b, n) bool, True = valid.
-        read_memories: what the last call returned; None at the start of a text. A tensor may be (m, dim).
-        labels: (b, n), aligned: labels[:, i] is the target of logits[:, i].
-        mask_out_read_memories: as if there were no memory yet, whatever is given.
-        Returns (logits (b, n, num_tokens), or embeddings (b, n, dim), or the mean loss if labels are given; memories).
-        The memories are a tensor (b, m, dim), with XL or past memories an `RMTState`. ValueError for what does not fit.
+        Args:
+            x: ids (b, n) or embeddings (b, n, dim), n at most seq_len.
+            read_memories: what the last call returned; a tensor may also be (m, dim). Default: None, a text starts.
+            mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+            labels: (b, n), aligned: labels[:, i] is the target of logits[:, i]. Default: None.
+            mask_out_read_memories: whether to read the segment as if there were no memory yet, whatever is given.
+                Default: False.
+            return_embeddings: whether to return hidden states instead of logits. Default: False.
+
+        Returns:
+            Two values. The first: logits (b, n, num_tokens), or hidden states (b, n, dim), or, if labels are given, the
+            mean loss () in nats. The second: the memories to give to the next call, a tensor (b, m, dim) where that is
+            the whole state, else an `RMTState`.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         if labels is not None and return_embeddings:
             raise ValueError('labels give a loss, return_embeddings=True embeddings: ask for one of them')
@@ -200,15 +289,15 @@ class RecurrentMemoryTransformer(SegmentModel):
         return mean_loss(target_nll(logits, targets).sum(), (targets != IGNORE).sum()), memories
 
     def initial_state(self, batch_size: int) -> RMTState:
-        """The learned first memory, no XL memories, no past ones."""
+        """See `SegmentModel.initial_state`: the learned first memory, no XL memories, no past ones."""
         if self.num_memory_tokens:
-            memory = self.initial_memory.expand(batch_size, -1, -1)
+            memory = self.initial_memory.expand(batch_size, -1, -1).clone()
         else:
             memory = self.token_emb.weight.new_zeros(batch_size, 0, self.dim)
         xl = past = None
         if self.xl_mem_len:
-            empty = memory.new_zeros(batch_size, len(self.layers), self.kv_heads, 0, self.dim_head)
-            xl = XLMemory(empty, empty, None)
+            shape = batch_size, len(self.layers), self.kv_heads, 0, self.dim_head
+            xl = XLMemory(memory.new_zeros(shape), memory.new_zeros(shape), None)
         if self.axial_mem_len:
             memories = memory.new_zeros(batch_size, self.axial_mem_len - 1, *memory.shape[1:])
             past = PastMemories(memories, torch.zeros(batch_size, dtype=torch.long, device=memory.device))
@@ -231,50 +320,74 @@ class RecurrentMemoryTransformer(SegmentModel):
         noise = self.memory_noise if self.training and state is not None else 0.0
         state = self.initial_state(batch) if state is None else state
         if not n:
-            return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), state
-        read = state._replace(memory=state.memory + noise * torch.randn_like(state.memory)) if noise else state
+            return (state.memory.new_zeros(batch, 0, self.dim) if need_hidden else None), copied(state)
+        entering = state._replace(memory=state.memory + noise * torch.randn_like(state.memory)) if noise else state
+
+        # the rows [read | text | write]
         x = self.embed(tokens)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n]
+        memory = self.memory_to_read(entering)
         if m:
-            memory = self.memory_read(read)
             x = torch.cat((self.read_rows(memory), x, self.write_rows(memory)), dim=1)
 
+        # what they attend to
         xl = state.xl
-        arm = self.memory_mask if self.causal else 'encoder'
-        layout = Layout(0 if xl is None else xl.length, m, n, m, arm)
-        turns = layout_turns(layout, self.dim_head, x) if self.rotary_pos_emb else None
+        layout = Layout(0 if xl is None else xl.length, m, n, m, self.memory_mask if self.causal else 'encoder')
+        rotations = None if self.positions is None else self.positions.all(layout, x)
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
         # Nobody reads the last layer's read rows, nor, when only the state is needed, its text rows. With dropout those
         # are computed all the same: a pass with and one without hidden states must draw the same random numbers.
         skip_text = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
-        kept_keys, kept_values = [], []
+        kept = []
         for index, (block, layer_xl) in enumerate(zip(self.layers, self.xl_of_layers(xl), strict=True)):
             first_row = 0 if index < last else m + n if skip_text else m
-            x, keys, values = block(
-                x, layout, first_row=first_row, xl=layer_xl, turns=turns, mask=attn_mask, backend=self.backend
-            )
-            kept_keys.append(keys)
-            kept_values.append(values)
+            rows = SegmentRows(layout, xl=layer_xl, rotations=rotations, mask=attn_mask, backend=self.backend)
+            x = block(x, Surroundings(rows.attend, first_row))
+            kept.append((rows.keys, rows.values))
         x = self.norm(x)
 
         # a copy: a slice would keep the text's hidden states alive as long as the memory
-        memory = x[:, x.shape[1] - m :].to(state.memory.dtype, copy=True)
-        past = read.past_after()
+        written = x[:, x.shape[1] - m :].clone()
+        after = RMTState(
+            self.next_memory(written, memory).to(state.memory.dtype),
+            None,
+            None if entering.past is None else entering.past.append(entering.memory),
+        )
         if mask is not None:
-            memory, past = where_rows(mask.any(dim=1), (memory, past), (state.memory, state.past))
+            after = where_rows(mask.any(dim=1), after, state._replace(xl=None))
         if xl is not None:
-            keys, values = (torch.stack(kept, dim=1).to(xl.keys.dtype) for kept in (kept_keys, kept_values))
-            xl = xl.append(keys, values, mask, self.xl_mem_len)
-        return (x[:, :n] if need_hidden else None), RMTState(memory, xl, past)
+            keys, values = (torch.stack(parts, dim=1).to(xl.keys.dtype) for parts in zip(*kept, strict=True))
+            after = after._replace(xl=xl.append(keys, values, mask, self.xl_mem_len))
+        return (x[:, :n] if need_hidden else None), after
 
-    def to_logits(self, hidden: Tensor) -> Tensor:
-        """(b, n, dim) -> (b, n, num_tokens)."""
-        return self.logits(hidden)
+    def memory_to_read(self, state: RMTState) -> Tensor:
+        """Returns the memory (b, m, dim) that a segment reads of a state: after axial attention, if there is any."""
+        memory = state.memory.to(self.dtype)
+        return memory if self.axial is None else self.axial(memory, state.past)
 
-    @torch.no_grad()
+    def read_rows(self, memory: Tensor) -> Tensor:
+        """Returns what enters the read rows, (b, m, dim), of the memory (b, m, dim) that is read."""
+        return memory + self.read_memory_emb
+
+    def write_rows(self, memory: Tensor) -> Tensor:
+        """Returns what enters the write rows, (b, m, dim), of the memory (b, m, dim) that is read."""
+        if self.write_init == 'previous':
+            return memory
+        tokens = self.memory_tokens.expand(len(memory), -1, -1)
+        return tokens if self.write_init == 'learned' else tokens + memory
+
+    def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
+        """Returns the memory (b, m, dim) that the next segment gets. By default: what was written.
+
+        Args:
+            written: what the last layer and the final norm made of the write rows, (b, m, dim).
+            memory: the memory that this segment read, (b, m, dim).
+        """
+        return written
+
     def open_segment(self, state: RMTState, segment_length: int) -> RMTCache:
         """See `SegmentModel.open_segment`."""
         return RMTCache(self, state, segment_length)
@@ -285,20 +398,35 @@ class RecurrentMemoryTransformer(SegmentModel):
             chosen, other = (state._replace(xl=state.xl.counted()) for state in (chosen, other) if state.xl is not None)
         return where_rows(rows, chosen, other)
 
+    def largest_state(self, batch_size: int) -> RMTState:
+        """See `SegmentModel.largest_state`: with xl_mem_len XL memories."""
+        state = self.initial_state(batch_size)
+        if state.xl is None:
+            return state
+        shape = batch_size, len(self.layers), self.kv_heads, self.xl_mem_len, self.dim_head
+        entries = state.xl.keys.new_empty(()).expand(shape)  # takes no memory
+        return state._replace(xl=XLMemory(entries, entries, None))
+
     def check_state(self, state: Any, batch_size: int) -> None:
-        """Raises ValueError if `state` does not fit this model and batch size."""
-        if not isinstance(state, RMTState):
-            raise ValueError(f'the state is a {type(state).__name__}: give what the last call returned')
-        expected = self.initial_state(batch_size)
-        check_like('memories', state.memory, expected.memory)
-        if (state.xl is None) != (expected.xl is None):
-            raise ValueError('either the state or the model has no XL memories (use_xl_memories): start from None')
-        if state.xl is not None and expected.xl is not None:
-            XLMemory.check(state.xl, expected.xl, self.xl_mem_len)
-        if (state.past is None) != (expected.past is None):
-            raise ValueError('either the state or the model has no past memories (axial_mem_len): start from None')
-        if state.past is not None and expected.past is not None:
-            PastMemories.check(state.past, expected.past)
+        """See `SegmentModel.check_state`. The counts of XL memories may be None, and keys are as many as values."""
+        xl = state.xl if isinstance(state, RMTState) else None
+        if isinstance(xl, XLMemory):
+            if xl.counts is not None:
+                check_like('state.xl.counts', xl.counts, torch.empty(batch_size, dtype=torch.long, device=self.device))
+            state = state._replace(xl=xl._replace(counts=None))
+        super().check_state(state, batch_size)
+        if isinstance(xl, XLMemory) and xl.keys.shape != xl.values.shape:
+            raise ValueError(f'the state has XL keys {tuple(xl.keys.shape)} and values {tuple(xl.values.shape)}')
+
+    def state_faults(self, state: RMTState) -> list[tuple[str, Tensor]]:
+        """See `SegmentModel.state_faults`: also counts that are out of range."""
+        faults = super().state_faults(state)
+        lengths = {'xl': 0 if state.xl is None else state.xl.length, 'past': max(0, self.axial_mem_len - 1)}
+        for name, part in (('xl', state.xl), ('past', state.past)):
+            if part is not None and part.counts is not None:
+                wrong = ((part.counts < 0) | (part.counts > lengths[name])).any()
+                faults.append((f'state.{name}.counts holds numbers outside 0 to {lengths[name]}', wrong))
+        return faults
 
     def as_state(self, memories: Any, batch_size: int) -> Any:
         """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without a past."""
@@ -309,24 +437,15 @@ class RecurrentMemoryTransformer(SegmentModel):
         return self.initial_state(batch_size)._replace(memory=memories)
 
     def as_memories(self, state: RMTState) -> Any:
-        """What `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
+        """Returns what `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
         return state.memory if state.xl is None and state.past is None else state
 
-    def memory_read(self, state: RMTState) -> Tensor:
-        """The memory (b, m, dim) that a segment reads of a state: after axial attention."""
-        memory = state.memory.to(self.dtype)
-        return memory if self.axial is None else self.axial(memory, state.past)
-
-    def read_rows(self, memory: Tensor) -> Tensor:
-        """What enters the read rows (b, m, dim)."""
-        return memory + self.read_memory_emb
-
-    def write_rows(self, memory: Tensor) -> Tensor:
-        """What enters the write rows (b, m, dim)."""
-        if self.write_init == 'previous':
-            return memory
-        tokens = self.memory_tokens.expand(len(memory), -1, -1)
-        return tokens if self.write_init == 'learned' else tokens + memory
+    def xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
+        """Returns, for each layer, the keys and values (b, g, l, d) of the XL memories that it attends to."""
+        if xl is None or not xl.length:
+            return [None] * len(self.layers)
+        pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
+        return pairs[1:] + pairs[-1:] if self.enhanced_xl_recurrence else pairs
 
     def _attention_mask(self, layout: Layout, xl: XLMemory | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
         if mask is None and (xl is None or xl.counts is None):
@@ -334,10 +453,3 @@ class RecurrentMemoryTransformer(SegmentModel):
         text_valid = x.new_ones(x.shape[0], layout.text, dtype=torch.bool) if mask is None else mask
         xl_valid = text_valid[:, :0] if xl is None else xl.valid()
         return attention_mask(layout, xl_valid=xl_valid, text_valid=text_valid)
-
-    def xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values (b, g, l, d) that each layer attends to."""
-        if xl is None or not xl.length:
-            return [None] * len(self.layers)
-        pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
-        return pairs[1:] + pairs[-1:] if self.enhanced_xl_recurrence else pairs

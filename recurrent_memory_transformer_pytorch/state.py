@@ -1,6 +1,6 @@
 """What the Recurrent Memory Transformer carries from one segment to the next.
 
-Letters: b batch, m memory tokens, l XL positions, g key/value heads, d features of a head.
+Letters: b batch, m memory tokens, l XL positions, t past memories, g key/value heads, d features of a head.
 """
 
 from __future__ import annotations
@@ -11,37 +11,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segment_recurrence_pytorch.checks import check_like
-
 
 class XLMemory(NamedTuple):
-    """Detached keys (before rotation) and values of the last text positions, newest last."""
+    """Detached keys (before rotation) and values of the last text positions, the newest last.
 
-    keys: Tensor  # (b, depth, g, l, d)
-    values: Tensor  # (b, depth, g, l, d)
-    counts: Tensor | None  # (b,) valid entries of a row, the newest ones; None: all l, in every row
+    Attributes:
+        keys: (b, depth, g, l, d).
+        values: (b, depth, g, l, d).
+        counts: (b,), how many entries of a row are valid: the newest ones. None: all l, in every row.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor | None
+
+    @property
+    def shorter_along(self) -> dict[str, int]:
+        """The axis along which a field may be shorter than in the largest state, see `SegmentModel.largest_state`."""
+        return {'keys': 3, 'values': 3}
 
     @property
     def length(self) -> int:
-        """Number of entries, valid or not."""
+        """The number of entries, valid or not."""
         return self.keys.shape[3]
 
     def counted(self) -> XLMemory:
-        """The same with an explicit counts: needed where rows differ in length."""
+        """Returns the same with a tensor as counts, which rows of different length need."""
         if self.counts is not None:
             return self
         batch = self.keys.shape[0]
         return self._replace(counts=torch.full((batch,), self.length, device=self.keys.device))
 
     def padded(self, length: int) -> XLMemory:
-        """The same with `length` entries, the ones in front not valid. Needs counts."""
+        """Returns the same with `length` entries, those in front not valid. `counts` must be a tensor."""
         missing = length - self.length
         keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (self.keys, self.values))
         return XLMemory(keys, values, self.counts)
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None, max_length: int) -> XLMemory:
-        """With the text's keys and values (b, depth, g, n, d) behind it, of which the last max_length are kept.
-        mask (b, n): padded positions are left out, and valid ones move up to close the gap."""
+        """Returns the memory with the text of a segment behind it, of which the last entries are kept.
+
+        Args:
+            keys: of the text, (b, depth, g, n, d).
+            values: of the text, (b, depth, g, n, d).
+            mask: (b, n) bool; padded positions are left out, and valid ones move up to close the gap. None: all valid.
+            max_length: how many entries are kept.
+        """
         if mask is None and self.counts is None:
             # cut before joining: a slice of the joined tensor would keep all of it alive
             drop = max(0, self.length + keys.shape[3] - max_length)
@@ -63,20 +78,8 @@ class XLMemory(NamedTuple):
             new.append(both.masked_fill(~kept[:, None, None, :, None], 0))
         return XLMemory(new[0], new[1], kept.sum(dim=1))
 
-    def check(self, like: XLMemory, max_length: int) -> None:
-        """Raises ValueError unless shapes, dtypes and device are those of `like`, with at most max_length entries."""
-        if not isinstance(self, XLMemory) or self.keys.ndim != 5:
-            raise ValueError('the XL memories of the state are no XLMemory: give what the last call returned')
-        if self.length > max_length:
-            raise ValueError(f'{self.length} XL memories: this model keeps xl_mem_len={max_length}')
-        want = like.keys.new_empty(()).expand(*like.keys.shape[:3], self.length, like.keys.shape[4])
-        check_like('XL keys', self.keys, want)
-        check_like('XL values', self.values, want)
-        if self.counts is not None:
-            check_like('XL counts', self.counts, torch.empty(len(want), dtype=torch.long, device=want.device))
-
     def valid(self) -> Tensor:
-        """(b, l) bool: which entries are valid."""
+        """Returns which entries are valid, (b, l) bool."""
         batch, device = self.keys.shape[0], self.keys.device
         if self.counts is None:
             return torch.ones(batch, self.length, dtype=torch.bool, device=device)
@@ -84,44 +87,42 @@ class XLMemory(NamedTuple):
 
 
 class PastMemories(NamedTuple):
-    """The memories that entered the segments before, newest last, in a buffer of fixed size: for `axial`."""
+    """The memories that entered the segments before, the newest last, in a buffer of fixed size: for `axial`.
 
-    memories: Tensor  # (b, t, m, dim)
-    counts: Tensor  # (b,) valid entries of a row, the newest ones
+    Attributes:
+        memories: (b, t, m, dim).
+        counts: (b,), how many entries of a row are valid: the newest ones.
+    """
+
+    memories: Tensor
+    counts: Tensor
 
     def append(self, memory: Tensor) -> PastMemories:
-        """With a memory (b, m, dim) behind it; the oldest one goes."""
+        """Returns the past with a memory (b, m, dim) behind it, and without its oldest entry."""
         length = self.memories.shape[1]
-        if not length:
-            return self
         # cut before joining: a slice of the joined tensor would keep all of it alive
-        memories = torch.cat((self.memories[:, 1:], memory[:, None]), dim=1)
+        memories = torch.cat((self.memories[:, 1:], memory[:, None]), dim=1) if length else self.memories.clone()
         return PastMemories(memories, (self.counts + 1).clamp_max(length))
 
-    def check(self, like: PastMemories) -> None:
-        """Raises ValueError unless shapes, dtypes and device are those of `like`."""
-        if not isinstance(self, PastMemories):
-            raise ValueError('the past memories of the state are no PastMemories: give what the last call returned')
-        check_like('past memories', self.memories, like.memories)
-        check_like('counts of past memories', self.counts, like.counts)
-
     def valid(self) -> Tensor:
-        """(b, t) bool: which entries are valid."""
+        """Returns which entries are valid, (b, t) bool."""
         return _newest(self.counts, self.memories.shape[1])
 
 
 class RMTState(NamedTuple):
-    """The memory, and the XL memories and past memories where the model has them."""
+    """The state of a Recurrent Memory Transformer.
 
-    memory: Tensor  # (b, m, dim)
+    Attributes:
+        memory: the memory tokens (b, m, dim).
+        xl: the XL memories, None if the model has none.
+        past: the memories before, None if the model has no axial attention.
+    """
+
+    memory: Tensor
     xl: XLMemory | None = None
     past: PastMemories | None = None
 
-    def past_after(self) -> PastMemories | None:
-        """The past memories of the next state: with this memory among them."""
-        return None if self.past is None else self.past.append(self.memory)
-
 
 def _newest(counts: Tensor, length: int) -> Tensor:
-    """(b, length) bool: the last counts[i] entries of row i."""
+    """Returns which entries are the last counts[i] of row i, (b, length) bool."""
     return torch.arange(length, device=counts.device) >= length - counts[:, None]

@@ -10,16 +10,25 @@ from beartype import beartype
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
+from segment_recurrence_pytorch.checks import check_count
 from segment_recurrence_pytorch.generation import new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_k
-from segment_recurrence_pytorch.wrapper import SegmentWrapper, check_count, same_option
+from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
 class RecurrentMemoryTransformerWrapper(SegmentWrapper):
     """Trains a `RecurrentMemoryTransformer` on sequences of any length, and generates from it.
 
-    truncate_at_step: the published name of backprop_segments. The other arguments: see `SegmentWrapper`.
+    Args:
+        transformer: the model.
+        truncate_at_step: the published name of backprop_segments. Default: None.
+        segment_length, segments_per_pass, backprop_segments, recompute, align: see `SegmentWrapper`.
+
+    Raises:
+        ValueError: for values outside their range, and for two different values of one option.
     """
+
+    model: RecurrentMemoryTransformer
 
     @beartype
     def __init__(
@@ -43,8 +52,6 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             ignore_index=transformer.ignore_index,
         )
 
-    model: RecurrentMemoryTransformer
-
     @property
     def transformer(self) -> RecurrentMemoryTransformer:
         """The model, by its published name."""
@@ -65,12 +72,27 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         return_memories: bool = False,
         backward_fn: Callable | None = None,
     ) -> Any:
-        """(logits, memories), or (loss, memories) with return_loss=True or labels, for x (b, any length).
+        """Reads sequences, and returns logits or a loss; with memory replay it also runs backward.
 
-        memories: what the last call returned. Labels, mask and loss: see `SegmentWrapper.loss`.
-        memory_replay_backprop=True runs backward here, on the loss times mrbp_loss_weight (1 / accumulation steps),
-        with one segment held at a time; it returns that loss alone, without a graph, and the memories too if
-        return_memories=True.
+        Args:
+            x: ids (b, n) or embeddings (b, n, dim), any n.
+            memories: what the last call returned. Default: None, texts start.
+            mask, labels: see `SegmentWrapper.loss`.
+            return_loss: whether to return the loss instead of logits; labels ask for it too. Default: False.
+            truncate_at_step: instead of the wrapper's backprop_segments, for this call. Default: None.
+            memory_replay_backprop: whether to run backward inside this call, with one segment held at a time.
+                Default: False.
+            mrbp_loss_weight: with memory replay, the loss and its gradients are multiplied by it
+                (1 / accumulation steps). Default: 1.
+            return_memories: with memory replay, whether to return the memories beside the loss. Default: False.
+            backward_fn: see `SegmentWrapper.loss`; only with memory replay. Default: None.
+
+        Returns:
+            (logits (b, n, num_tokens), memories), or (loss (), memories). With memory replay the loss alone, without a
+            graph, or (loss, memories) if return_memories is True.
+
+        Raises:
+            ValueError: before anything is changed, for what does not fit.
         """
         if memory_replay_backprop:
             backward_fn = backward_fn or Tensor.backward
@@ -105,11 +127,23 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         filter_thres: int | float | None = None,
         **options: Any,
     ) -> Any:
-        """New tokens (b, length - n) after prime (b, n): length counts the prime, as published; or max_new_tokens.
+        """Generates new tokens after a prompt.
 
-        memories: what a call returned, or a `Cursor`. filter_thres: samples from the ceil((1 - filter_thres) *
-        num_tokens) most likely tokens; 0.9 unless top_k, top_p, min_p or filter_fn is given.
-        The other options: see `SegmentWrapper.generate_tokens`.
+        Args:
+            prime: the prompt: ids (b, n), or a list of rows. Default: None, for a `Cursor` as memories, or with
+                batch_size.
+            length: tokens of prime and new tokens together, as published. Give it or max_new_tokens.
+            max_new_tokens: how many new tokens.
+            memories: what a call returned, or a `Cursor`. Default: None, texts start.
+            filter_thres: samples from the ceil((1 - filter_thres) * num_tokens) most likely tokens. Default: 0.9,
+                unless top_k, top_p, min_p or filter_fn is given.
+            options: see `SegmentWrapper.generate_tokens`.
+
+        Returns:
+            The new tokens (b, length - n), and the cursor too if return_cursor is True.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         if filter_thres is None and not has_filter(options):
             filter_thres = 0.9

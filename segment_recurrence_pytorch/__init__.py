@@ -1,7 +1,7 @@
 """What segment-recurrent transformers share: contract, wrapper, back-propagation through segments, attention."""
 
-from segment_recurrence_pytorch.attention import attend, choose_backend, record_attention
 from segment_recurrence_pytorch.generation import Cursor, Stream
+from segment_recurrence_pytorch.layers import attend, choose_backend, record_attention
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import detach
 from segment_recurrence_pytorch.version import __version__

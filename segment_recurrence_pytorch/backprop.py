@@ -1,14 +1,24 @@
 """Back-propagation through segments, for any model that keeps the contract and any state.
 
-Windows (one or more segments that are held at once) are read in order; the state carries the gradient back.
+A sequence is read in windows of one or more segments, in order; the gradient comes back through the state.
 
-    full        one graph over all windows
-    checkpoint  each window is recomputed during the caller's `loss.backward()`: only states are kept
-    replay      the same gradients from a call that runs backward itself, last window first
-                (memory replay back-propagation, arXiv 2010.06891): one window is held at a time
+    one graph    the caller's `loss.backward()` walks one graph over all windows, whose activations are all kept
+    recompute    `loss.backward()` computes each window again: until then only the states at the borders are kept
+    replay       the call runs backward itself, last window first (memory replay back-propagation, arXiv 2010.06891)
 
-Truncation cuts the state entering a window from the graph. All random numbers (dropout) are drawn as one
-forward pass would draw them.
+All three give the same gradients. Two windows of replay:
+
+    first pass, without a graph:     state 0 --> [window 0] --> state 1           (the states are kept)
+
+    then the last window, with one:  state 1 --> [window 1] --> loss 1
+                                        |
+                                     d loss 1 / d state 1     (all that is kept of window 1)
+                                        |
+    then the window before it:       state 0 --> [window 0] --> loss 0 and state 1
+                                     backward from both: from loss 0 with 1, from state 1 with d loss 1 / d state 1
+
+Truncation cuts the state entering a window from the graph. All random numbers (dropout, noise) are drawn as one forward
+pass would draw them.
 """
 
 from __future__ import annotations
@@ -22,16 +32,22 @@ from torch.utils.checkpoint import checkpoint, get_device_states, set_device_sta
 
 from segment_recurrence_pytorch.loss import target_nll
 from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import State, detach, leaves, map_state
+from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
 
-# tokens a window, for models that read segments in parallel: more cost memory and gain no speed
+# tokens of a window, for models that read segments in parallel: more cost memory and gain no speed
 WINDOW_TOKENS = 8192
 BackwardFn = Callable[[Tensor], Any]
 
 
 class Window(NamedTuple):
-    """Columns [start, stop) of a sequence, read in segments of segment_length columns.
-    truncate: the state entering it is cut from the graph. segments: which of the sequence's segments it holds."""
+    """Columns [start, stop) of a sequence, which are read at once.
+
+    Attributes:
+        start, stop: the columns.
+        segment_length: columns of a segment; the last segment may be shorter.
+        truncate: whether the state that enters the window is cut from the graph.
+        segments: which segments of the sequence the window holds.
+    """
 
     start: int
     stop: int
@@ -41,8 +57,14 @@ class Window(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One call's columns: tokens (b, n) or (b, n, dim), targets (b, n) with IGNORE (b, 0 where only
-    logits are wanted), mask (b, n) or None. per_segment: further arguments of `advance`, (b, segments) each."""
+    """The columns of one call.
+
+    Attributes:
+        tokens: ids (b, n) or embeddings (b, n, dim).
+        targets: (b, n), with `loss.IGNORE` where nothing is asked; (b, 0) where only logits are wanted.
+        mask: (b, n) bool, or None if every position is valid.
+        per_segment: further arguments of `advance` by name, one value for each row and segment, (b, segments).
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -50,7 +72,7 @@ class Batch(NamedTuple):
     per_segment: dict[str, Tensor] | None = None
 
     def columns(self, window: Window) -> Batch:
-        """The columns of one window."""
+        """Returns the columns of one window."""
         at = slice(window.start, window.stop)
         mask = None if self.mask is None else self.mask[:, at]
         per_segment = {name: value[:, window.segments] for name, value in (self.per_segment or {}).items()}
@@ -65,9 +87,17 @@ def plan_windows(
     segments_per_pass: int | None = 1,
     backprop_segments: int | None = None,
 ) -> list[Window]:
-    """Cuts `length` columns into segments (align='left': a short one comes last, 'right': first), and those into
-    windows of `segments_per_pass` (None: as many as possible). The state entering segment i is cut if i > 0 and
-    i % backprop_segments == 0; no window crosses such a cut, and a short first segment is a window of its own."""
+    """Cuts columns into segments, and those into windows.
+
+    Args:
+        length: number of columns.
+        segment_length: columns of a segment.
+        align: where a segment that is shorter comes: 'left', last; 'right', first, and then it is a window of its own.
+            Default: 'left'.
+        segments_per_pass: segments of a window; None: as many as possible. Default: 1.
+        backprop_segments: the state entering segment i is cut from the graph if i > 0 and i % backprop_segments == 0,
+            and no window crosses such a border. Default: None, nothing is cut.
+    """
     first = length % segment_length if align == 'right' else 0
     borders = [0] if length else []
     borders += range(first or segment_length, length, segment_length)
@@ -87,7 +117,8 @@ def plan_windows(
 
 
 def segments_at_once(model: SegmentModel, segment_length: int) -> int:
-    """How many segments a window holds by default: `WINDOW_TOKENS` for a model that reads them in parallel, else 1."""
+    """Returns how many segments a window holds by default: about `WINDOW_TOKENS` tokens for a model that reads segments
+    in parallel, else one segment."""
     return max(1, WINDOW_TOKENS // segment_length) if model.parallel_segments else 1
 
 
@@ -100,9 +131,14 @@ def read_window(
     need_hidden: bool = True,
     per_segment: dict[str, Tensor] | None = None,
 ) -> tuple[Any, State]:
-    """`advance` over the segments of one window: at once where the model can, else one after the other.
+    """Reads the segments of one window: at once where the model can, else one after the other.
 
-    per_segment: further arguments of `advance`, (b, segments) each.
+    Args:
+        model, tokens, state, mask, segment_length, need_hidden: see `SegmentModel.advance`.
+        per_segment: further arguments of `advance` by name, (b, segments) each. Default: None.
+
+    Returns:
+        What `advance` returns.
     """
     more: dict[str, Any] = per_segment or {}
     if model.parallel_segments or tokens.shape[1] <= segment_length:
@@ -127,8 +163,15 @@ def read_windows(
     need_hidden: bool = True,
     segments_per_pass: int | None = None,
 ) -> Iterator[tuple[slice, Any, State]]:
-    """Reads tokens (b, n) from the left, one window after the other: yields its columns, its hidden states and the
-    state after it. segments_per_pass: segments of a window, default `segments_at_once`."""
+    """Reads tokens (b, n), one window after the other.
+
+    Args:
+        model, tokens, state, segment_length, mask, need_hidden: see `SegmentModel.advance`.
+        segments_per_pass: segments of a window. Default: None, `segments_at_once`.
+
+    Yields:
+        The columns of a window, its hidden states (None if need_hidden is False), and the state after it.
+    """
     segments = segments_per_pass or segments_at_once(model, segment_length)
     for window in plan_windows(tokens.shape[1], segment_length, segments_per_pass=segments):
         at = slice(window.start, window.stop)
@@ -140,7 +183,7 @@ def read_windows(
 def window_nll(
     model: SegmentModel, batch: Batch, state: State, segment_length: int, per_token: bool = False
 ) -> tuple[Tensor, State]:
-    """Summed (or per token, (b, n)) negative log likelihood of one window's targets, and the next state."""
+    """Returns the negative log likelihood of a window's targets, summed () or per token (b, n), and the next state."""
     hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length, per_segment=batch.per_segment)
     nll = target_nll(model.to_logits(hidden), batch.targets)
     return (nll if per_token else nll.sum()), state
@@ -155,8 +198,23 @@ def sequence_nll(
     per_token: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, State]:
-    """Negative log likelihood of all windows as one graph, for the caller's `backward`; `recompute`: checkpointed."""
-    losses = [_zero_loss(model)]
+    """Computes the negative log likelihood of all windows as one graph, for the caller's `backward`.
+
+    Args:
+        model: the model.
+        batch: the columns.
+        windows: what `plan_windows` returned.
+        state: the state before the first window, or None.
+        per_token: whether to return (b, n) instead of the sum (). Default: False.
+        recompute: whether `backward` computes each window again instead of keeping its activations. Default: False.
+
+    Returns:
+        The negative log likelihood in nats, and the state after the last window.
+    """
+    if not windows:
+        zero = _zero_loss(model)
+        return (zero.expand(batch.tokens.shape[:2]) if per_token else zero), own_state(model, batch, state)
+    losses = []
     for window in windows:
         if window.truncate:
             state = detach(state)
@@ -167,8 +225,13 @@ def sequence_nll(
             loss, state = window_nll(*arguments)
         losses.append(loss)
     if per_token:
-        return (torch.cat(losses[1:], dim=1) if windows else losses[0].expand(batch.tokens.shape[:2])), state
-    return torch.stack(losses).sum(), state
+        return torch.cat(losses, dim=1), state
+    return torch.stack([_zero_loss(model), *losses]).sum(), state
+
+
+def own_state(model: SegmentModel, batch: Batch, state: State) -> State:
+    """Returns a state that shares memory with nobody, where nothing is read: the initial one if none is given."""
+    return model.initial_state(batch.tokens.shape[0]) if state is None else copied(state)
 
 
 def replay(
@@ -180,19 +243,27 @@ def replay(
     scale: Tensor,
     backward_fn: BackwardFn | None = None,
 ) -> tuple[Tensor, State]:
-    """Runs backward on scale * (summed negative log likelihood) with one window held at a time.
+    """Runs backward on scale * (summed negative log likelihood), with one window held at a time.
 
-    backward_fn: called once a window with a scalar instead of `Tensor.backward`; it may scale it.
-    Returns the negative log likelihood and the next state, both without a graph. The state given is not touched.
+    Args:
+        model: the model.
+        batch: the columns.
+        windows: what `plan_windows` returned.
+        state: the state before the first window, or None. It is a constant, and is not changed.
+        scale: () factor of the loss.
+        backward_fn: called once a window with a scalar, instead of `Tensor.backward`; it may scale it. Default: None.
+
+    Returns:
+        The summed negative log likelihood in nats and the state after the last window, both without a graph.
     """
     backward_fn = backward_fn or Tensor.backward
     given = batch.tokens
     if given.requires_grad:  # embeddings that someone computed: their graph is walked once, at the end
         batch = batch._replace(tokens=given.detach().requires_grad_())
     total = _zero_loss(model)
-    state = detach(state)
     if not windows:
-        return total, state
+        return total, detach(own_state(model, batch, state))
+    state = detach(state)
     starts = [i for i, window in enumerate(windows) if i == 0 or window.truncate]
     for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
         loss, state = _replay_block(model, batch, windows[start:stop], state, scale, backward_fn)
@@ -205,6 +276,7 @@ def replay(
 def _replay_block(
     model: SegmentModel, batch: Batch, windows: list[Window], state: State, scale: Tensor, backward_fn: BackwardFn
 ) -> tuple[Tensor, State]:
+    """Replays windows between which nothing is cut; the drawing at the top of this file."""
     entering, random_states = [state], [_random_state(model)]
     with torch.no_grad():
         for window in windows[:-1]:
@@ -229,7 +301,9 @@ def _replay_block(
                 if after is None:
                     after = detach(next_state), _random_state(model)
                 losses.append(loss.detach())
-                backward_fn(_joined(loss * scale, next_state, gradients))
+                joined = _joined(loss * scale, next_state, gradients)
+                # what is trained may have no influence here: only on a state that nobody reads, say
+                backward_fn(joined if joined.requires_grad else touch_parameters(model, joined))
             gradients = [leaf.grad for leaf in leaves(state)]
     finally:  # also if backward_fn raises: the random numbers go on as after one forward pass
         if after is not None:
@@ -239,8 +313,11 @@ def _replay_block(
 
 
 class _Join(torch.autograd.Function):
-    """The loss, with the states' own gradients beside it: one backward a window. A backward_fn that scales the loss
-    scales the loss alone, since the states' gradients come from a window behind and are scaled already."""
+    """The loss of a window, whose backward also starts from the next state, with the gradient that it already has.
+
+    So there is one backward a window. If backward_fn scales the loss, the gradient of the next state is not scaled
+    again: it comes from the loss of a later window, which was scaled when it was its turn.
+    """
 
     @staticmethod
     def forward(ctx, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
@@ -284,14 +361,14 @@ class _Touch(torch.autograd.Function):
 
 
 def touch_parameters(model: SegmentModel, loss: Tensor) -> Tensor:
-    """The same loss, whose backward gives every trainable parameter a gradient: zeros if it had no influence."""
+    """Returns the same loss, whose backward gives every trainable parameter a gradient: zeros without influence."""
     if not torch.is_grad_enabled():
         return loss
     return _Touch.apply(loss, *[p for p in model.parameters() if p.requires_grad])
 
 
 def fill_gradients(model: SegmentModel) -> None:
-    """Gives every trainable parameter without a gradient zeros: `touch_parameters` after backward."""
+    """Gives every trainable parameter that has no gradient zeros: what `touch_parameters` does, after backward."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,14 @@
-"""The open segment of a model that decodes: keys and values of each layer in buffers of one segment.
+"""The open segment of a model that decodes: what was read of it so far, and where each row of the batch stands in it.
 
-While all rows stand at the same position, known to the host, what is attended to is a slice and no mask is needed. Rows
-of different lengths, and compiled steps, whose shapes must not change, attend to the whole buffers through a mask.
+    OpenSegment     what generation asks of an open segment, and where each row stands in it
+    RereadSegment   keeps the tokens and reads them again for every new one: what every model has by default
+    SegmentCache    keeps the keys and values of a transformer's layers: one position of work for a new token
+
+An open segment is not a value: `extend` and `close` change it in place.
+
+While all rows stand at the same position, known to the host, the rows are aligned: what is attended to is a slice, and
+no mask is needed. Rows that stand at different positions, and compiled steps, whose shapes must not change, use the
+whole buffers and a mask.
 
 Letters: b batch, g key/value heads, p keys in front of the text, n text positions, d features of a head.
 """
@@ -9,149 +16,125 @@ Letters: b batch, g key/value heads, p keys in front of the text, n text positio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch.attention import attend
 from segment_recurrence_pytorch.state import State, leaves, map_state
+
+if TYPE_CHECKING:
+    from segment_recurrence_pytorch.model import SegmentModel
 
 
 class Slots(NamedTuple):
-    """Where the next tokens of each row go: from `start` on in all rows, or to `columns` (b, n) of the text."""
+    """Where the next tokens go in a segment.
+
+    Attributes:
+        tokens: how many columns of tokens there are.
+        start: the position of the first one, the same in all rows; None if rows differ.
+        columns: the position of each token, (b, n), if rows differ. A token that its row does not append has the
+            position after the last one, where nobody looks.
+    """
 
     tokens: int
     start: int | None
     columns: Tensor | None
-    mask: Tensor | None  # (b, 1, n, p + length + 1), True = may attend
 
 
-class SegmentCache(ABC):
-    """Not a value: `extend` and `close_segment` change it in place. A model's own cache adds what it needs.
+class OpenSegment(ABC):
+    """What generation asks of the segment that a model has open in each row.
 
-    state: the state at the border where each row's segment began.
-    Its buffers have p + length + 1 slots: the last one takes what a row does not append.
-    aligned: the number of tokens in the open segment, in every row; None: `positions` (b,) says it for each row.
-    static: shapes and addresses never change, for compiled steps.
+    Attributes:
+        state: the state at the border where the segment of each row began.
+        length: the most tokens that a segment holds.
+        aligned: how many tokens the segment holds, if that is the same in every row; else None, and `positions` (b,)
+            says it for each row.
+        static: whether shapes and addresses never change, which compiled steps need.
     """
 
     aligned: int | None = 0
     static = False
-    first_key = 0  # while aligned, keys before it are empty
 
-    def __init__(self, state: State, *, batch: int, prefix: int, length: int, device: torch.device):
-        self.state, self.batch, self.prefix, self.length = state, batch, prefix, length
+    def __init__(self, state: State, *, batch: int, length: int, device: torch.device):
+        self.state, self.batch, self.length = state, batch, length
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]
-        self.prefix_valid = torch.ones(batch, prefix, dtype=torch.bool, device=device)
 
-    def buffers(self, layers: int, *shape: int, dtype: torch.dtype) -> list[Tensor]:
-        """Buffers (b, heads, slots, ...), one a layer. Zeros: what a mask hides must be finite."""
-        return [torch.zeros(self.batch, *shape, dtype=dtype, device=self.positions.device) for _ in range(layers)]
+    @torch.no_grad()
+    def extend(self, model: Any, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Reads the next tokens of the open segments, without a graph.
 
-    def extend(self, model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """See `SegmentModel.extend`: hidden states (b, n, d) of the next tokens (b, n)."""
+        Args:
+            model: the model that opened the segment.
+            tokens: ids (b, n).
+            lengths: (b,), row i appends its first lengths[i] tokens, at most n. Default: None, all n.
+
+        Returns:
+            The hidden states (b, n, dim) that `advance` gives at these positions.
+
+        Raises:
+            ValueError: if aligned rows would hold more than `length` tokens. Where rows differ, no value is looked at.
+        """
         slots = self.slots(tokens.shape[1], lengths)
-        x = self.read(model, model.embed(tokens), slots)
-        self.move(slots, lengths)
-        return model.norm(x)
+        hidden = self.read(model, tokens, slots, lengths)
+        if self.aligned is not None:
+            self.aligned += slots.tokens
+        else:
+            self.positions.add_(slots.tokens if lengths is None else lengths)
+        return hidden
 
-    def close(self, model: Any, rows: Tensor | None) -> None:
-        """See `SegmentModel.close_segment`. An empty segment is not closed."""
-        rows = self.rows_to_close(rows)
+    @torch.no_grad()
+    def close(self, model: Any, rows: Tensor | None = None) -> None:
+        """Ends the segments of some rows, which go over to the state that `advance` returns, and to a new segment.
+
+        A segment without a token is not closed.
+
+        Args:
+            model: the model that opened the segment.
+            rows: (b,) bool. Default: None, all rows.
+        """
+        if rows is not None:
+            self.make_ragged()
         if self.aligned == 0:
             return
-        self.set_state(self.written_state(model, rows))
-        self.start_again(rows)
+        if self.aligned is None:
+            rows = self.positions > 0 if rows is None else rows & (self.positions > 0)
+        self.set_state(self.state_after(model, rows))
+        if rows is None:
+            self.aligned = 0
+        else:
+            self.positions.masked_fill_(rows, 0)
         self.enter(model)
 
     @abstractmethod
-    def read(self, model: Any, x: Tensor, slots: Slots) -> Tensor:
-        """What the layers make of the embeddings x (b, n, d) of the next tokens, which are put into the buffers."""
+    def read(self, model: Any, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
+        """Reads tokens (b, n), puts what later ones need into `slots`, and returns the hidden states (b, n, dim)."""
 
     @abstractmethod
-    def written_state(self, model: Any, rows: Tensor | None) -> State:
-        """The state after the open segment in those rows (None: all), and as it is in the others."""
+    def state_after(self, model: Any, rows: Tensor | None) -> State:
+        """Returns the state after the open segment in those rows (b,) (None: in all), and as it is in the others."""
 
-    @abstractmethod
-    def enter(self, model: Any) -> None:
-        """Prepares what is read of the state, at the start and after each border."""
+    def enter(self, model: Any) -> None:  # noqa: B027  nothing to prepare is the usual case
+        """Prepares what is read of the state, after each border. By default: nothing."""
 
     def slots(self, count: int, lengths: Tensor | None) -> Slots:
-        """Where `count` columns of tokens go, of which row i has lengths[i]. ValueError if the segment is too short for
-        aligned rows; where each row has its own position, no value is looked at."""
+        """Returns where `count` columns of tokens go, of which row i appends lengths[i] (None: all)."""
         if self.aligned is not None and lengths is None:
             if self.aligned + count > self.length:
                 raise ValueError(
                     f'{count} tokens after {self.aligned} in a segment of {self.length}: close the segment first'
                 )
-            return Slots(count, self.aligned, None, None)
+            return Slots(count, self.aligned, None)
         self.make_ragged()
         columns = torch.arange(count, device=self.positions.device)
         index = self.positions[:, None] + columns
         if lengths is not None:
             index = torch.where(columns < lengths[:, None], index, self.length)
-        index = index.clamp_max(self.length)
-        text = torch.arange(self.length + 1, device=index.device)
-        mask = text <= index[..., None]
-        mask = torch.cat((self.prefix_valid[:, None].expand(-1, count, -1), mask), dim=-1)
-        return Slots(count, None, index, mask[:, None])
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots, backend: str) -> Tensor:
-        """What new queries (b, h, n, d) see in buffers (b, g, p + length + 1, d) that hold their keys and values."""
-        if slots.start is not None:
-            seen = slice(self.first_key, self.prefix + slots.start + slots.tokens)
-            keys, values = keys[:, :, seen], values[:, :, seen]
-        causal = slots.mask is None and slots.tokens > 1
-        return attend(q, keys, values, causal=causal, mask=slots.mask, backend=backend)
-
-    def put(self, buffer: Tensor, new: Tensor, slots: Slots, prefix: int = 0) -> None:
-        """Stores `new` (b, g, n, ...) in the slots of a buffer (b, g, prefix + length + 1, ...)."""
-        if slots.start is not None:
-            start = prefix + slots.start
-            buffer[:, :, start : start + slots.tokens] = new
-        elif slots.columns is not None:
-            # of the ways to say it, the one that a compiler does in place
-            buffer[self.rows, :, slots.columns + prefix] = new.transpose(1, 2).to(buffer.dtype)
-
-    def of(self, table: Tensor, slots: Slots) -> Tensor:
-        """Rows of a table (positions, ...) for the new tokens: (n, ...), or (b, n, ...) where rows differ."""
-        if slots.start is not None:
-            return table[slots.start : slots.start + slots.tokens]
-        assert slots.columns is not None
-        return table[slots.columns.clamp_max(self.length - 1)]
-
-    def turns_of(self, turns: Tensor, slots: Slots) -> Tensor:
-        """Rotations (positions, d / 2, 2) for the new tokens, as (b, h, n, d) takes them."""
-        chosen = self.of(turns, slots)
-        return chosen if slots.columns is None else chosen[:, None]
-
-    def move(self, slots: Slots, lengths: Tensor | None) -> None:
-        """Counts the tokens that were appended."""
-        if self.aligned is not None:
-            self.aligned += slots.tokens
-        else:
-            self.positions.add_(slots.tokens if lengths is None else lengths)
+        return Slots(count, None, index.clamp_max(self.length))
 
     def text_valid(self) -> Tensor:
-        """(b, length) bool: which text positions hold a token."""
+        """Returns which text positions hold a token, (b, length) bool. For rows that are not aligned."""
         return torch.arange(self.length, device=self.positions.device) < self.positions[:, None]
-
-    def rows_to_close(self, rows: Tensor | None) -> Tensor | None:
-        """Of `rows` (b,), those with a token in their segment; None if that is all rows and they are aligned."""
-        if rows is not None:
-            self.make_ragged()
-        if self.aligned is not None:
-            return None
-        return self.positions > 0 if rows is None else rows & (self.positions > 0)
-
-    def start_again(self, rows: Tensor | None) -> None:
-        """Those rows (None: all, aligned) are at the start of a segment."""
-        if rows is None:
-            self.aligned = 0
-        else:
-            self.positions.masked_fill_(rows, 0)
 
     def make_ragged(self) -> None:
         """From now on each row has a position of its own."""
@@ -169,7 +152,7 @@ class SegmentCache(ABC):
                 torch._dynamo.mark_static_address(tensor)
 
     def set_state(self, state: State) -> None:
-        """The state at a new border: a new value, but copied into place where addresses must stay."""
+        """Takes the state at a new border: as it is, or copied into place where addresses must stay."""
         if not self.static:
             self.state = state
             return
@@ -177,5 +160,108 @@ class SegmentCache(ABC):
             old.copy_(new)
 
     def state_now(self) -> State:
-        """The state at each row's border, as a value that later steps do not change."""
+        """Returns the state at each row's border, as a value that later steps do not change."""
         return map_state(torch.clone, self.state) if self.static else self.state
+
+
+class RereadSegment(OpenSegment):
+    """Keeps the tokens of the open segment and reads them again for every new one, and once more to close it.
+
+    It needs nothing of a model but `advance`, so it is exact for every causal model. A new token costs as much as
+    reading the segment.
+    """
+
+    def __init__(self, model: SegmentModel, state: State, segment_length: int):
+        batch = leaves(state)[0].shape[0]
+        super().__init__(state, batch=batch, length=segment_length, device=model.device)
+        # the last column takes what a row does not append
+        self.tokens = torch.zeros(batch, segment_length + 1, dtype=torch.long, device=model.device)
+
+    def read(self, model: SegmentModel, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
+        """See `OpenSegment.read`."""
+        if slots.start is not None:
+            stop = slots.start + slots.tokens
+            self.tokens[:, slots.start : stop] = tokens
+            hidden, _ = model.advance(self.tokens[:, :stop], self.state)
+            return hidden[:, slots.start :]
+        assert slots.columns is not None
+        self.tokens.scatter_(1, slots.columns, tokens)
+        counts = self.positions + (slots.tokens if lengths is None else lengths)
+        valid = torch.arange(self.length, device=counts.device) < counts[:, None]
+        hidden, _ = model.advance(self.tokens[:, : self.length], self.state, mask=valid)
+        index = slots.columns.clamp_max(self.length - 1)[..., None]
+        return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+
+    def state_after(self, model: SegmentModel, rows: Tensor | None) -> State:
+        """See `OpenSegment.state_after`. A row that does not close has no valid token, and so keeps its state."""
+        if rows is None:
+            return model.advance(self.tokens[:, : self.aligned], self.state, need_hidden=False)[1]
+        mask = self.text_valid() & rows[:, None]
+        return model.advance(self.tokens[:, : self.length], self.state, mask=mask, need_hidden=False)[1]
+
+
+class SegmentCache(OpenSegment):
+    """Keys and values of a transformer's layers, in buffers of one segment; a model's own cache adds what it needs.
+
+    Each buffer has p + length + 1 slots: p keys in front of the text, the text, and a last slot that takes what a row
+    does not append.
+    """
+
+    first_key = 0  # while rows are aligned, the keys before it are empty
+
+    def __init__(self, state: State, *, batch: int, prefix: int, length: int, device: torch.device):
+        super().__init__(state, batch=batch, length=length, device=device)
+        self.prefix = prefix
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.prefix_valid = torch.ones(batch, prefix, dtype=torch.bool, device=device)
+
+    def buffers(self, layers: int, *shape: int, dtype: torch.dtype) -> list[Tensor]:
+        """Returns one buffer (b, *shape) for each layer. Zeros, since what a mask hides must be finite."""
+        return [torch.zeros(self.batch, *shape, dtype=dtype, device=self.positions.device) for _ in range(layers)]
+
+    def mask(self, slots: Slots) -> Tensor | None:
+        """Returns which keys the next tokens may attend to, (b, 1, n, p + length + 1) bool; None for aligned rows."""
+        if slots.columns is None:
+            return None
+        text = torch.arange(self.length + 1, device=slots.columns.device)
+        seen = text <= slots.columns[..., None]
+        return torch.cat((self.prefix_valid[:, None].expand(-1, slots.tokens, -1), seen), dim=-1)[:, None]
+
+    def attend(self, attention: Any, q: Tensor, keys: Tensor, values: Tensor, slots: Slots, mask: Tensor | None, *,
+               backend: str) -> Tensor:  # fmt: skip
+        """Returns what new queries see, (b, h, n, d).
+
+        Args:
+            attention: the layer's attention, whose `attend` computes it.
+            q: queries of the next tokens (b, h, n, d).
+            keys, values: buffers (b, g, p + length + 1, d) that hold the keys and values of these tokens too.
+            slots: where the tokens went.
+            mask: what `mask` returned.
+            backend: the name of an attention backend.
+        """
+        if slots.start is not None:
+            seen = slice(self.first_key, self.prefix + slots.start + slots.tokens)
+            keys, values = keys[:, :, seen], values[:, :, seen]
+        causal = mask is None and slots.tokens > 1
+        return attention.attend(q, keys, values, causal=causal, mask=mask, backend=backend)
+
+    def put(self, buffer: Tensor, new: Tensor, slots: Slots, prefix: int = 0) -> None:
+        """Stores `new` (b, g, n, ...) in the slots of a buffer (b, g, prefix + length + 1, ...)."""
+        if slots.start is not None:
+            start = prefix + slots.start
+            buffer[:, :, start : start + slots.tokens] = new
+        elif slots.columns is not None:
+            # of the ways to say it, the one that a compiler does in place
+            buffer[self.rows, :, slots.columns + prefix] = new.transpose(1, 2).to(buffer.dtype)
+
+    def positions_of(self, table: Tensor, slots: Slots) -> Tensor:
+        """Returns rows of a table (positions, ...) for the next tokens, (n, ...); where rows differ, (b, n, ...)."""
+        if slots.start is not None:
+            return table[slots.start : slots.start + slots.tokens]
+        assert slots.columns is not None
+        return table[slots.columns.clamp_max(self.length - 1)]
+
+    def rotations_of(self, rotations: Tensor, slots: Slots) -> Tensor:
+        """Returns the rotations (positions, d / 2, 2) of the next tokens, as `layers.rotate` takes them."""
+        chosen = self.positions_of(rotations, slots)
+        return chosen if slots.columns is None else chosen[:, None]

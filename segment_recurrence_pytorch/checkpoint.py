@@ -1,8 +1,11 @@
-"""Weights, training states and cursors on disk. A file is written beside its place, then moved: never half a file."""
+"""Weights, training states and cursors on disk.
+
+A file is written beside its place and then moved, so there is never half a file. A file says which model made it, and
+goes back only into such a model.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -14,17 +17,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_file, save_model
-from torch import nn
+from torch import Tensor, nn
 
+from segment_recurrence_pytorch.checks import check_faults
 from segment_recurrence_pytorch.generation import Cursor
-from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import from_list, to_list
+from segment_recurrence_pytorch.model import SegmentModel, plain_arguments
+from segment_recurrence_pytorch.state import from_list, leaves, to_list
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to; when the `with` block ends well, that file takes the place of `path`."""
+    """Gives a path to write to; when the `with` block ends well, that file takes the place of `path`.
+
+    Raises:
+        ValueError: if the folder of `path` is not there.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f'{path} cannot be written: the folder {path.parent} is not there, make it first')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield part
@@ -34,83 +44,142 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes a model's weights as safetensors."""
+    """Writes a model's weights as safetensors; for a `SegmentModel` with the name of its class and its arguments.
+
+    Raises:
+        ValueError: if the folder is not there, and for a model on the meta device.
+    """
+    if any(tensor.device.type == 'meta' for tensor in model.state_dict().values()):
+        raise ValueError('the model is on the meta device, where it has no weights: nothing can be saved of it')
     with replacing(path) as part:
-        save_model(model, str(part))
+        save_model(model, str(part), metadata=_made_by(model))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads what `save_weights` wrote. ValueError, with the model as it was, for another model's or a damaged file."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """Loads what `save_weights` wrote. A file that does not say which model made it is taken by its shapes.
+
+    Raises:
+        ValueError: with the model as it was, for a damaged file, and for the weights of a model of another class, with
+            other arguments, or of other shapes.
+    """
+    name = type(model).__name__
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     try:
+        with safe_open(str(path), framework='pt') as file:
+            saved = json.loads((file.metadata() or {}).get('model', 'null'))
+        if saved is not None and isinstance(model, SegmentModel):
+            _check_made_by(path, saved, {'class': name, 'arguments': plain_arguments(model)})
         load_model(model, str(path), device=str(next(model.parameters()).device))
-    except (RuntimeError, SafetensorError, OSError) as error:
+    except (RuntimeError, SafetensorError, OSError, json.JSONDecodeError) as error:
         model.load_state_dict(before)
-        raise ValueError(f'{path} does not hold the weights of this {type(model).__name__}: {error}') from error
+        raise ValueError(f'{path} does not hold the weights of this {name}: {error}') from error
 
 
 def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     """Writes a place in a text (the state, and the tokens since its border) as safetensors, with the fingerprint of
-    the model that read it. ValueError for a cursor that is not the model's."""
+    the model that read it.
+
+    Raises:
+        ValueError: for a cursor that is not the model's, and if the folder is not there.
+    """
     cursor = _checked(cursor, model)
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
     with replacing(path) as part_path:
         save_file(
             {name: part.detach().cpu().contiguous() for name, part in parts.items()},
             str(part_path),
-            metadata={'fingerprint': json.dumps(fingerprint(model))},
+            metadata={'fingerprint': json.dumps(model.fingerprint())},
         )
 
 
 def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
-    """What `save_cursor` wrote, on the model's device. ValueError for a cursor of another model or a damaged file."""
+    """Returns what `save_cursor` wrote, on the model's device.
+
+    Raises:
+        ValueError: for a damaged file, and for a cursor of another model: of another class, with other arguments, or
+            with other weights.
+    """
     try:
         with safe_open(str(path), framework='pt', device=str(model.device)) as file:
             saved = json.loads(file.metadata()['fingerprint'])
             parts = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no cursor: {error}') from error
-    now = fingerprint(model)
-    if saved['class'] != now['class']:
-        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: its state means nothing here')
-    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
-        have, want = saved['arguments'].get(name), now['arguments'].get(name)
-        if have != want:
-            raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
-    if saved['sha256'] != now['sha256']:
+    now = model.fingerprint()
+    _check_made_by(path, saved, now)
+    if saved.get('sha256') != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
     needed = to_list(like)
     if any(part is not None and i not in parts for i, part in enumerate(needed)):
         raise ValueError(f'{path} holds no cursor: parts are missing')
-    return _checked(from_list([parts.get(i) for i in range(len(needed))], like), model)
+    try:
+        return _checked(from_list([parts.get(i) for i in range(len(needed))], like), model)
+    except ValueError as error:
+        raise ValueError(f'{path} holds no cursor of this model: {error}') from error
+
+
+def _made_by(model: nn.Module) -> dict[str, str] | None:
+    """Returns what a file of weights says of the model that made it; None for a module of another kind."""
+    if not isinstance(model, SegmentModel):
+        return None
+    return {'model': json.dumps({'class': type(model).__name__, 'arguments': plain_arguments(model)})}
+
+
+def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
+    """Raises ValueError if a file was made by a model of another class or with other arguments."""
+    if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
+        raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
+    if saved['class'] != now['class']:
+        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: it means nothing here')
+    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
+        have, want = saved['arguments'].get(name), now['arguments'].get(name)
+        if have != want:
+            raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
 
 
 def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:
-    rows = len(cursor.tokens)
+    """Returns the cursor with its state in the form that the model takes. ValueError if it is not the model's."""
+    tokens, lengths = cursor.tokens, cursor.lengths
+    for name, tensor, dimensions in (('tokens', tokens, 2), ('lengths', lengths, 1)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != dimensions or tensor.dtype != torch.long:
+            found = f'{tensor.dtype} of shape {tuple(tensor.shape)}' if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f'the {name} of the cursor are {found}: they must be int64 with {dimensions} dimensions')
+    rows, width = tokens.shape
+    if len(lengths) != rows:
+        raise ValueError(f'the cursor has {len(lengths)} lengths for {rows} rows of tokens')
     state = model.initial_state(rows) if cursor.state is None else model.as_state(cursor.state, rows)
     model.check_state(state, rows)
+    valid = torch.arange(width, device=lengths.device) < lengths[:, None]
+    check_faults(
+        [
+            (f'a length of the cursor is outside [0, {width}]', ((lengths < 0) | (lengths > width)).any()),
+            (
+                f'a token of the cursor is outside [0, {model.num_tokens})',
+                (((tokens < 0) | (tokens >= model.num_tokens)) & valid).any(),
+            ),
+            *(model.state_faults(state) if leaves(state) else []),
+        ]
+    )
     return cursor._replace(state=state)
 
 
-def fingerprint(model: SegmentModel) -> dict[str, Any]:
-    """What a state depends on: the model's class, its constructor arguments, and the sha256 of its weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    arguments = json.loads(json.dumps(model.arguments))
-    return {'class': type(model).__name__, 'arguments': arguments, 'sha256': digest.hexdigest()}
-
-
 def save_training_state(state: dict[str, Any], path: str | Path) -> None:
-    """Writes optimizer state, counters, random and stream states: a dict of tensors and plain values."""
+    """Writes optimizer state, counters, random and stream states: a dict of tensors and plain values.
+
+    Raises:
+        ValueError: if the folder is not there.
+    """
     with replacing(path) as part:
         torch.save(state, part)
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
-    """What `save_training_state` wrote, on the CPU. ValueError for a missing or damaged file."""
+    """Returns what `save_training_state` wrote, on the CPU.
+
+    Raises:
+        ValueError: for a file that is missing or damaged.
+    """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

@@ -1,46 +1,156 @@
 """What is checked where a user's call comes in, before anything is changed.
 
-Every error is a ValueError that says the value, the limit and the fix. Shapes and dtypes cost nothing;
-values (ids, NaN) are looked at together, with one synchronisation a call.
+Every error is a ValueError that says the value, the limit and the fix. Shapes and dtypes cost nothing to check. Values
+(ids out of range, NaN) are looked at together, which costs one synchronisation with the device a call.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from segment_recurrence_pytorch.loss import IGNORE
-from segment_recurrence_pytorch.state import State, leaves
+from segment_recurrence_pytorch.state import State, map_state
 
 if TYPE_CHECKING:
     from segment_recurrence_pytorch.model import SegmentModel
 
 
 def check_positive(**values: float) -> None:
-    """Each named value must be above 0."""
+    """Raises ValueError, with the name, for a value that is not a finite number above 0."""
     for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f'{name} is {value}: it must be above 0')
+        if not 0 < value < inf:
+            raise ValueError(f'{name} is {value}: give a finite number above 0')
+
+
+def check_not_negative(**values: float) -> None:
+    """Raises ValueError, with the name, for a value that is not a finite number of at least 0."""
+    for name, value in values.items():
+        if not 0 <= value < inf:
+            raise ValueError(f'{name} is {value}: give 0, or a finite number above it')
+
+
+def check_finite(**values: float) -> None:
+    """Raises ValueError, with the name, for a value that is NaN or infinite."""
+    for name, value in values.items():
+        if not isfinite(value):
+            raise ValueError(f'{name} is {value}: give a finite number')
 
 
 def check_probability(**values: float) -> None:
-    """Each named value must be a dropout probability, in [0, 1)."""
+    """Raises ValueError, with the name, for a value that is no dropout probability, in [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f'{name} is {value}: a dropout probability must be in [0, 1)')
 
 
-def check_like(name: str, have: Tensor, want: Tensor) -> None:
-    """A part of a state must have the shape, dtype and device that the model needs."""
-    if have.shape != want.shape:
-        raise ValueError(f'{name}: shape {tuple(have.shape)}, this model and batch need {tuple(want.shape)}')
+def check_count(name: str, value: int | None) -> None:
+    """Raises ValueError, with the name, unless the value is None or at least 1."""
+    if value is not None and value < 1:
+        raise ValueError(f'{name} is {value}: give 1 or more, or None')
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_like(name: str, have: Any, want: Tensor, shorter_along: int | None = None) -> None:
+    """Raises ValueError unless a part of a state is a tensor of the wanted shape, dtype and device.
+
+    Args:
+        name: what the error calls the part.
+        have: the given part.
+        want: a tensor that fits the model and the batch.
+        shorter_along: an axis along which `have` may be shorter than `want`. Default: None, no axis.
+    """
+    if not isinstance(have, Tensor):
+        raise ValueError(f'{name} is a {type(have).__name__}: give a tensor, as the last call returned it')
+    shape = list(want.shape)
+    if shorter_along is not None and have.ndim == want.ndim:
+        shape[shorter_along] = min(have.shape[shorter_along], want.shape[shorter_along])
+    if list(have.shape) != shape:
+        at_most = '' if shorter_along is None else f', or shorter along axis {shorter_along}'
+        raise ValueError(f'{name}: shape {tuple(have.shape)}, this model and batch need {tuple(want.shape)}{at_most}')
     if (have.dtype, have.device) != (want.dtype, want.device):
         raise ValueError(
             f'{name}: {have.dtype} on {have.device}, the model needs {want.dtype} on {want.device}; '
             'convert the state, or start from None'
         )
+
+
+def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: int | None = None) -> None:
+    """Raises ValueError unless two states have the same tree, and tensors of the same shape, dtype and device.
+
+    A NamedTuple may say that some of its tensors may be shorter than in `want`: its property `shorter_along` then maps
+    the name of the field to the axis, as in `recurrent_memory_transformer_pytorch.XLMemory`.
+
+    Args:
+        have: the state that a caller gave.
+        want: a state that fits the model and the batch, in its largest size.
+        name: what an error calls the state. Default: 'state'.
+        shorter_along: the axis along which `have` may be shorter, where both are tensors. Default: None, no axis.
+    """
+    if isinstance(want, Tensor):
+        check_like(name, have, want, shorter_along)
+        return
+    if type(have) is not type(want) and not {type(have), type(want)} <= {tuple, list}:
+        expected, found = ('None' if each is None else type(each).__name__ for each in (want, have))
+        raise ValueError(
+            f'{name} is {found}, this model has {expected} there: give what its last call returned, or start from None'
+        )
+    if isinstance(want, dict):
+        have_parts, want_parts = have, want
+    elif isinstance(want, (tuple, list)):
+        names = getattr(want, '_fields', range(len(want)))
+        have_parts, want_parts = dict(enumerate(have)), dict(zip(names, want, strict=True))
+        if len(have) == len(want):
+            have_parts = dict(zip(names, have, strict=True))
+    elif want is None:
+        return
+    else:
+        raise ValueError(f'{name} is a {type(want).__name__}: a state is made of tensors, tuples, lists and dicts')
+    if list(have_parts) != list(want_parts):
+        raise ValueError(f'{name} has {len(have_parts)} entries: this model needs {len(want_parts)}')
+    axes = getattr(want, 'shorter_along', {})
+    for part, each in want_parts.items():
+        inner = f'{name}.{part}' if isinstance(part, str) else f'{name}[{part}]'
+        check_state_like(have_parts[part], each, inner, axes.get(part))
+
+
+def not_finite(state: State) -> list[tuple[str, Tensor]]:
+    """Returns, for each tensor of floating point in a state, a message and the flag () bool that says if it applies."""
+    found = []
+    for path, leaf in tree_flatten_with_path(state)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append((f'state{keystr(path)} holds NaN or infinite values', ~leaf.isfinite().all()))
+    return found
+
+
+def check_faults(faults: list[tuple[str, Tensor]]) -> None:
+    """Raises ValueError with the first message whose flag () bool is True. One synchronisation."""
+    if not faults:
+        return
+    for (message, _), is_wrong in zip(faults, torch.stack([flag for _, flag in faults]).tolist(), strict=True):
+        if is_wrong:
+            raise ValueError(message)
+
+
+def outside_inference(value: Any) -> Any:
+    """Returns a tensor, or a tree of them, that autograd accepts: those of `torch.inference_mode()` are copied."""
+    if torch.compiler.is_compiling():
+        return value
+    return map_state(lambda t: t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t, value)
 
 
 def check_input(
@@ -54,12 +164,27 @@ def check_input(
     padding_ids: tuple[int, ...] = (),
     max_length: int | None = None,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """Checks a call's input against the model.
+    """Checks a call's input against the model, and brings it into the form that the model takes.
 
-    padding_ids: positions with these ids are padding too. While compiling no value is looked at, these neither.
-    Returns x with ids as int64 and padded positions as 0, the state as the model takes it, and the mask: None if every
-    position is valid.
+    While `torch.compile` traces a call, no value is looked at, and `padding_ids` are not looked for.
+
+    Args:
+        model: the model that will read the input.
+        x: ids (b, n), or embeddings (b, n, dim).
+        state: what the caller gave as a state, in any form that `model.as_state` takes. Default: None.
+        mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+        labels: targets (b, n). Default: None.
+        ignore_index: a label that is not counted, beside `IGNORE`. Default: None.
+        padding_ids: ids that mean padding. Default: none.
+        max_length: the largest n. Default: None, any.
+
+    Returns:
+        x, with ids as int64 and padded positions as 0; the state; and the mask, None if every position is valid.
+
+    Raises:
+        ValueError: for what does not fit.
     """
+    x, state, mask, labels = outside_inference((x, state, mask, labels))
     _check_shapes(model, x, mask=mask, labels=labels, max_length=max_length)
     state = model.as_state(state, x.shape[0])
     if state is not None:
@@ -87,6 +212,8 @@ def _check_shapes(
             raise ValueError(f'embeddings have shape {tuple(x.shape)}: give (batch, length, dim={model.dim})')
     elif x.ndim != 2 or x.dtype == torch.bool or x.is_complex():
         raise ValueError(f'x is {x.dtype} of shape {tuple(x.shape)}: give token ids (batch, length) or embeddings')
+    if model.device.type == 'meta':
+        raise ValueError('the model is on the meta device, where it has no weights: make it on a device, or load them')
     if x.device != model.device:
         raise ValueError(f'x is on {x.device}, the model on {model.device}: move one of them')
     if max_length is not None and x.shape[1] > max_length:
@@ -117,30 +244,30 @@ def _check_shapes(
 def _check_values(
     model: SegmentModel, x: Tensor, state: State, labels: Tensor | None, ignore_index: int | None, valid: Tensor | None
 ) -> bool:
-    """Raises for a wrong value; tells whether a position is padding. One synchronisation."""
+    """Raises ValueError for a wrong value, and tells whether a position is padding. One synchronisation."""
     flags = [x.new_zeros((), dtype=torch.bool) if valid is None else ~valid.all()]
-    messages = []
+    faults: list[tuple[str, Tensor | None]] = []  # a message, and the ids to show with it
     if x.is_floating_point():
-        messages.append('an embedding is NaN or infinite')
+        faults.append(('an embedding is NaN or infinite', None))
         flags.append(~x.isfinite().all())
     elif x.numel():
-        messages.append(f'a token id is outside [0, {model.num_tokens})')
+        faults.append((f'a token id is outside [0, {model.num_tokens})', x))
         flags.append(_outside(x, model.num_tokens))
     if labels is not None and labels.numel():
         not_counted = [IGNORE] if ignore_index in (None, IGNORE) else [ignore_index, IGNORE]
         counted = labels
         for value in not_counted:
             counted = counted.masked_fill(labels == value, 0)
-        messages.append(f'a label is outside [0, {model.num_tokens}) and none of {not_counted}, which are not counted')
+        message = f'a label is outside [0, {model.num_tokens}) and none of {not_counted}, which are not counted'
+        faults.append((message, labels))
         flags.append(_outside(counted, model.num_tokens))
-    for leaf in leaves(state):
-        if leaf.is_floating_point():
-            messages.append('the state holds NaN or infinite values')
-            flags.append(~leaf.isfinite().all())
+    if state is not None:
+        for message, flag in model.state_faults(state):
+            faults.append((message, None))
+            flags.append(flag)
     has_padding, *wrong = torch.stack(flags).tolist()
-    for message, is_wrong in zip(messages, wrong, strict=True):
+    for (message, ids), is_wrong in zip(faults, wrong, strict=True):
         if is_wrong:
-            ids = x if message.startswith('a token') else labels if message.startswith('a label') else None
             found = '' if ids is None else f' (values from {int(ids.min())} to {int(ids.max())})'
             raise ValueError(message + found)
     return has_padding

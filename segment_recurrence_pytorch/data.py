@@ -1,7 +1,7 @@
-"""Bytes to train on: enwik8 where there is one, else the Python standard library's own source, which is always there.
+"""Bytes to train on: enwik8 where there is one, else the source of Python's standard library, which is always there.
 
-Documents stay whole: a stream reads them in order, and tells where a text starts, so that a state is carried
-through a document and never across its end.
+Documents stay whole: a stream reads them in order, and tells where a text starts, so that a state is carried through a
+document and never across its end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', 
 
 
 class Corpus(NamedTuple):
-    """Documents (uint8, 1-D) for training, validation and test; sha256 of all of them in order."""
+    """Bytes to train on.
+
+    Attributes:
+        name: what the corpus is, for people.
+        sha256: of all its bytes in order.
+        train, valid, test: documents, uint8 tensors (n_i,).
+    """
 
     name: str
     sha256: str
@@ -43,9 +49,18 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', download: bool = False) -> Corpus:
-    """The file at `path` (raw, .gz or .zip), else enwik8 in `folder`, else (download=True) enwik8 from its home,
-    else Python's standard library. One file is split 90 / 5 / 5 by position, many files by a hash of their names.
-    ValueError for a file that is missing, empty or damaged."""
+    """Returns a corpus: a file, else enwik8 in a folder, else enwik8 from its home, else Python's standard library.
+
+    One file is split 90 / 5 / 5 by position, many files by a hash of their names.
+
+    Args:
+        path: a file that `read_bytes` reads. Default: None, look further.
+        folder: where enwik8, enwik8.gz or enwik8.zip may be. Default: 'data'.
+        download: whether to fetch enwik8 into the folder, if it is not there. Default: False.
+
+    Raises:
+        ValueError: for a file that is missing, empty or damaged.
+    """
     if path is not None:
         return _split_file(read_bytes(path), str(path))
     for name in ('enwik8', 'enwik8.gz', 'enwik8.zip'):
@@ -57,12 +72,19 @@ def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', 
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a raw, .gz or .zip (one member) file. ValueError if there is none, or it is damaged."""
+    """Returns the content of a file, unpacked if its name ends in .gz, .xz or .zip (with one member).
+
+    Raises:
+        ValueError: if the file is missing, empty or damaged.
+    """
     path = Path(path)
+    ending = path.suffix.lower()
     try:
-        if path.suffix == '.gz':
+        if ending == '.gz':
             content = gzip.decompress(path.read_bytes())
-        elif path.suffix == '.zip':
+        elif ending == '.xz':
+            content = lzma.decompress(path.read_bytes())
+        elif ending == '.zip':
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
                 if len(members) != 1:
@@ -70,7 +92,7 @@ def read_bytes(path: str | Path) -> bytes:
                 content = archive.read(members[0])
         else:
             content = path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f'{path} is cut short or damaged ({error}): fetch it again') from error
     except OSError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
@@ -80,7 +102,16 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK8_SHA1) -> bytes:
-    """Fetches enwik8.zip into `folder` with a progress bar; kept only if its checksum is right."""
+    """Fetches enwik8.zip into a folder, with a progress bar, and returns its bytes.
+
+    Args:
+        folder: where to put it; made if it is not there.
+        url: where it is. Default: its home.
+        sha1: of the bytes inside; a file with another one is not kept. Default: that of enwik8.
+
+    Raises:
+        ValueError: if it cannot be fetched or is not what it should be.
+    """
     target = Path(folder) / 'enwik8.zip'
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +138,14 @@ def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK
 
 
 def python_source(root: str | Path | None = None) -> Corpus:
-    """The .py files of Python's standard library, without tests and encoding tables; about 12 MB."""
+    """Returns the .py files of Python's standard library, without tests and encoding tables, about 12 MB.
+
+    Args:
+        root: another folder with .py files. Default: None, the standard library.
+
+    Raises:
+        ValueError: if there are too few files to split.
+    """
     top = Path(root or sysconfig.get_paths()['stdlib'])
     parts: dict[str, list[bytes]] = {'train': [], 'valid': [], 'test': []}
     digest = hashlib.sha256()
@@ -140,18 +178,33 @@ def _as_tensor(content: bytes) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """tokens (b, length + 1) int64, IGNORE where a row has no more text; starts (b,): a new text begins here."""
+    """What `Streams` yields: the next piece of each row's text.
+
+    Attributes:
+        tokens: (b, length + 1) int64; the last token of a piece is the first of the next; `loss.IGNORE` where a row has
+            no more text.
+        starts: (b,) bool, True where a new text begins.
+    """
 
     tokens: Tensor
     starts: Tensor
 
 
 class Streams:
-    """`batch_size` rows that each read their share of the documents in order, `length` tokens a step.
+    """Rows that each read their share of some documents in order, a piece at a time.
 
-    The last token of a piece is the first of the next: it is a target, then an input. The documents, one behind
-    the other, are cut into equal shares, one a row. loop=False: a row that is at its end yields only IGNORE, and
-    iteration stops when all rows are.
+    The last token of a piece is the first of the next: it is a target, then an input. The documents, one behind the
+    other, are cut into equal shares, one for each row.
+
+    Args:
+        documents: uint8 tensors (n_i,).
+        batch_size: number of rows.
+        length: tokens of a piece, without the one that the next piece repeats.
+        loop: whether a row that is at its end begins again; else it yields only `loss.IGNORE`, and iteration stops when
+            all rows are at their end.
+
+    Raises:
+        ValueError: if there are too few bytes for one piece of each row.
     """
 
     def __init__(self, documents: list[Tensor], batch_size: int, length: int, *, loop: bool):
@@ -189,16 +242,17 @@ class Streams:
         return Piece(tokens, starts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where each row is."""
+        """Returns where each row is, for `load_state_dict`."""
         return {'position': list(self.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken, on the same documents and batch size."""
+        """Goes back to where `state_dict` was taken, with the same documents and batch size."""
         self.position = [tuple(position) for position in state['position']]
 
 
 def _share(documents: list[Tensor], start: int, stop: int) -> list[Tensor]:
-    """The fragments of documents between two positions in their concatenation; those with something to predict."""
+    """Returns the fragments of documents between two positions in all of them, one behind the other, without fragments
+    of a single token, in which there is nothing to predict."""
     fragments, begin = [], 0
     for document in documents:
         piece = document[max(0, start - begin) : max(0, stop - begin)]
@@ -209,8 +263,12 @@ def _share(documents: list[Tensor], start: int, stop: int) -> list[Tensor]:
 
 
 def baselines(train: list[Tensor], valid: list[Tensor]) -> dict[str, float]:
-    """Bits per byte of the validation bytes: with the byte frequencies of the training bytes (unigram), and
-    compressed by zlib and xz on their own."""
+    """Returns bits per byte of the validation bytes, to compare a model with: by the byte frequencies of the training
+    bytes ('unigram'), and compressed on their own by 'zlib' and 'xz'.
+
+    Args:
+        train, valid: documents, uint8 tensors (n_i,).
+    """
     counts = torch.stack([torch.bincount(document, minlength=256) for document in train]).sum(0) + 1
     bits = -(counts.double() / counts.sum()).log2()
     content = torch.cat(valid)

@@ -1,11 +1,15 @@
-"""Exact cached generation, for any model that keeps the contract: one position of work a token, at any length.
+"""Exact generation, for any model that keeps the contract.
 
-A prompt is read in whole segments, at the speed of an evaluation without logits; what is left opens a segment. Each
-token then extends it. A full segment is closed, and its memory written, when the token after its last one arrives.
+A prompt is read in whole segments, at the speed of an evaluation without logits; the tokens that are left open a
+segment. Each new token then extends the open segment. A full segment is closed, and its memory written, when the token
+after its last one arrives.
+
+With a cache of the model's own (`cache.SegmentCache`) a new token costs one position of work, at any length of text.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,35 +21,56 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from segment_recurrence_pytorch.backprop import read_windows
-from segment_recurrence_pytorch.cache import SegmentCache
+from segment_recurrence_pytorch.cache import OpenSegment
+from segment_recurrence_pytorch.checks import is_whole
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, map_state
+from segment_recurrence_pytorch.state import State, copied, detach, map_state
 
-CHECK_EVERY = 32  # tokens between two looks at a device
+CHECK_EVERY = 32  # tokens between two looks at the values on a GPU
 
 
 class Cursor(NamedTuple):
-    """A place in each row's text, to go on from. Reopening it costs at most one segment."""
+    """A place in the text of each row, from which reading and generation go on. Reopening it costs at most one segment.
 
-    state: State  # at each row's last border
-    tokens: Tensor  # (b, n) the tokens since, from the left; whoever goes on reads them, with the newest
-    lengths: Tensor  # (b,) how many of them are the row's
+    Attributes:
+        state: the state at the last border of each row; None is the initial state.
+        tokens: the tokens since that border, (b, n), from the left. They are not part of the state: whoever goes on
+            reads them first, the newest one included.
+        lengths: (b,), how many of the tokens are the row's; what follows them in a row means nothing.
+    """
+
+    state: State
+    tokens: Tensor
+    lengths: Tensor
 
     def fork(self, copies: int) -> Cursor:
-        """Each row `copies` times, one after the other: many continuations of one text."""
+        """Returns a cursor with each row `copies` times, one after the other: many continuations of one text."""
         return map_state(lambda t: t.repeat_interleave(copies, dim=0), self)
 
     def rows(self, index: Tensor) -> Cursor:
-        """Some rows: indices, or bool (b,)."""
+        """Returns a cursor with some of the rows: `index` holds row numbers, or is bool (b,)."""
         return map_state(lambda t: t[index], self)
 
 
 class Stream:
-    """An iterator over new tokens (b,), one of each row; `cursor` tells at any time how to go on from there.
+    """An iterator over new tokens (b,), one for each row. `SegmentWrapper.stream` makes it.
 
-    Finished rows (eos_token_id) go on with that token, and their cursor stays where they finished. The model is in
-    evaluation mode while a token is computed, not in between.
+    A row that has come to eos_token_id is finished: it goes on with that token, and its cursor stays where it finished.
+    The model is in evaluation mode while a token is computed, not in between.
+
+    Three counters tell where a row stands, here after 'c a t _ s a' in segments of 4, with 'a' drawn just now:
+
+        border          border
+          | c  a  t  _  | s  a
+                          ^  the newest token 'a' was drawn, and the model did not read it yet
+          _in_cache       1  tokens of the open segment that the model has read: 's'
+          _in_cursor      2  tokens since the border that belong to the row's text: 's a'
+          _column         1  the same number as _in_cache, on the device, so that nothing waits for it
+
+    The newest token is read when the next logits are needed. If the open segment is full by then, it is closed first,
+    and the newest token opens the next one: _in_cache falls to 0, _in_cursor to 1. In a finished row _in_cursor stays,
+    while the cache goes on with the rows that are not finished.
     """
 
     def __init__(
@@ -61,29 +86,35 @@ class Stream:
         check_every: int = 1,
         segments_per_pass: int | None = None,
     ):
-        self.model, self.sampler, self.max_new_tokens, self.eos = model, sampler, max_new_tokens, eos_token_id
-        self.segment_length, self.check_every = segment_length, check_every
-        self.produced, self._checked, self._unchecked = 0, 0, list[Tensor]()
+        self.model = model
+        self.sampler = sampler
+        self.max_new_tokens = max_new_tokens
+        self.eos = eos_token_id
+        self.segment_length = segment_length
+        self.check_every = check_every
+        self.produced = 0
+        self._checked = 0  # new tokens whose logits were looked at
+        self._unchecked: list[Tensor] = []  # the largest logits of those that were not
         self._start = cursor.lengths.tolist()
         device = model.device.type
-        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         with self.guarded():
             state, rest, lengths = read_segments(model, cursor, segment_length, segments_per_pass)
             self._cache = model.open_segment(state, segment_length)
             uniform = len(set(lengths.tolist())) == 1
-            hidden, self._cache = model.extend(self._cache, rest, None if uniform else lengths)
+            hidden = self._cache.extend(model, rest, None if uniform else lengths)
             last = hidden[torch.arange(len(rest), device=rest.device), lengths - 1]
             self._logits: Tensor | None = model.to_logits(last)
             if compile:
                 self._cache.make_static()
-            # the tokens of the open segment, and the newest: so many are in the cache, and so many in the cursor
             self._tokens = rest.new_zeros(len(rest), segment_length + 1)
             self._tokens[:, : rest.shape[1]] = rest
-            # _column is _in_cache on the device: nothing waits for it
-            self._in_cache, self._in_cursor, self._column = lengths.tolist(), lengths, lengths.clone()
+            self._in_cache = lengths.tolist()
+            self._in_cursor = lengths
+            self._column = lengths.clone()
             self._newest = rest[:, -1]
             self._done = torch.zeros_like(lengths, dtype=torch.bool)
-            self._state = self._cache.state_now()  # of a finished row it stays, while the cache goes on
+            self._state = self._cache.state_now()  # that of a finished row stays, while the cache goes on
             self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
         steps: tuple[Callable, Callable] = _step, _close
         if compile:
@@ -103,9 +134,9 @@ class Stream:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Where tokens are computed: without gradients or dropout, under the autocast that the stream began with."""
-        enabled, dtype = self._autocast
-        autocast = torch.autocast(self.model.device.type, dtype, enabled=enabled)
+        """The `with` block in which tokens are computed: without gradients, in evaluation mode, and under the autocast
+        that the stream began with."""
+        autocast = torch.autocast(*self._autocast)
         with evaluating(self.model), torch.inference_mode(False), torch.no_grad(), autocast:
             yield
 
@@ -116,8 +147,8 @@ class Stream:
             return None
         if self._logits is None:
             self._logits = self._next_logits()
-        token, most = self.sampler(self._logits, self._seen)
-        self._unchecked.append(most)
+        token, largest = self.sampler(self._logits, self._seen)
+        self._unchecked.append(largest)
         if len(self._unchecked) >= self.check_every:
             self._check()
         self._take(token)
@@ -126,24 +157,25 @@ class Stream:
         return self._newest.clone()  # the caller's own
 
     def unguarded(self) -> Iterator[Tensor]:
-        """The same tokens, for use inside one `with stream.guarded()`, which costs something a token."""
+        """Returns an iterator over the same tokens, for use inside one `with stream.guarded()`, which `next` opens for
+        every token."""
         while (token := self._advance()) is not None:
             yield token
 
     @property
     def cursor(self) -> Cursor:
-        """Where each row stands: goes back into `generate` and `stream`, with more prompt or without."""
+        """Where each row stands. It goes back into `generate`, `stream` and `read`, with more prompt or without."""
         state = self._cache.state_now() if self.eos is None else self._state
         longest = int(self._in_cursor.max())
         return map_state(torch.clone, Cursor(state, self._tokens[:, :longest], self._in_cursor))
 
     @property
     def finished(self) -> Tensor:
-        """(b,) bool: which rows have come to eos_token_id."""
+        """Which rows have come to eos_token_id, (b,) bool."""
         return self._done.clone()
 
     def _next_logits(self) -> Tensor:
-        """Reads the newest token of each row, after the borders that it crosses."""
+        """Reads the newest token of each row, after closing the segments that are full, and returns its logits."""
         full = [count == self.segment_length for count in self._in_cache]
         if any(full):
             rows = torch.tensor(full, device=self.model.device)
@@ -180,7 +212,7 @@ class Stream:
         self._in_cursor = torch.where(rows, self._column + 1, self._in_cursor)
 
     def _check(self) -> None:
-        """Raises if logits since the last look were no numbers. Waits for the device."""
+        """Raises ValueError if logits since the last look were NaN or infinite. Waits for the device."""
         if not self._unchecked:
             return
         bad = (~torch.stack(self._unchecked).isfinite()).tolist()
@@ -198,9 +230,16 @@ class Stream:
 def read_segments(
     model: SegmentModel, cursor: Cursor, segment_length: int, segments_per_pass: int | None = None
 ) -> tuple[State, Tensor, Tensor]:
-    """Reads all of a cursor's tokens but the last 1 to segment_length of each row, at least one token a row.
+    """Reads the tokens of a cursor but the last 1 to segment_length of each row, which stay open.
 
-    Returns the state at the last borders, the tokens since, (b, n) from the left, and how many each row has, (b,).
+    Args:
+        model: the model.
+        cursor: a place, with at least one token in every row.
+        segment_length: tokens of a segment.
+        segments_per_pass: how many segments are read at once. Default: None, see `backprop.segments_at_once`.
+
+    Returns:
+        The state at the last borders, the tokens since, (b, n) from the left, and how many each row has, (b,).
     """
     state, tokens, lengths = cursor
     whole = (lengths - 1) // segment_length
@@ -216,16 +255,21 @@ def read_segments(
     rest = lengths - whole * segment_length
     place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
-    # a value of its own: no view of a parameter or of a window, and no graph
-    state = model.initial_state(len(tokens)) if state is None else state
-    state = map_state(lambda t: t.detach().clone(), state)
+    state = model.initial_state(len(tokens)) if state is None else copied(detach(state))
     return state, left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0), rest
 
 
 def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> Cursor:
-    """The cursor of a state (or a cursor) followed by a prompt.
+    """Returns the cursor of a state, or of a cursor, followed by a prompt.
 
-    prompt: (b, n), or a list of b tensors (n_i,), or None. prompt_lengths: (b,), how many of each row of (b, n) count.
+    Args:
+        prompt: ids (b, n), or a list of b tensors (n_i,), or None.
+        prompt_lengths: (b,), how many tokens of each row of a prompt (b, n) count; None: all.
+        state: a state, a `Cursor`, or None.
+        device: where the cursor will be.
+
+    Raises:
+        ValueError: for what does not fit, and if a row would hold no token.
     """
     rows: list[Tensor] | None = None
     if prompt is None and prompt_lengths is not None:
@@ -269,7 +313,17 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
 
 
 def new_token_count(name: str, length: int | None, max_new_tokens: int | None, prompt: Any) -> int:
-    """How many tokens to add: max_new_tokens, or what is missing from a published length, which counts the prompt."""
+    """Returns how many tokens to add: max_new_tokens, or what a published length, which counts the prompt, asks for.
+
+    Args:
+        name: the published name of `length`, for errors.
+        length: tokens of the prompt and new tokens together, or None.
+        max_new_tokens: new tokens, or None.
+        prompt: the prompt.
+
+    Raises:
+        ValueError: unless exactly one of them is given, and if `length` is given without a prompt (b, n).
+    """
     if (length is None) == (max_new_tokens is None):
         raise ValueError(f'{name} is {length} and max_new_tokens is {max_new_tokens}: give one of them')
     if max_new_tokens is not None:
@@ -280,47 +334,62 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
     return length - prompt.shape[-1]
 
 
+_evaluations: dict[
+    nn.Module, int
+] = {}  # modules in evaluation mode for now, and how many `evaluating` blocks hold them
+_evaluations_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with` block; afterwards every submodule is back in the mode that it was in."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    for submodule in training:
-        submodule.training = False
+    """Puts a module into evaluation mode inside the `with` block.
+
+    Afterwards every submodule is back in the mode that it was in; if blocks overlap, in other threads too, after the
+    last of them.
+    """
+    with _evaluations_lock:
+        held = [each for each in module.modules() if each.training or each in _evaluations]
+        for each in held:
+            _evaluations[each] = _evaluations.get(each, 0) + 1
+            each.training = False
     try:
         yield
     finally:
-        for submodule in training:
-            submodule.training = True
+        with _evaluations_lock:
+            for each in held:
+                _evaluations[each] -= 1
+                if not _evaluations[each]:
+                    del _evaluations[each]
+                    each.training = True
 
 
 def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
-    counts, (rows, most) = torch.as_tensor(lengths).tolist(), tokens.shape
+    counts, (rows, width) = torch.as_tensor(lengths).tolist(), tokens.shape
     fits = isinstance(counts, list) and len(counts) == rows
-    if not fits or not all(isinstance(count, int) and 0 <= count <= most for count in counts):
-        raise ValueError(f'{name} is {counts}: give {rows} whole numbers from 0 to {most}')
+    if not fits or not all(is_whole(count) and 0 <= count <= width for count in counts):
+        raise ValueError(f'{name} is {counts}: give {rows} whole numbers from 0 to {width}')
     return counts
 
 
 def _occurrences(cursor: Cursor, num_tokens: int) -> Tensor:
-    """(b, num_tokens) bool: which tokens a cursor holds."""
+    """Returns which tokens a cursor holds, (b, num_tokens) bool."""
     _, tokens, lengths = cursor
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     counts = torch.zeros(len(tokens), num_tokens, dtype=torch.long, device=tokens.device)
     return counts.scatter_add_(1, tokens, valid.long()) > 0
 
 
-def _step(model: SegmentModel, cache: SegmentCache, tokens: Tensor) -> Tensor:
-    hidden, _ = model.extend(cache, tokens)
-    return model.to_logits(hidden[:, -1])
+def _step(model: SegmentModel, cache: OpenSegment, tokens: Tensor) -> Tensor:
+    return model.to_logits(cache.extend(model, tokens)[:, -1])
 
 
-def _close(model: SegmentModel, cache: SegmentCache, rows: Tensor | None) -> None:
-    model.close_segment(cache, rows)
+def _close(model: SegmentModel, cache: OpenSegment, rows: Tensor | None) -> None:
+    cache.close(model, rows)
 
 
 @lru_cache(maxsize=32)
 def _compiled(device_type: str, shape: str) -> tuple[Callable, Callable]:
-    """`_step` and `_close`, compiled for a model and shape; on CUDA they are replayed as graphs."""
+    """Returns `_step` and `_close` compiled for a model and its shapes; on CUDA they are replayed as graphs."""
     mode = 'reduce-overhead' if device_type == 'cuda' else None
     # code objects of their own: the compiler keeps a few variants a code object, and then refuses
     step, close = (

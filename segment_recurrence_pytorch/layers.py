@@ -1,71 +1,358 @@
-"""Layers that both models use: GEGLU feed-forward (arXiv 2002.05202) and rotary positions (arXiv 2104.09864)."""
+"""What the transformers of this library are built of: attention, rotary positions, feed-forward, the residual block,
+and the frame of a model around its blocks.
+
+`attend` computes softmax attention by a named backend, and never falls back in silence:
+
+    sdpa     torch's scaled_dot_product_attention; takes everything
+    flash2   the `flash-attn` package (FlashAttention-2): CUDA, half types, no mask tensor
+    naive    einsum and softmax: what the others are tested against
+    auto     flash2 where it can compute this call, else sdpa
+
+FlashAttention-3 and 4 come through sdpa, by the user's own process-wide act
+(`torch.nn.attention.activate_flash_attention_impl`).
+
+Letters: b batch, h query heads, g key/value heads, i queries, j keys, n positions, d features of a head.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segment_recurrence_pytorch.model import SegmentModel
+
+BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
+
+
+class AttentionCall(NamedTuple):
+    """One call of `attend`: the backend that ran, the numbers of queries and keys, and what it was asked for."""
+
+    backend: str
+    num_queries: int
+    num_keys: int
+    causal: bool
+    masked: bool
+
+
+_recorders: list[list[AttentionCall]] = []
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = 'auto',
+) -> Tensor:
+    """Computes softmax attention.
+
+    Args:
+        q: queries (b, h, i, d), h a multiple of g.
+        k: keys (b, g, j, d).
+        v: values (b, g, j, d).
+        causal: the queries are the last i of the j positions, and none sees a later one (the causal rule is aligned to
+            the lower right). Default: False.
+        mask: bool, broadcastable to (b, h, i, j), True = may attend. It says everything, so it does not go with
+            `causal`. Default: None, every query sees every key.
+        dropout: probability that an attention weight is dropped. Default: 0.
+        backend: a name of `BACKENDS`. Default: 'auto'.
+
+    Returns:
+        (b, h, i, d).
+
+    Raises:
+        ValueError: if the named backend cannot compute this call.
+    """
+    if causal and mask is not None:
+        raise ValueError('attend takes causal=True or a mask, not both: put the causal rule into the mask')
+    if causal and q.shape[-2] > k.shape[-2]:
+        raise ValueError(f'causal attention of {q.shape[-2]} queries needs as many keys, got {k.shape[-2]}')
+    masked = mask is not None
+    name = choose_backend(backend, device=q.device, dtype=q.dtype, masked=masked, dim_head=q.shape[-1])
+    if _recorders:
+        for calls in _recorders:
+            calls.append(AttentionCall(name, q.shape[-2], k.shape[-2], causal, masked))
+    return _RUN[name](q, k, v, causal, mask, dropout)
+
+
+def choose_backend(
+    backend: str, *, device: torch.device, dtype: torch.dtype, masked: bool = False, dim_head: int = 64
+) -> str:
+    """Returns the name of the backend that `attend` runs for such inputs.
+
+    Args:
+        backend: a name of `BACKENDS`.
+        device: where queries, keys and values are.
+        dtype: their dtype.
+        masked: whether there is a mask tensor. Default: False.
+        dim_head: features of a head. Default: 64.
+
+    Raises:
+        ValueError: with the reason, if the backend that was named cannot run here.
+    """
+    if backend == 'auto':
+        return 'sdpa' if _flash2_refusal(device, dtype, masked, dim_head) else 'flash2'
+    if backend == 'flash2':
+        reason = _flash2_refusal(device, dtype, masked, dim_head)
+        if reason:
+            raise ValueError(f"attention backend 'flash2' {reason}; use 'auto' or 'sdpa'")
+    elif backend not in BACKENDS:
+        raise ValueError(f'attention backend {backend!r} is unknown: choose one of {", ".join(BACKENDS)}')
+    return backend
+
+
+@contextmanager
+def record_attention() -> Iterator[list[AttentionCall]]:
+    """Lists the calls of `attend` that are made inside the `with` block."""
+    calls: list[AttentionCall] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders[:] = [kept for kept in _recorders if kept is not calls]
+
+
+def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_head: int) -> str | None:
+    if device.type != 'cuda':
+        return f'needs a CUDA device, not {device.type}'
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f'takes float16 and bfloat16, not {dtype}'
+    if masked:
+        return 'takes no mask tensor'
+    if dim_head > 256:
+        return f'takes heads of at most 256 features, not {dim_head}'
+    if _flash_attn_func() is None:
+        return "needs the package flash-attn: pip install 'segment-recurrence-pytorch[flash]'"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f'needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less'
+    return None
+
+
+@cache
+def _flash_attn_func() -> Callable | None:
+    # find_spec would also find flash-attn-4, which lacks this function
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
+    # is_causal is aligned to the upper left. The CPU's kernel takes a mask at no cost; elsewhere queries in front,
+    # computed and dropped, make the problem square, and it stays on the kernels that take no mask
+    prefix = k.shape[-2] - q.shape[-2] if causal else 0
+    if prefix and q.device.type == 'cpu':
+        mask, causal = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(prefix), False
+        prefix = 0
+    if prefix:
+        q = F.pad(q, (0, 0, prefix, 0))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[:, :, prefix:] if prefix else out
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
+    flash_attn_func = _flash_attn_func()
+    assert flash_attn_func is not None  # choose_backend saw to it
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flash_attn_func(q, k, v, dropout_p=dropout, causal=causal).transpose(1, 2)
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = torch.einsum('bhid,bhjd->bhij', q, k) * q.shape[-1] ** -0.5
+    if causal:
+        i, j = scores.shape[-2:]
+        mask = torch.ones(i, j, dtype=torch.bool, device=q.device).tril(j - i)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return torch.einsum('bhij,bhjd->bhid', weights, v)
+
+
+_RUN: dict[str, Callable] = {'sdpa': _sdpa, 'flash2': _flash2, 'naive': _naive}
+
+
 NORM_EPS = 1e-6
 
 
-class FeedForward(nn.Module):
-    """GEGLU: (b, n, dim) -> (b, n, dim), with int(dim * mult * 2 / 3) inner features."""
-
-    def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0):
-        super().__init__()
-        inner = int(dim * mult * 2 / 3)
-        self.proj_in = nn.Linear(dim, inner * 2)
-        self.dropout = nn.Dropout(dropout)
-        self.proj_out = nn.Linear(inner, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, dim) -> (b, n, dim)."""
-        x, gates = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(self.dropout(F.gelu(gates) * x))
-
-
-class ResidualBlock(nn.Module):
-    """Pre-norm attention and GEGLU feed-forward, each with a residual; a model's block says what attention takes."""
-
-    def __init__(self, dim: int, attn: nn.Module, *, ff_mult: float, ff_dropout: float, norm_eps: float):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.attn: Any = attn
-        self.ff_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """x (..., n, dim) after the attention's output and the feed-forward."""
-        x = x + out
-        return x + self.ff(self.ff_norm(x))
-
-
 def no_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off inside the `with` block; costs nothing where it is off already."""
+    """Turns autocast off inside the `with` block; costs nothing where it is off already."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def rotary_turns(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
-    """Cosine and sine (n, dim_head / 2, 2) for positions (n,), in float32 at least: at position 10000 half types
-    cannot tell neighbours apart. Nothing is stored on the module, so `.half()` cannot round the frequencies."""
+def rotations_at(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
+    """Returns the rotations of rotary positions (arXiv 2104.09864), cosine and sine: (n, dim_head / 2, 2).
+
+    They are in float32 at least: at position 10,000, half types cannot tell neighbours apart. Nothing is stored on a
+    module, so `.half()` cannot round the frequencies.
+
+    Args:
+        positions: (n,).
+        dim_head: features of a head, an even number.
+        theta: the base: pair i turns by theta ** (-2 i / dim_head) radians a position.
+        dtype: dtype of what will be rotated.
+    """
     dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
     angles = positions.to(dtype)[:, None] * theta**-exponents
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(t: Tensor, turns: Tensor) -> Tensor:
-    """Turns the pairs (2i, 2i + 1) of t (..., n, d) by turns (..., n, d / 2, 2); computed in the turns' dtype."""
+def rotate(t: Tensor, rotations: Tensor) -> Tensor:
+    """Turns the pairs (2i, 2i + 1) of t (..., n, d) by rotations (..., n, d / 2, 2), and computes in their dtype."""
     with no_autocast(t.device.type):
-        pairs = t.to(turns.dtype).unflatten(-1, (-1, 2))
+        pairs = t.to(rotations.dtype).unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # compilers fuse real operations, and have no complex ones
             x, y = pairs.unbind(-1)
-            cos, sin = turns.unbind(-1)
+            cos, sin = rotations.unbind(-1)
             turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
         else:  # eager, one complex product is four times faster
-            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns))
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotations))
         return turned.flatten(-2).to(t.dtype)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of queries or keys (..., d) with a learned gain, computed in the gain's dtype.
+
+    The result has the dtype that came in, so under autocast queries and keys stay in the dtype of the values.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """A GEGLU feed-forward layer (arXiv 2002.05202), (..., dim) -> (..., dim).
+
+    Args:
+        dim: features in and out.
+        mult: there are int(dim * mult * 2 / 3) inner features. Default: 4.
+        dropout: probability that an inner feature is dropped while training. Default: 0.
+
+    Raises:
+        ValueError: if there would be no inner feature.
+    """
+
+    def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0):
+        super().__init__()
+        inner = int(dim * mult * 2 / 3)
+        if inner < 1:
+            raise ValueError(
+                f'ff_mult is {mult}: with dim={dim} no inner feature is left, give {1.5 / dim:.3g} or more'
+            )
+        self.proj_in = nn.Linear(dim, inner * 2)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gates = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(self.dropout(F.gelu(gates) * x))
+
+
+class ResidualBlock(nn.Module):
+    """One layer: attention, then a GEGLU feed-forward, each after an RMS norm and added to what came in.
+
+    A block is the same in training and in decoding. What differs are the surroundings of the rows that it is given:
+    the rest of their segment, or a cache of it. The attention projects the rows and calls
+    `surroundings.attend(attention, ...)`, which knows what they attend to.
+
+    Args:
+        dim: features of a row.
+        attn: the attention, called with the normed rows and their surroundings.
+        ff_mult: see `FeedForward`.
+        ff_dropout: see `FeedForward`.
+        norm_eps: epsilon of both norms. Default: `NORM_EPS`.
+    """
+
+    def __init__(
+        self, dim: int, attn: nn.Module, *, ff_mult: float = 4, ff_dropout: float = 0.0, norm_eps: float = NORM_EPS
+    ):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attn: Any = attn
+        self.ff_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+
+    def forward(self, x: Tensor, surroundings: Any) -> Tensor:
+        """Returns the rows that the attention returned, which may be only the last ones of x (..., rows, dim)."""
+        out = self.attn(self.attn_norm(x), surroundings)
+        x = x[..., x.shape[-2] - out.shape[-2] :, :] + out
+        return x + self.ff(self.ff_norm(x))
+
+
+if TYPE_CHECKING:
+
+    class Blocks(nn.ModuleList):
+        """A ModuleList of blocks."""
+
+        def __iter__(self) -> Iterator[ResidualBlock]: ...
+
+else:
+    Blocks = nn.ModuleList
+
+
+class SegmentTransformer(SegmentModel):
+    """The frame of a model of this library: token embedding, blocks, final norm, logits and the attention backend.
+
+    Attributes:
+        token_emb: the embedding of ids.
+        layers: the blocks.
+        norm: the norm of what the last block returns.
+        logits: from hidden states to logits; with tie_embeddings it has the weight of `token_emb`.
+        dim_head: features of a head.
+        backend: the name of the attention backend that was asked for.
+    """
+
+    token_emb: nn.Embedding
+    layers: Blocks
+    norm: nn.RMSNorm
+    logits: nn.Linear
+    dim_head: int
+    backend: str = 'auto'
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns ids (..., n), or embeddings (..., n, dim), as what the first block takes, positions apart."""
+        return tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """See `SegmentModel.to_logits`."""
+        return self.logits(hidden)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """See `SegmentModel.decays`: the matrices of the blocks."""
+        return parameter.ndim == 2 and name.startswith('layers.')
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend that runs here, where there is no padding mask. Set it to a name of `BACKENDS` to force one: if
+        that one cannot run here, ValueError is raised and the backend stays as it was."""
+        return self._backend_for(self.backend)
+
+    @attention_backend.setter
+    def attention_backend(self, name: str) -> None:
+        self._backend_for(name)
+        self.backend = name
+
+    def _backend_for(self, name: str) -> str:
+        return choose_backend(name, device=self.device, dtype=self.compute_dtype, dim_head=self.dim_head)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values: autocast's where it is on, but autocast leaves float64 alone."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.dtype

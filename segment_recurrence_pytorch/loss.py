@@ -1,5 +1,7 @@
-"""Next-token loss as a sum over valid targets divided by their number, so that it does not depend on how a
-text is cut into segments, micro-batches or ranks."""
+"""The loss of segments: a sum over valid targets that is divided by their number.
+
+So it does not depend on how a text is cut into segments, micro-batches or processes.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # the label that is never counted
 
 
 def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None) -> Tensor:
-    """Labels (b, n) with IGNORE where they are `ignore_index`, or where mask (b, n) is False."""
+    """Returns labels as int64, with `IGNORE` at every position that is not counted.
+
+    Args:
+        labels: target ids (b, n).
+        ignore_index: a label that is not counted; None: no such label but `IGNORE`.
+        mask: (b, n) bool, False where a position is not counted; None: all are.
+    """
     labels = labels.long()
     if ignore_index is not None:
         labels = labels.masked_fill(labels == ignore_index, IGNORE)
@@ -19,12 +27,22 @@ def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None)
 
 
 def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihoods (b, n) in nats, in float32 at least, 0 where a target is IGNORE."""
+    """Returns the negative log likelihood of each target, (b, n), in nats and in float32 at least.
+
+    Args:
+        logits: (b, n, num_tokens).
+        targets: ids (b, n); where one is `IGNORE`, the result is 0.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction='none')
     return nll.view_as(targets)
 
 
 def mean_loss(nll_sum: Tensor, num_targets: Tensor) -> Tensor:
-    """The mean over the valid targets; 0, with zero gradients, if there is none."""
+    """Returns the mean over the valid targets, () in nats; 0, with zero gradients, if there is none.
+
+    Args:
+        nll_sum: the summed negative log likelihood, ().
+        num_targets: how many targets it sums, ().
+    """
     return nll_sum / num_targets.clamp(min=1)

@@ -9,17 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segment_recurrence_pytorch.checks import is_number, is_whole
+
 FilterFn = Callable[..., Tensor]
 
 
 class Sampler:
     """Chooses tokens: filter_fn, then the repetition penalty, then temperature, then top_k, top_p and min_p.
 
-    temperature: 0 means the most likely token. top_k: that many most likely tokens. top_p: the smallest set whose
-    probability reaches it (arXiv 1904.09751). min_p: tokens at least min_p times as likely as the first
-    (arXiv 2407.01082). repetition_penalty: divides positive and multiplies negative logits of tokens that occurred
-    (arXiv 1909.05858). filter_fn: logits (b, v) -> logits. generator: of the random numbers.
-    ValueError for values outside their range.
+    Args:
+        temperature: divides the logits; 0 takes the most likely token. Default: 1.
+        top_k: draws from that many most likely tokens. Default: None, from all.
+        top_p: draws from the smallest set of tokens whose probability reaches it (arXiv 1904.09751). Default: None.
+        min_p: draws from the tokens that are at least min_p times as likely as the first one (arXiv 2407.01082).
+            Default: None.
+        repetition_penalty: divides the positive logits of tokens that occurred, and multiplies the negative ones
+            (arXiv 1909.05858). Default: 1, no penalty.
+        filter_fn: called with logits (b, v), returns logits (b, v). Default: None.
+        generator: of the random numbers. Default: None, torch's own.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(
@@ -33,19 +43,26 @@ class Sampler:
         filter_fn: FilterFn | None = None,
         generator: torch.Generator | None = None,
     ):
-        if not 0 <= temperature < inf:
-            raise ValueError(f'temperature is {temperature}: give 0 (greedy) or more, and a finite number')
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f'top_k is {top_k}: give a whole number of tokens from 1 on, or None for all')
+        if not (is_number(temperature) and 0 <= temperature < inf):
+            raise ValueError(f'temperature is {temperature!r}: give 0 (greedy) or more, and a finite number')
+        if top_k is not None and not (is_whole(top_k) and top_k >= 1):
+            raise ValueError(f'top_k is {top_k!r}: give a whole number of tokens from 1 on, or None for all')
         for name, value in (('top_p', top_p), ('min_p', min_p)):
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f'{name} is {value}: give a share in (0, 1], or None')
-        if not 0 < repetition_penalty < inf:
-            raise ValueError(f'repetition_penalty is {repetition_penalty}: give a number above 0, 1 for none')
+            if value is not None and not (is_number(value) and 0 < value <= 1):
+                raise ValueError(f'{name} is {value!r}: give a share in (0, 1], or None')
+        if not (is_number(repetition_penalty) and 0 < repetition_penalty < inf):
+            raise ValueError(f'repetition_penalty is {repetition_penalty!r}: give a number above 0, 1 for none')
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f'generator is a {type(generator).__name__}: give a torch.Generator, or None')
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty, self.filter_fn, self.generator = repetition_penalty, filter_fn, generator
+        if filter_fn is not None and not callable(filter_fn):
+            raise ValueError(f'filter_fn is a {type(filter_fn).__name__}: give a function of logits, or None')
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.min_p = min_p
+        self.repetition_penalty = repetition_penalty
+        self.filter_fn = filter_fn
+        self.generator = generator
 
     @property
     def needs_seen(self) -> bool:
@@ -53,43 +70,52 @@ class Sampler:
         return self.repetition_penalty != 1
 
     def __call__(self, logits: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids (b,) from logits (b, v), and the largest logit of each row that they were drawn from, (b,): if that
-        is not finite there was nothing to draw from, and the token means nothing. seen (b, v) bool: which occurred."""
+        """Chooses one token for each row.
+
+        Args:
+            logits: (b, v).
+            seen: which tokens occurred, (b, v) bool. Default: None, no penalty.
+
+        Returns:
+            Token ids (b,), and the largest logit (b,) of each row that they were drawn from. If that is not finite,
+            there was nothing to draw from, and the token means nothing.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.filter_fn is not None:
             shape = logits.shape
             logits = self.filter_fn(logits.clone())
-            if logits.shape != shape:
-                raise ValueError(f'filter_fn made {tuple(logits.shape)} of {tuple(shape)}: it must keep the shape')
+            if not isinstance(logits, Tensor) or logits.shape != shape:
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
+                raise ValueError(f'filter_fn made {found} of {tuple(shape)}: it must return logits of the same shape')
         if seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
-        most = logits.amax(dim=-1)
+        largest = logits.amax(dim=-1)
         if self.temperature < torch.finfo(torch.float32).tiny:
-            return logits.argmax(dim=-1), most
+            return logits.argmax(dim=-1), largest
         logits = _tempered(logits, self.temperature)
         if self.top_k is not None:
-            logits = _largest(logits, self.top_k)
+            logits = _keep_largest(logits, self.top_k)
         if self.top_p is not None:
             logits = top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
-        return _draw(logits, self.generator), most
+        return _draw(logits, self.generator), largest
 
 
 def has_filter(options: dict[str, Any]) -> bool:
-    """Whether options choose which tokens may be drawn: then no published default does."""
+    """Whether options say which tokens may be drawn: then no published default does."""
     return any(options.get(name) is not None for name in ('filter_fn', 'top_k', 'top_p', 'min_p'))
 
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Keeps the ceil((1 - thres) * vocabulary) largest logits (b, v), the others become -inf. As published."""
+    """Returns logits (b, v) of which the ceil((1 - thres) * v) largest are kept; the others are -inf. As published."""
     k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # 1 - 0.7 is a little more than 0.3
-    return _largest(logits, k)
+    return _keep_largest(logits, k)
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Keeps the smallest set of logits (b, v) whose probability reaches thres, the others become -inf."""
+    """Returns logits (b, v) of which the smallest set whose probability reaches thres is kept; the others are -inf."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
@@ -99,12 +125,12 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
 
 
 def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
-    """Keeps the logits (b, v) at least thres times as likely as the first, the others become -inf."""
+    """Returns logits (b, v): those at least thres times as likely as the first are kept, the others are -inf."""
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
 
 
-def _largest(logits: Tensor, k: int) -> Tensor:
+def _keep_largest(logits: Tensor, k: int) -> Tensor:
     smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < smallest, float('-inf'))
 

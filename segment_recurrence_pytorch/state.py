@@ -1,7 +1,9 @@
 """Functions over states: what a model carries from one segment to the next.
 
-A state is a value: a tree (NamedTuples, tuples) of tensors with the batch first, taken and returned,
-never changed in place. None stands for 'the initial state', or for a part that is not there.
+A state is a value. It is a tree of tensors (tuples, NamedTuples, lists and dicts may be nested), and the first
+dimension of every tensor is the batch. A model takes a state and returns a new one; it never changes one in place and
+never stores one on itself. None as a whole state means the initial state. None inside a tree means that this part is
+absent.
 """
 
 from __future__ import annotations
@@ -18,25 +20,39 @@ State = Any
 
 
 def map_state(fn: Callable[[Tensor], Any], state: State) -> State:
-    """The same tree with `fn` applied to each tensor."""
+    """Returns the same tree with `fn` applied to each tensor."""
     return tree_map_only(Tensor, fn, state)
 
 
 def leaves(state: State) -> list[Tensor]:
-    """The tensors of a state, in the order of its fields."""
+    """Returns the tensors of a state, in the order of its fields."""
     return [leaf for leaf in tree_flatten(state)[0] if isinstance(leaf, Tensor)]
 
 
 def detach(state: State) -> State:
-    """The same values without their graph. The tensors given are not touched."""
+    """Returns the same values without their graph. The given tensors are not changed."""
     return map_state(Tensor.detach, state)
 
 
-def where_rows(rows: Tensor, chosen: State, other: State) -> State:
-    """Rows of `chosen` where `rows` (b,) is True, rows of `other` elsewhere.
+def copied(state: State) -> State:
+    """Returns a state with the same values and graph whose tensors share memory with nobody.
 
-    A history may be shorter in one of the two: histories are aligned at their newest entry, so the
-    shorter one is padded with zeros in front (its count of valid entries says that they are empty).
+    A tensor that was made under `torch.inference_mode()` becomes an ordinary one, which autograd accepts, unless the
+    call itself stands inside that mode.
+    """
+    return map_state(torch.clone, state)
+
+
+def where_rows(rows: Tensor, chosen: State, other: State) -> State:
+    """Returns the rows of `chosen` where `rows` is True, and the rows of `other` elsewhere.
+
+    A history may be shorter in one of the two states than in the other. Histories are aligned at their newest entry:
+    the shorter one is padded with zeros at its old end, and its count of valid entries says that those are empty.
+
+    Args:
+        rows: which rows to take from `chosen`, (b,) bool.
+        chosen: a state of the same model and batch size as `other`.
+        other: the state that gives the remaining rows.
     """
     left, spec = tree_flatten(chosen)
     right, _ = tree_flatten(other)
@@ -59,10 +75,15 @@ def _pad_front(t: Tensor, shape: list[int]) -> Tensor:
 
 
 def to_list(state: State) -> list[Tensor | None]:
-    """The parts of a state as a plain list, for a file."""
+    """Returns the parts of a state as a plain list, which a file can hold. `from_list` is the way back."""
     return tree_flatten(state)[0]
 
 
 def from_list(parts: list[Tensor | None], like: State) -> State:
-    """The state that `to_list` took apart; `like`: any state of the same model."""
+    """Returns the state that `to_list` took apart.
+
+    Args:
+        parts: what `to_list` returned.
+        like: any state of the same model; it tells the tree.
+    """
     return tree_unflatten(parts, tree_flatten(like)[1])

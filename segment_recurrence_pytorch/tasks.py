@@ -1,8 +1,9 @@
-"""Synthetic tasks that only a memory can solve, seeded and of any length, and a curriculum over their length.
+"""Synthetic tasks that only a memory can solve, of any length, and a curriculum over their length.
 
-A task deals in segments: what is asked for in the last ones stands in earlier ones, so a model without memory is at
-`without_memory`, but where a task of one segment asks for what stands beside. Labels are aligned with the tokens, and
-IGNORE where nothing is asked.
+A task is a sequence of segments. What is asked for in the last segments stands in earlier ones, so a model without
+memory can at best guess: its accuracy is at most `without_memory`. (The one exception is `Memorize` with one segment,
+which holds the answer beside the question, as a first stage to learn from.) Labels are aligned with the tokens:
+labels[:, i] is the target of the logits at position i, and `loss.IGNORE` where nothing is asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from segment_recurrence_pytorch.backprop import read_windows
+from segment_recurrence_pytorch.checks import check_positive
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -24,14 +26,25 @@ PIECE_SEGMENTS = 256  # segments that are made at once: a sequence of a million 
 
 
 class Example(NamedTuple):
-    """tokens (b, n) and labels (b, n); labels None: nothing is asked in this piece."""
+    """A piece of a batch of sequences.
+
+    Attributes:
+        tokens: ids (b, n).
+        labels: targets (b, n), or None if nothing is asked in this piece.
+    """
 
     tokens: Tensor
     labels: Tensor | None
 
 
 class Task(ABC):
-    """num_tokens: size of the vocabulary. without_memory: the best accuracy that a model without memory can have."""
+    """A task of any number of segments.
+
+    Attributes:
+        num_tokens: size of the vocabulary.
+        segment_length: tokens of a segment.
+        without_memory: the best accuracy that a model without memory can have.
+    """
 
     num_tokens: int
     segment_length: int
@@ -39,10 +52,19 @@ class Task(ABC):
 
     @abstractmethod
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """A sequence of so many segments, in pieces of whole segments. ValueError for too few."""
+        """Yields a batch of sequences, in pieces of whole segments.
+
+        Args:
+            segments: number of segments of each sequence.
+            batch_size: number of sequences.
+            generator: of the random numbers.
+
+        Raises:
+            ValueError: for a number of segments that the task cannot have.
+        """
 
     def batch(self, segments: int, batch_size: int, generator: torch.Generator) -> Example:
-        """The same in one piece, with labels."""
+        """Returns the same as one piece, with labels."""
         pieces = list(self.pieces(segments, batch_size, generator))
         labels = [torch.full_like(tokens, IGNORE) if given is None else given for tokens, given in pieces]
         return Example(torch.cat([tokens for tokens, _ in pieces], 1), torch.cat(labels, 1))
@@ -51,9 +73,19 @@ class Task(ABC):
 class Memorize(Task):
     """Which value was marked? Noise with `MARK value` somewhere in the first segment, and QUERY at the end.
 
-    The noise holds the values too, so that only the mark tells. anywhere: the mark is in any segment but the last
-    (detect and memorize). repeated: instead of noise one sentence over and over, as in passkey retrieval.
-    key_length: tokens of the marked value; the answer is read back token by token.
+    The noise holds the values too, so that only the mark tells which one counts.
+
+    Args:
+        values: how many values there are. Default: 16.
+        noise: how many tokens the noise is made of, the values among them. Default: 64.
+        segment_length: tokens of a segment. Default: 32.
+        anywhere: whether the mark may be in any segment but the last (detect and memorize), instead of the first.
+            Default: False.
+        repeated: whether the noise is one sentence over and over, as in passkey retrieval. Default: False.
+        key_length: tokens of the marked value; the answer is asked for token by token. Default: 1.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(
@@ -68,15 +100,22 @@ class Memorize(Task):
     ):
         if not 1 <= values <= noise:
             raise ValueError(f'values={values}: give 1 to noise={noise}, since the noise holds the values too')
+        check_positive(segment_length=segment_length, key_length=key_length)
         if segment_length < key_length + 1:
             raise ValueError(f'segment_length={segment_length}: the mark and key_length={key_length} need a place')
-        self.values, self.noise, self.segment_length, self.key_length = values, noise, segment_length, key_length
-        self.anywhere, self.repeated = anywhere, repeated
-        self.mark, self.query, self.num_tokens = noise, noise + 1, noise + 2
+        self.values = values
+        self.noise = noise
+        self.segment_length = segment_length
+        self.key_length = key_length
+        self.anywhere = anywhere
+        self.repeated = repeated
+        self.mark = noise
+        self.query = noise + 1
+        self.num_tokens = noise + 2
         self.without_memory = 1 / values
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """See `Task.pieces`; in one segment, mark and question stand together: a start that needs no memory."""
+        """See `Task.pieces`. In one segment mark and question stand together: a first stage that needs no memory."""
         length, k = self.segment_length, self.key_length
         if segments < 1 or (segments == 1 and length < 2 * k + 1):
             raise ValueError(f'{segments} segments of {length}: give at least 1, of at least {2 * k + 1} tokens')
@@ -108,23 +147,37 @@ class Memorize(Task):
 
 
 class AssociativeRetrieval(Task):
-    """Pairs of a key and its value, `pairs_per_segment` of them in each segment but the last, which asks for one key.
+    """Pairs of a key and its value in each segment but the last, which asks for the value of one key.
 
-    rewritten: keys repeat, and the last value counts. Without, `keys` is the most pairs that fit.
+    Args:
+        keys: how many keys there are. Default: 26.
+        values: how many values there are. Default: 10.
+        pairs_per_segment: pairs in a segment, which has twice as many tokens. Default: 1.
+        rewritten: whether keys repeat, and the last value counts; else all keys are different, so there are at most
+            `keys` pairs. Default: False.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(self, keys: int = 26, values: int = 10, *, pairs_per_segment: int = 1, rewritten: bool = False):
-        self.keys, self.values, self.pairs, self.rewritten = keys, values, pairs_per_segment, rewritten
+        check_positive(keys=keys, values=values, pairs_per_segment=pairs_per_segment)
+        self.keys = keys
+        self.values = values
+        self.pairs = pairs_per_segment
+        self.rewritten = rewritten
         self.segment_length = 2 * pairs_per_segment
-        self.go, self.pad, self.num_tokens = keys + values, keys + values + 1, keys + values + 2
+        self.go = keys + values
+        self.pad = keys + values + 1
+        self.num_tokens = keys + values + 2
         self.without_memory = 1 / values
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`; at least two segments."""
         count = (segments - 1) * self.pairs
         if segments < 2 or (count > self.keys and not self.rewritten):
-            most = 1 + self.keys // self.pairs
-            raise ValueError(f'{segments} segments of {self.pairs} pairs: give 2 to {most}, or rewritten=True')
+            limit = 1 + self.keys // self.pairs
+            raise ValueError(f'{segments} segments of {self.pairs} pairs: give 2 to {limit}, or rewritten=True')
         if self.rewritten:
             keys = _draw(self.keys, (batch_size, count), generator)
         else:
@@ -142,15 +195,28 @@ class AssociativeRetrieval(Task):
 
 
 class Copy(Task):
-    """A random source, then the source again `copies` times, or backwards once (reverse=True), token by token.
+    """A random source, then the source again, token by token: `copies` times, or once and backwards.
 
     The source takes 1 / (1 + copies) of the segments: arXiv 2207.06881 copies twice, at 3, 6 and 9 segments.
+
+    Args:
+        alphabet: how many tokens the source is made of. Default: 10.
+        segment_length: tokens of a segment. Default: 8.
+        copies: how many times it is copied. Default: 2.
+        reverse: whether it is written once and backwards instead. Default: False.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(self, alphabet: int = 10, segment_length: int = 8, *, copies: int = 2, reverse: bool = False):
-        self.alphabet, self.segment_length, self.reverse = alphabet, segment_length, reverse
+        check_positive(alphabet=alphabet, segment_length=segment_length, copies=copies)
+        self.alphabet = alphabet
+        self.segment_length = segment_length
+        self.reverse = reverse
         self.copies = 1 if reverse else copies
-        self.go, self.num_tokens = alphabet, alphabet + 1
+        self.go = alphabet
+        self.num_tokens = alphabet + 1
         self.without_memory = 1 / alphabet
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
@@ -166,27 +232,47 @@ class Copy(Task):
 
 
 class SegmentCurriculum:
-    """From few segments to many: the next stage when the moving average of a metric passes `threshold`.
+    """Goes from few segments to many: to the next stage when a metric has been high for some time.
 
-    stages: numbers of segments. mix: the share of steps with a random smaller stage (vary the number of segments).
-    patience: at the earliest after so many steps of a stage.
+    Args:
+        stages: growing numbers of segments.
+        threshold: the next stage comes when the moving average of the metric reaches it. Default: 0.96.
+        mix: the share of steps with a random smaller stage. Default: 0.5.
+        patience: the moving average is over about that many steps of a stage, and a stage has at least that many.
+            Default: 20.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     def __init__(self, stages: Sequence[int], *, threshold: float = 0.96, mix: float = 0.5, patience: int = 20):
         if not stages or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f'stages={list(stages)}: give growing numbers of segments')
-        self.stages, self.threshold, self.mix, self.patience = list(stages), threshold, mix, patience
-        self.stage, self.average, self.steps = 0, 0.0, 0
+        check_positive(patience=patience)
+        if not 0 <= mix <= 1:
+            raise ValueError(f'mix is {mix}: give a share of steps in [0, 1]')
+        self.stages = list(stages)
+        self.threshold = threshold
+        self.mix = mix
+        self.patience = patience
+        self.stage = 0
+        self.average = 0.0
+        self.steps = 0
 
     def draw(self, generator: torch.Generator) -> int:
-        """The number of segments of the next step."""
+        """Returns the number of segments of the next step."""
         stage = self.stage
         if stage and torch.rand((), generator=generator) < self.mix:
             stage = int(_draw(stage, (), generator))
         return self.stages[stage]
 
     def update(self, metric: float, segments: int) -> None:
-        """Counts a step with that metric; only steps of the present stage move it."""
+        """Counts a step.
+
+        Args:
+            metric: of the step; higher is better.
+            segments: how many segments the step had; only those of the present stage count.
+        """
         if segments != self.stages[self.stage]:
             return
         self.steps += 1
@@ -199,11 +285,27 @@ class SegmentCurriculum:
 def accuracy(
     wrapper: SegmentWrapper, task: Task, segments: int, *, batch_size: int, generator: torch.Generator
 ) -> float:
-    """The share of labelled tokens that are predicted, on sequences of so many segments; memory does not grow with
-    them, and logits are computed only where something is asked."""
+    """Returns the share of labelled tokens that a model predicts.
+
+    Sequences are made and read in pieces, so memory does not grow with their length, and logits are computed only where
+    something is asked.
+
+    Args:
+        wrapper: the model, in a wrapper with the segment length of the task.
+        task: the task.
+        segments: number of segments of each sequence.
+        batch_size: number of sequences.
+        generator: of the random numbers.
+
+    Raises:
+        ValueError: if the model does not fit the task.
+    """
     model, length, state = wrapper.model, task.segment_length, None
+    check_positive(batch_size=batch_size)
     if wrapper.segment_length != length:
         raise ValueError(f'the wrapper has segment_length={wrapper.segment_length}, the task {length}')
+    if model.num_tokens < task.num_tokens:
+        raise ValueError(f'the model has num_tokens={model.num_tokens}, the task needs {task.num_tokens}')
     right = asked = 0
     with evaluating(wrapper):
         for tokens, labels in task.pieces(segments, batch_size, generator):

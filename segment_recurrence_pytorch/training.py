@@ -1,6 +1,6 @@
-"""What a training script needs beside its loop: a stop on Ctrl-C, a schedule, text scored and written on, plots.
+"""What a training script on bytes needs beside its loop: a stop on Ctrl-C, a schedule, scores, samples and plots.
 
-Needs the extra `train`.
+It needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
-TOP_P = 0.9  # of what is written on
+TOP_P = 0.9  # of samples
 
 
 class StopRequest:
-    """Ctrl-C asks for a stop after this step; a second one interrupts as usual."""
+    """Inside its `with` block, Ctrl-C sets `requested`, so that a loop can stop after its step; a second Ctrl-C
+    interrupts as usual."""
 
     requested = False
 
@@ -36,7 +37,7 @@ class StopRequest:
         return self
 
     def request(self, *_: object) -> None:
-        """Notes the wish and leaves the next Ctrl-C to Python."""
+        """Sets `requested`, and leaves the next Ctrl-C to Python."""
         self.requested = True
         signal.signal(signal.SIGINT, self.before)
 
@@ -45,7 +46,13 @@ class StopRequest:
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> float:
-    """Share of the learning rate: linear warm-up, then a cosine down to `last`."""
+    """Returns the share of the learning rate at some point of the training: linear warm-up, then a cosine.
+
+    Args:
+        progress: how much of the training is done, in [0, 1].
+        warmup: the share of the training in which the rate rises. Default: 0.05.
+        last: the share of the learning rate at the end. Default: 0.05.
+    """
     if progress < warmup:
         return max(progress, 1e-3) / warmup
     cosine = (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
@@ -53,7 +60,17 @@ def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> 
 
 
 def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool) -> LossReturn:
-    """The loss of one piece of the streams, and the detached state to start the next piece with."""
+    """Computes the loss of one piece of the streams.
+
+    Args:
+        wrapper: the model in its wrapper.
+        piece: what `data.Streams` yields.
+        state: what the last call returned; None at the start.
+        memory: whether the state is carried. False: every segment is read alone, as a text of its own.
+
+    Returns:
+        The loss, the number of targets, and the detached state to start the next piece with (None without memory).
+    """
     device = wrapper.model.device
     tokens = piece.tokens.to(device)
     if not memory:
@@ -66,7 +83,13 @@ def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool
 
 @torch.no_grad()
 def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> float:
-    """Bits per byte of all bytes but each text's first, the state carried through a text or reset at every segment."""
+    """Returns bits per byte of all bytes but the first of each text.
+
+    Args:
+        wrapper: the model in its wrapper.
+        streams: with loop=False.
+        memory: whether the state is carried through a text, or reset at every segment.
+    """
     nats = targets = 0.0
     state = None
     with evaluating(wrapper):
@@ -78,7 +101,7 @@ def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> fl
 
 
 def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
-    """The first `limit` bytes of the documents; 0: all."""
+    """Returns the first `limit` bytes of some documents, as documents; 0: all bytes."""
     kept, total = [], 0
     for document in documents:
         kept.append(document[: limit - total] if limit else document)
@@ -89,7 +112,7 @@ def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
 
 
 def valid_streams(documents: list[Tensor], length: int) -> Streams:
-    """Streams over the validation text: up to 16 rows of at least four pieces each."""
+    """Returns streams over a validation text, once: up to 16 rows of at least four pieces of `length` bytes each."""
     rows = sum(map(len, documents)) // (4 * length)
     return Streams(documents, max(1, min(16, rows)), length, loop=False)
 
@@ -103,14 +126,14 @@ def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: f
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is fast here: a GPU or CPU with instructions for it."""
+    """Whether a device has instructions for bfloat16, so that it is fast there."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
     return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError if no file can be made in the folder."""
+    """Raises ValueError if no file can be made in the folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -119,7 +142,8 @@ def check_writable(folder: Path) -> None:
 
 
 def drop_lines_after(folder: Path, step: int) -> None:
-    """Cuts the metrics back to what the weights have seen: a killed run wrote on after its last save."""
+    """Takes the lines after a step out of metrics.jsonl: a killed run wrote on after its last save, and the weights
+    have not seen those steps."""
     path = folder / 'metrics.jsonl'
     lines = [
         line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step and '"valid"' not in line
@@ -129,7 +153,12 @@ def drop_lines_after(folder: Path, step: int) -> None:
 
 
 def plot_losses(folder: Path, levels: dict[str, float]) -> None:
-    """loss.png: the training curve of metrics.jsonl; levels: bits per byte to draw across, the validation first."""
+    """Plots the training curve of metrics.jsonl as loss.png.
+
+    Args:
+        folder: of the run.
+        levels: bits per byte by name, each drawn as a line across; the validation first.
+    """
     lines = _training_lines(folder)
     megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
     bits = torch.tensor([line['bits'] for line in lines])
@@ -147,7 +176,8 @@ def plot_losses(folder: Path, levels: dict[str, float]) -> None:
 
 
 def plot_memory_shares(folder: Path) -> None:
-    """memory_shares.png: the memory's share in each head over training (arXiv 2404.07143, figure 3, shows its end)."""
+    """Plots the share that the memory has in each head over the training, as memory_shares.png (arXiv 2404.07143,
+    figure 3, shows the end of it)."""
     lines = _training_lines(folder)
     shares = torch.tensor([line['memory_shares'] for line in lines])  # (steps, depth, heads)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')

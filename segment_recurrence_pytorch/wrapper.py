@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from segment_recurrence_pytorch.backprop import (
     Batch,
     Window,
     fill_gradients,
+    own_state,
     plan_windows,
     read_window,
     replay,
@@ -21,16 +23,22 @@ from segment_recurrence_pytorch.backprop import (
     sequence_nll,
     touch_parameters,
 )
-from segment_recurrence_pytorch.checks import check_input
+from segment_recurrence_pytorch.checks import check_count, check_faults, check_input, is_whole
 from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, detach
+from segment_recurrence_pytorch.state import State, copied, detach
 
 
 class LossReturn(NamedTuple):
-    """loss: () or, with reduction='none', (b, n). num_targets: () valid targets. state: after the last segment."""
+    """What `SegmentWrapper.loss` returns.
+
+    Attributes:
+        loss: in nats, () or, with reduction='none', (b, n).
+        num_targets: how many valid targets there were, ().
+        state: the state after the last segment.
+    """
 
     loss: Tensor
     num_targets: Tensor
@@ -38,15 +46,26 @@ class LossReturn(NamedTuple):
 
 
 class SegmentWrapper(nn.Module):
-    """Reads sequences of any length as segments of `segment_length` tokens, with the state carried between them.
+    """Reads sequences of any length as segments, with the state carried from each segment to the next.
 
-    segment_length: default, the model's longest segment.
-    segments_per_pass: how many segments are held at once where windows matter: a model that reads segments in
-        parallel, and recomputing. It changes speed and memory, no number.
-    backprop_segments: k cuts the gradient at every k-th segment border of a call; None: exact, through all of them.
-    recompute: `loss.backward()` computes each window again instead of keeping its activations.
-    align: where a short segment goes: 'left', to the end; 'right', to the start.
-    ignore_index: labels with this value, and with -100, are not counted; without labels such ids are padding.
+    Args:
+        model: any model that keeps the contract of `SegmentModel`.
+        segment_length: tokens of a segment. Default: None, the longest segment that the model can read.
+        segments_per_pass: how many segments are held at once, where windows matter: for a model that reads segments in
+            parallel, for recomputing and for replay. It changes speed and memory, and no number; with dropout, other
+            random numbers are drawn. Default: None, about 8,192 tokens for a model that reads segments in parallel,
+            else one segment.
+        backprop_segments: k cuts the gradient at every k-th segment border of a call. Default: None, gradients are
+            exact, through all segments.
+        recompute: whether `loss.backward()` computes each window again instead of keeping its activations.
+            Default: False.
+        align: where a segment that is shorter than segment_length goes: 'left', to the end; 'right', to the start.
+            Default: 'left'.
+        ignore_index: labels with this value, and with -100, are not counted; without labels, such ids are padding.
+            Default: -100.
+
+    Raises:
+        ValueError: for values outside their range.
     """
 
     @beartype
@@ -88,34 +107,47 @@ class SegmentWrapper(nn.Module):
         segment_length: int | None = None,
         per_segment: dict | None = None,
     ) -> LossReturn:
-        """The loss over all valid targets of a sequence.
+        """Computes the loss over all valid targets of a sequence, and on request its gradients.
 
-        x: ids (b, n) or embeddings (b, n, dim). mask: (b, n) bool, True = valid.
-        labels: (b, n), aligned: labels[:, i] is the target of logit i. Without them a causal model learns the next
-            token: a row's last token is then only a target, so the next piece of a stream starts with it.
-        backward: run backward here, by replay, with one window held at a time; the loss and the state returned hold
-            no graph. backward_fn: called with each window's scalar instead of `Tensor.backward`
-            (`accelerator.backward`, or a gradient scaler).
-        backprop_segments, segment_length: instead of the wrapper's, for this call.
-        per_segment: further arguments of the model's `advance` by name, (b, segments) each.
-        Returns (loss, num_targets, state); the state is attached to the graph unless backward=True. Every trainable
-        parameter gets a gradient. ValueError, before anything is changed, for what does not fit.
+        Without labels a causal model learns the next token. Then the last column of x is a target and is not read, so
+        the next piece of a text starts with it: pieces overlap by one token.
+
+        Args:
+            x: ids (b, n) or embeddings (b, n, dim).
+            state: what the last call returned, to go on with the same texts. Default: None, texts start.
+            labels: (b, n), aligned: labels[:, i] is the target of logit i. Default: None, the next token.
+            mask: (b, n) bool, True = valid. Padded positions are not read, and are no targets. Default: None, all
+                positions are valid.
+            reduction: 'mean' over the valid targets, their 'sum', or 'none', a loss for each position.
+                Default: 'mean'.
+            backward: whether to run backward inside this call, by replay, with one window held at a time. The loss and
+                the state that are returned then carry no graph. Default: False.
+            backward_fn: with backward=True, called with a scalar for each window, instead of `Tensor.backward`: for
+                example `accelerator.backward`, or a gradient scaler. Default: None.
+            backprop_segments: instead of the wrapper's, for this call. Default: None.
+            segment_length: instead of the wrapper's, for this call. Default: None.
+            per_segment: further arguments of the model's `advance` by name, one value for each row and segment,
+                (b, segments) each. Default: None.
+
+        Returns:
+            (loss, num_targets, state). The state is attached to the graph unless backward is True. Every trainable
+            parameter gets a gradient from every call, zeros if it had no influence.
+
+        Raises:
+            ValueError: before anything is changed, for what does not fit.
         """
         check_count('backprop_segments', backprop_segments)
+        if backward_fn is not None and not backward:
+            raise ValueError('backward_fn is only called with backward=True')
         if backward and reduction == 'none':
             raise ValueError("backward=True needs a scalar: reduction='mean' or 'sum'")
         if backward and not torch.is_grad_enabled():
-            raise ValueError('backward=True inside torch.no_grad(): leave one of them out')
-        if backward_fn is not None and not backward:
-            raise ValueError('backward_fn is only called with backward=True')
+            raise ValueError('backward=True inside torch.no_grad() or inference_mode(): leave one of them out')
+        if backward and not (x.requires_grad or any(p.requires_grad for p in self.model.parameters())):
+            raise ValueError('backward=True, but every parameter is frozen: unfreeze one, or leave backward out')
         batch, state = self._batch(x, state, labels, mask)
-        if state is None and not batch.tokens.shape[1]:
-            state = self.model.initial_state(x.shape[0])
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        batch = batch._replace(per_segment=per_segment)
-        for name, value in (per_segment or {}).items():
-            if tuple(value.shape[:2]) != (x.shape[0], windows[-1].segments.stop if windows else 0):
-                raise ValueError(f'{name} has shape {tuple(value.shape)}: give one value a segment, (batch, segments)')
+        batch = batch._replace(per_segment=self._checked_per_segment(per_segment, x.shape[0], windows))
         num_targets = (batch.targets != IGNORE).sum()
 
         if backward:
@@ -133,32 +165,57 @@ class SegmentWrapper(nn.Module):
 
     @beartype
     def logits(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Logits (b, n, num_tokens) of all positions, and the state after them. Arguments as in `loss`."""
+        """Computes the logits of all positions.
+
+        Args:
+            x: ids (b, n) or embeddings (b, n, dim).
+            state: what the last call returned. Default: None, texts start.
+            mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+
+        Returns:
+            Logits (b, n, num_tokens), and the state after them.
+
+        Raises:
+            ValueError: for what does not fit.
+        """
         x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
-        logits = [x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)]
-        state = self.model.initial_state(x.shape[0]) if state is None else state
-        for window in self._windows(batch, self.backprop_segments):
+        windows = self._windows(batch, self.backprop_segments)
+        if not windows:
+            nothing = x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)
+            return nothing, own_state(self.model, batch, state)
+        logits = []
+        for window in windows:
             tokens, _, window_mask, _ = batch.columns(window)
             state = detach(state) if window.truncate else state
             hidden, state = read_window(self.model, tokens, state, window_mask, window.segment_length)
             logits.append(self.model.to_logits(hidden))
-        return (torch.cat(logits[1:], dim=1) if logits[1:] else logits[0]), state
+        return torch.cat(logits, dim=1), state
 
     @beartype
     def reset(self, state: Any, rows: Tensor) -> Any:
-        """The state with the rows where `rows` (b,) bool is True back at the initial state: a new text starts there.
+        """Starts new texts in some rows of a batch.
 
-        A learned initial state gets its gradient from such rows under `loss.backward()`; with backward=True every
-        state that is given is a constant, so there it learns from calls without a state only.
+        A learned initial state gets its gradient from such rows under `loss.backward()`. With backward=True every state
+        that is given is a constant, so there it learns from calls without a state only.
+
+        Args:
+            state: what the last call returned, or None.
+            rows: (b,) bool, True where a new text starts.
+
+        Returns:
+            The state with those rows back at the initial state; None for None.
+
+        Raises:
+            ValueError: for what does not fit.
         """
         if rows.dtype != torch.bool or rows.ndim != 1:
             raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give bool, (batch,)')
         if state is None:
             return None
-        given, state = state, self.model.as_state(state, rows.shape[0])
+        state = self.model.as_state(state, rows.shape[0])
         self.model.check_state(state, rows.shape[0])
-        return self.model.reset(state, rows) if rows.any() else given
+        return self.model.reset(state, rows) if rows.any() else copied(state)
 
     @beartype
     def generate_tokens(
@@ -170,10 +227,21 @@ class SegmentWrapper(nn.Module):
         progress: bool | None = None,
         **options: Any,
     ) -> Any:
-        """New tokens (b, n), n <= max_new_tokens, and the `Cursor` to go on from if return_cursor=True.
+        """Generates new tokens after a prompt.
 
-        prompt and options: see `stream`. n is less only if every row came to eos_token_id; rows that came to it
-        earlier are filled with it. progress: a bar; default, only on a terminal.
+        Args:
+            prompt: see `stream`.
+            max_new_tokens: how many.
+            return_cursor: whether to return the `Cursor` to go on from, too. Default: False.
+            progress: whether to show a progress bar. Default: None, only on a terminal.
+            options: the other arguments of `stream`.
+
+        Returns:
+            New tokens (b, n), n at most max_new_tokens, and the cursor if return_cursor is True. n is less only if
+            every row came to eos_token_id; rows that came to it earlier are filled with it.
+
+        Raises:
+            ValueError: for what does not fit, and for logits that are NaN, with the place.
         """
         if max_new_tokens < 0:
             raise ValueError(
@@ -192,21 +260,30 @@ class SegmentWrapper(nn.Module):
 
     @beartype
     def stream(self, prompt: Any = None, *, max_new_tokens: int | None = None, **options: Any) -> Stream:
-        """An iterator over new tokens (b,), whose `cursor` tells at any time how to go on.
+        """Returns an iterator over new tokens (b,), whose `cursor` tells at any time how to go on.
 
-        prompt: ids (b, n), with prompt_lengths= (b,) if not all of a row counts, or a list of b tensors (n_i,): each
-            row is continued as if alone. None: state= is a cursor that goes on, or batch_size= rows begin with
-            start_token=0.
-        state: what `loss` or `logits` returned, or a `Cursor`: the prompt is appended to its tokens.
-        max_new_tokens: None: endless. eos_token_id: a row ends with this token.
-        temperature, top_k, top_p, min_p, repetition_penalty, filter_fn, generator: see `sampling.Sampler`; a repetition
-            counts from the tokens of the prompt and of the cursor on.
-        compile: run each step under `torch.compile`, on CUDA as a graph: the first two segments are slow. The device is
-            then looked at every 32 tokens only: an error, and the end of all rows, may come that much later.
-        segment_length: instead of the wrapper's.
-        A finished row goes on if its cursor is given again: `cursor.rows(~stream.finished)` leaves it out.
-        Segments start at the first token, whatever `align` says. ValueError for what does not fit, and for logits that
-        are NaN, with the place.
+        Segments start at the first token of a text, whatever `align` says. A finished row goes on if its cursor is
+        given again: `cursor.rows(~stream.finished)` leaves it out.
+
+        Args:
+            prompt: ids (b, n), or a list of b tensors (n_i,); each row is continued as if it were alone. Default: None,
+                for a cursor as state, or with batch_size.
+            max_new_tokens: how many tokens. Default: None, an endless stream.
+            prompt_lengths: (b,), how many tokens of each row of a prompt (b, n) count. Default: None, all.
+            state: what `loss` or `logits` returned, or a `Cursor`, to whose tokens the prompt is appended.
+                Default: None, texts start.
+            batch_size: without a prompt: how many rows begin with start_token. Default: None.
+            start_token: what they begin with. Default: 0.
+            eos_token_id: a row ends with this token. Default: None, no row ends.
+            temperature, top_k, top_p, min_p, repetition_penalty, filter_fn, generator: see `sampling.Sampler`. A
+                repetition counts from the tokens of the prompt and of the cursor on.
+            compile: whether to run each step under `torch.compile`, on CUDA as a graph; the first two segments are
+                slow. The values are then looked at every 32 tokens only: an error, and the end of all rows, may come
+                that much later. Default: False.
+            segment_length: instead of the wrapper's. Default: None.
+
+        Raises:
+            ValueError: for what does not fit, and for logits that are NaN, with the place.
         """
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
@@ -216,7 +293,14 @@ class SegmentWrapper(nn.Module):
     def read(
         self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None, segment_length: int | None = None
     ) -> Cursor:
-        """The cursor after a prompt, at the speed of an evaluation without logits; arguments as in `stream`."""
+        """Reads a prompt at the speed of an evaluation without logits, and returns the cursor after it.
+
+        Args:
+            prompt, state, prompt_lengths, segment_length: see `stream`.
+
+        Raises:
+            ValueError: for what does not fit.
+        """
         length = self._length(segment_length)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
         with evaluating(self.model), torch.no_grad():
@@ -231,7 +315,7 @@ class SegmentWrapper(nn.Module):
         state: Any = None,
         prompt_lengths: Any = None,
         batch_size: int | None = None,
-        start_token: int = 0,
+        start_token: int | None = None,
         segment_length: int | None = None,
         eos_token_id: int | None = None,
         compile: bool = False,
@@ -240,14 +324,18 @@ class SegmentWrapper(nn.Module):
         sampler = Sampler(**sampling)
         if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
-        if eos_token_id is not None and not 0 <= eos_token_id < self.model.num_tokens:
-            raise ValueError(f'eos_token_id is {eos_token_id}: give a token id in [0, {self.model.num_tokens})')
+        for name, token in (('eos_token_id', eos_token_id), ('start_token', start_token)):
+            if token is not None and not (is_whole(token) and 0 <= token < self.model.num_tokens):
+                raise ValueError(f'{name} is {token!r}: give a token id in [0, {self.model.num_tokens})')
         length = self._length(segment_length)
+        if batch_size is None and start_token is not None:
+            raise ValueError(f'start_token={start_token} begins new rows: give batch_size, and no prompt or cursor')
         if batch_size is not None:
-            check_count('batch_size', batch_size)
+            if not is_whole(batch_size) or batch_size < 1:
+                raise ValueError(f'batch_size is {batch_size!r}: give a whole number of rows from 1 on')
             if prompt is not None or isinstance(state, Cursor):
                 raise ValueError(f'batch_size={batch_size} begins new rows with start_token: give no prompt or cursor')
-            prompt = torch.full((batch_size, 1), start_token, device=self.model.device)
+            prompt = torch.full((batch_size, 1), start_token or 0, device=self.model.device)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
         return Stream(
             self.model,
@@ -269,7 +357,7 @@ class SegmentWrapper(nn.Module):
         return Cursor(state, tokens, cursor.lengths)
 
     def _length(self, segment_length: int | None) -> int:
-        """That of one call, or the wrapper's."""
+        """Returns the segment length of one call, or the wrapper's."""
         return self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
 
     @property
@@ -277,7 +365,7 @@ class SegmentWrapper(nn.Module):
         return (IGNORE,) if self.ignore_index == IGNORE else (IGNORE, self.ignore_index)
 
     def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> tuple[Batch, State]:
-        """The columns to read and their targets, and the state, checked."""
+        """Returns the columns to read and their targets, and the state, all checked."""
         if labels is not None:
             x, state, mask = check_input(self.model, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index)
             return Batch(x, valid_targets(labels, self.ignore_index, mask), mask), state
@@ -288,10 +376,29 @@ class SegmentWrapper(nn.Module):
         x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None), state
-        # as without padding, a row's last token is only a target
-        followed = mask & (mask.flip(1).cumsum(1).flip(1) > 1)
+        # only the last column is not read, since the next piece starts with it; a row that is padded there is read whole
         targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
-        return Batch(x[:, :-1], targets, followed[:, :-1]), state
+        return Batch(x[:, :-1], targets, mask[:, :-1]), state
+
+    def _checked_per_segment(self, per_segment: dict | None, rows: int, windows: list[Window]) -> dict[str, Tensor]:
+        if not per_segment:
+            return {}
+        segments = windows[-1].segments.stop if windows else 0
+        takes = set(inspect.signature(self.model.advance).parameters)
+        takes -= set(inspect.signature(SegmentModel.advance).parameters)
+        for name, value in per_segment.items():
+            if name not in takes:
+                known = ', '.join(sorted(takes)) or 'no further arguments'
+                raise ValueError(f'per_segment has {name!r}, but {type(self.model).__name__}.advance takes {known}')
+            if not isinstance(value, Tensor) or tuple(value.shape) != (rows, segments):
+                found = tuple(value.shape) if isinstance(value, Tensor) else f'no shape, but is {value!r}'
+                raise ValueError(
+                    f'{name} has shape {found}: give one value a segment, (batch, segments) = {rows, segments}'
+                )
+            if value.device != self.model.device:
+                raise ValueError(f'{name} is on {value.device}, the model on {self.model.device}: move one of them')
+        check_faults(self.model.per_segment_faults(per_segment))
+        return per_segment
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length = self._length(segment_length)
@@ -305,7 +412,11 @@ class SegmentWrapper(nn.Module):
 
 
 def same_option(old_name: str, old: int | None, backprop_segments: int | None) -> int | None:
-    """backprop_segments, given by its published name or by its own. ValueError if they differ."""
+    """Returns backprop_segments, which may be given by its published name or by its own.
+
+    Raises:
+        ValueError: if both are given, with different values.
+    """
     if old is not None and backprop_segments is not None and old != backprop_segments:
         raise ValueError(f'{old_name}={old} is the old name of backprop_segments={backprop_segments}: give one')
     return backprop_segments if old is None else old
@@ -316,9 +427,3 @@ def _checked_length(model: SegmentModel, length: int | None) -> int:
     if length is None or length < 1 or (limit is not None and length > limit):
         raise ValueError(f'segment_length is {length}: give 1 to {limit or "any number"}')
     return length
-
-
-def check_count(name: str, value: int | None) -> None:
-    """ValueError unless the value is None or at least 1."""
-    if value is not None and value < 1:
-        raise ValueError(f'{name} is {value}: give 1 or more, or None')

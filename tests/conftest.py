@@ -99,3 +99,11 @@ DROPOUT = {'attn_dropout': 0.2, 'ff_dropout': 0.3}
 def close(actual, expected, tolerance=1e-9):
     """Same values to an absolute and relative tolerance, same dtype and shape."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same_gradients(have, want, tolerance=1e-9):
+    """Two dicts of gradients by the names of parameters."""
+    for name, gradient in want.items():
+        torch.testing.assert_close(
+            have[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f'{n}: {m}'
+        )

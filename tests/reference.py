@@ -64,7 +64,8 @@ def rmt_segment(model, text: Tensor, positions: list[int], memory: Tensor, xl: l
         all_k, all_v = [p[0] for p in past] + list(k), [p[1] for p in past] + list(v)
 
         def place(kind: str, i: int, length: int = len(past)) -> int:
-            return {'xl': 10000 + i - length, 'text': 10000 + i}.get(kind, 0)
+            first = model.positions.first
+            return {'xl': first + i - length, 'text': first + i}.get(kind, 0)
 
         out = torch.zeros_like(q)
         for row, query in enumerate(rows):
@@ -72,9 +73,10 @@ def rmt_segment(model, text: Tensor, positions: list[int], memory: Tensor, xl: l
             for head in range(attn.heads):
                 group = head * k.shape[1] // attn.heads
                 head_q, head_k = q[row, head], [all_k[j][group] for j in seen]
-                if model.rotary_pos_emb:
-                    head_q = rotated(head_q, place(*query), 32768.0)
-                    head_k = [rotated(each, place(*keys[j]), 32768.0) for each, j in zip(head_k, seen, strict=True)]
+                if model.positions is not None:
+                    theta = model.positions.theta
+                    head_q = rotated(head_q, place(*query), theta)
+                    head_k = [rotated(each, place(*keys[j]), theta) for each, j in zip(head_k, seen, strict=True)]
                 weights = (torch.stack(head_k) @ head_q / math.sqrt(len(head_q))).softmax(0)
                 out[row, head] = weights @ torch.stack([all_v[j][group] for j in seen])
         x = x + out.flatten(1) @ attn.to_out.weight.T
@@ -210,8 +212,8 @@ def infini_segment(model, text: Tensor, positions: list[int], memories: list):
         for i in range(n):
             for head in range(attn.heads):
                 g = head // groups
-                turned = torch.stack([rotated(k[j, g], positions[j], 10000.0) for j in range(i + 1)])
-                scores = turned @ rotated(q[i, head], positions[i], 10000.0) / math.sqrt(attn.dim_head)
+                turned = torch.stack([rotated(k[j, g], positions[j], model.rotary_theta) for j in range(i + 1)])
+                scores = turned @ rotated(q[i, head], positions[i], model.rotary_theta) / math.sqrt(attn.dim_head)
                 local = scores.softmax(0) @ v[: i + 1, g]
                 M, z = shown[g]
                 if z.any():

@@ -71,23 +71,24 @@ def test_any_steps_through_the_cache_are_advance(case):
     model = wrapped(case).model
     x, lengths = ids(3, 4), torch.tensor([4, 1, 0])
     cache = model.open_segment(model.initial_state(3), LENGTH)
-    hidden, cache = model.extend(cache, x, lengths)
-    more, cache = model.extend(cache, x[:, :2])
+    hidden = cache.extend(model, x, lengths)
+    more = cache.extend(model, x[:, :2])
     for row, length in enumerate(lengths.tolist()):
         text = torch.cat((x[row, :length], x[row, :2]))[None]
         expected, state = model.advance(text)
         close(torch.cat((hidden[row, :length], more[row]))[None], expected)
         rows = torch.arange(3) == row
-        cache = model.close_segment(cache, rows)
+        cache.close(model, rows)
         for have, want in zip(leaves(cache.state_now()), leaves(state), strict=False):
             if have.ndim != 5 and have.dtype.is_floating_point:  # XL memories are padded to one length
                 close(have[row], want[0])
-    again, cache = model.extend(cache, x[:, :1])
+    again = cache.extend(model, x[:, :1])
     expected, _ = model.advance(x[:1, :1], model.advance(torch.cat((x[0], x[0, :2]))[None])[1])
     close(again[:1], expected)
     before = cache.state_now()
-    untouched = model.close_segment(model.open_segment(before, LENGTH)).state_now()
-    for have, want in zip(leaves(untouched), leaves(before), strict=True):
+    untouched = model.open_segment(before, LENGTH)
+    untouched.close(model)
+    for have, want in zip(leaves(untouched.state_now()), leaves(before), strict=True):
         assert torch.equal(have, want)  # a segment without a token does not happen
 
 

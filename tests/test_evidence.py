@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import evidence
-from benchmarks.evidence_experiments import EXPERIMENTS, SEEDS, Experiment, stored, task_row
-from benchmarks.evidence_extras import EXTRAS
-from benchmarks.evidence_report import arm_table, interval, load, report
-from benchmarks.evidence_rows import ROWS, LanguageRow
-from recurrent_memory_transformer_pytorch.attention import Layout
+from benchmarks.evidence import results as evidence
+from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, Experiment, stored, task_row
+from benchmarks.evidence.extras import EXTRAS
+from benchmarks.evidence.report import arm_table, interval, load, report
+from benchmarks.evidence.rows import ROWS, LanguageRow
+from recurrent_memory_transformer_pytorch.attention import Layout, SegmentRows, Surroundings
 from segment_recurrence_pytorch.tasks import Memorize
 from tests.conftest import close, make_rmt, random_weights
 
@@ -132,12 +132,15 @@ def test_an_extra_changes_the_model_and_is_learned(extra):
 
 
 def test_a_null_key_is_a_key_in_front_that_all_rows_see():
-    EXTRAS['null key'](model := make_rmt(num_memory_tokens=0, depth=1))
-    attn, x = model.double().layers[0].attn, torch.randn(2, 2, 16, dtype=torch.float64)
-    out, _, _ = attn(x, Layout(0, 0, 2, 0, 'block'), backend='sdpa')
+    sizes = {**make_rmt().arguments, 'num_memory_tokens': 0, 'depth': 1}
+    attn = EXTRAS['null key'](**sizes).double().layers[0].attn
+    x = torch.randn(2, 2, 16, dtype=torch.float64)
+    rows = SegmentRows(Layout(0, 0, 2, 0, 'block'), xl=None, rotations=None, mask=None, backend='sdpa')
+    out = attn(x, Surroundings(rows.attend))
     q, k, v = attn.project(x)
     null_k, null_v = attn.null.expand(-1, 2, -1, -1, -1)
     keys, values = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
     for row, seen in ((0, 2), (1, 3)):
         weights = (q[:, :, row, None] @ keys[:, :, :seen].mT / 8**0.5).softmax(-1)
-        close(out[:, row : row + 1], attn.merge(weights @ values[:, :, :seen]))
+        expected = attn.to_out((weights @ values[:, :, :seen]).transpose(1, 2).flatten(-2))
+        close(out[:, row : row + 1], expected)

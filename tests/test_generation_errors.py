@@ -51,7 +51,7 @@ def bad_calls():
     yield dict(prompt=None, state=Cursor(None, prompt, torch.tensor([1]))), 'the lengths of the cursor'
     yield dict(prompt=prompt, top_k=2.5), 'top_k is 2.5'
     yield dict(prompt=prompt, generator=7), 'generator is a int'
-    yield dict(prompt=prompt, filter_fn=lambda logits: logits[:1]), 'it must keep the shape'
+    yield dict(prompt=prompt, filter_fn=lambda logits: logits[:1]), 'it must return logits of the same shape'
     yield dict(prompt=prompt, filter_fn=lambda logits: logits - math.inf), r'row 0 after 7 tokens \(new token 0\)'
     yield dict(prompt=prompt, filter_fn=lambda logits: logits * math.nan), 'are NaN'
 
@@ -88,7 +88,7 @@ def test_other_refusals():
         wrapper.generate([ids(3), ids(4)], length=9)
     cache = wrapper.model.open_segment(wrapper.model.initial_state(1), 4)
     with pytest.raises(ValueError, match='5 tokens after 0 in a segment of 4: close the segment first'):
-        wrapper.model.extend(cache, ids(1, 5))
+        cache.extend(wrapper.model, ids(1, 5))
 
 
 @pytest.mark.parametrize('check_every', [1, 4, 32])

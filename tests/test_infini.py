@@ -82,7 +82,7 @@ def test_evaluating_fewer_segments_at_once_changes_no_number(monkeypatch):
             monkeypatch.undo()
     empty, same = model.advance(ids(5, 0), state)
     assert empty.shape == (5, 0, 16)
-    assert same is state
+    assert all(map(torch.equal, leaves(same), leaves(state)))
 
 
 @pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
@@ -271,7 +271,7 @@ def test_published_wrapper_calls():
     assert not model.training
     want = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    close(wrapper(seq, backward=True, grad_accum_scale=1 / 4), loss / 4)
+    close(wrapper(seq, backward=True, grad_accum_scale=1 / 4), loss)  # its users print it
     for name, parameter in model.named_parameters():
         close(parameter.grad, want[name] / 4)
     first, memories = wrapper(seq[:, :11], return_memories=True)
@@ -302,12 +302,12 @@ def bad_calls():
     yield {'past_memories': make_infini().initial_state(3)}, 'shape'
     yield {'past_memories': make_infini(dim_head=8).initial_state(2)}, 'shape'
     yield {'past_memories': tuple(Memories(*(part.float() for part in layer)) for layer in state)}, 'float32'
-    yield {'past_memories': [1, 2]}, 'is a|are a'
-    yield {'past_memories': 3}, 'are a int'
+    yield {'past_memories': [1, 2]}, r'state\[0\] is int, this model has Memories there'
+    yield {'past_memories': 3}, 'state is int, this model has tuple there'
     yield {'x': ids(2, 5) + 18}, 'outside'
     yield {'mask': torch.ones(2, 4, dtype=torch.bool)}, 'mask has shape'
     yield {'cached_kv': []}, 'cached_kv has 0 entries'
-    yield {'cached_kv': make_infini()(ids(3, 2)).cached_kvs}, 'cached_kv: shape'
+    yield {'cached_kv': make_infini()(ids(3, 2)).cached_kvs}, 'cached_kv of layer 0: kv: shape'
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from infini_transformer_pytorch import FastweightMemory, InfiniTransformer, InfiniTransformerWrapper, Memories
-from infini_transformer_pytorch.memory import MEMORY_RULES, Writes, read, write
-from infini_transformer_pytorch.scan import affine_scan
+from infini_transformer_pytorch.memory import MEMORY_RULES, Writes, affine_scan, recall, write
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import close
 from tests.reference import infini_read, infini_write
@@ -32,9 +31,9 @@ def test_writing_equals_the_token_loop(rule, n):
             M, z = infini_write(rule, *(t[i, row, head, at] for t in (keys, values, strength, decay)), M, z)
         close(after.kv_mem[row, head], M)
         query = torch.randn(d).double()
-        recalled, written = read(query.expand(1, b, g, 1, d), Memories(after.kv_mem[None], after.k_norm[None]), rule)
-        close(recalled[0, row, head, 0], infini_read(rule, query, M, z))
-        assert written.all()
+        recallable = FastweightMemory(g, memory_rule=rule).double().recallable(after)
+        close(recall(query.expand(b, g, 1, d), recallable, rule)[row, head, 0], infini_read(rule, query, M, z))
+        assert recallable.written.all()
 
 
 def test_scan_gradients():

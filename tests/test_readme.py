@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 import torch
 
-from benchmarks.evidence_report import score
+from benchmarks.evidence.report import score
 
 README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)

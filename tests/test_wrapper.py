@@ -84,7 +84,8 @@ def test_padding_ids_without_labels():
     rows = wrapper.loss(x, mask=mask, reduction='none').loss.sum(1)
     close(rows[0], alone[0].loss)
     close(rows[1], alone[1].loss)
-    close(expected.state.memory[1:2], alone[1].state.memory)
+    # only the last column is a target and not read: a row that is padded there has been read whole
+    close(expected.state.memory[1:2], wrapper.logits(x[1:2, :9])[1].memory)
 
 
 def test_nothing_to_learn_is_a_zero_loss():
@@ -137,7 +138,7 @@ def test_reset_starts_some_rows_again():
         close(logits[1:2], wrapper.logits(y[1:2])[0])
         close(logits[:1], wrapper.logits(y, state)[0][:1])
         assert wrapper.reset(None, rows) is None
-        assert wrapper.reset(state, ~rows & rows) is state
+        assert all(map(torch.equal, leaves(wrapper.reset(state, ~rows & rows)), leaves(state)))
     wrapper = wrapped()
     _, memories = wrapper(x, return_loss=True)
     close(wrapper.reset(memories, rows)[1], wrapper.model.initial_memory)

@@ -1,4 +1,4 @@
-"""docs/results.md and its plots, from the JSON of `benchmarks.evidence`."""
+"""docs/results.md and its plots, from the JSON of `benchmarks.evidence` and the prose in Markdown beside it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.evidence_experiments import EXPERIMENTS, RULE, Experiment, stored
-from benchmarks.evidence_rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
+from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
+from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
 
-INTRODUCTION = """# Results
-
-Tiny models on one CPU thread, trained in minutes: what the memories learn, and where they stop. Made by
-`make evidence` from the JSON in `benchmarks/results/evidence`; `python -m benchmarks.evidence NAME` runs one again.
-Means over the seeds, the worst seed in brackets. Rows without results are named at the end. 'Without memory' is the
-best score that a model can have that sees only its own segment. Undecided: the 95 % t interval over the seeds, in
-square brackets, reaches below what is asked. No run on a seed of the table is left out: what was stopped or repeated
-is named with its row. Runs on development seeds, from which recipes come, were single ones: what the remarks say of
-them is not in the JSON.
-"""
-
+PROSE = Path(__file__).parents[1] / 'results' / 'evidence' / 'prose'
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
 
 
@@ -28,7 +18,7 @@ def report(folder: Path, page: Path) -> None:
     """Writes the page, and a plot for each row of tasks that has results."""
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, overview(results)]
+    parts = [prose('introduction'), overview(results)]
     for name, row in ROWS.items():
         if not results[name]:
             continue
@@ -40,11 +30,11 @@ def report(folder: Path, page: Path) -> None:
                 parts.append(f'![{row.claim}]({name}.png)\n')
         elif isinstance(row, LanguageRow):
             parts.append(language_table(row, results[name]))
-        if row.remark:
-            parts.append(f'{row.remark}\n')
+        if remark := prose(f'remarks/{name}'):
+            parts.append(remark)
     parts += million_section(folder.parent / 'million_evaluation.json')
     if sections := [part for experiment in EXPERIMENTS.values() for part in experiment_section(experiment, folder)]:
-        parts += [f'## Experiments\n\n{RULE}\n', *sections]
+        parts += [f'## Experiments\n\n{prose("rule")}', *sections]
     missing = [f'- {row.claim} (`{name}`)' for name, row in ROWS.items() if not results[name]]
     missing += [f'- {experiment.question} (`{name}`): {", ".join(lacking)}'
                 for name, experiment in EXPERIMENTS.items() if (lacking := experiment.lacking(folder))]  # fmt: skip
@@ -56,6 +46,12 @@ def report(folder: Path, page: Path) -> None:
     if long:
         plot_curves(long, page.parent / 'memory.png', 'A value marked in the first 32 tokens, asked for at the end')
     print(f'wrote {page}')
+
+
+def prose(name: str) -> str:
+    """Returns a text of the page; '' if there is none of that name."""
+    path = PROSE / f'{name}.md'
+    return path.read_text() if path.exists() else ''
 
 
 def load(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -163,7 +159,8 @@ def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
     if not tables:
         return []
     head = f'### {experiment.question}\n\n`python -m benchmarks.evidence {experiment.name}`\n'
-    return [head, *tables, f'**Decision.** {experiment.decision or "Not made yet."}\n']
+    decision = prose(f'decisions/{experiment.name}') or 'Not made yet.\n'
+    return [head, *tables, f'**Decision.** {decision}']
 
 
 def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]]) -> str:

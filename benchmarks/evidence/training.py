@@ -1,4 +1,4 @@
-"""Trains and evaluates one seed of a row of `evidence_rows` or `evidence_experiments`."""
+"""Trains and evaluates one seed of a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks.evidence_rows import MILLION, LanguageRow, TaskRow
+from benchmarks.evidence.rows import MILLION, LanguageRow, TaskRow
 from segment_recurrence_pytorch.data import Streams, python_source
 from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine

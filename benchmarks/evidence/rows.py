@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evidence_extras import EXTRAS
+from benchmarks.evidence.extras import EXTRAS
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch.model import SegmentModel
@@ -24,9 +24,22 @@ MILLION = 31_250  # segments of 32 tokens
 
 @dataclass(kw_only=True)
 class Row:
-    """name; claim: what the row says, in a line; label: the same for a plot; published: the number to compare with.
-    embedding_std: start from `start_active`; None: from the library's own start. wrapper_options: of `SegmentWrapper`.
-    one_rate: gates learn as all else. extra: a name of `evidence_extras.EXTRAS`. remark: for the page."""
+    """What is trained, and how long.
+
+    Attributes:
+        name: of the row, in commands and files.
+        claim: what the row says, in a line.
+        published: the number to compare with.
+        label: the claim for a plot.
+        model: 'rmt' or 'infini'.
+        options: arguments of the model.
+        batch_size, lr, steps: of the training.
+        embedding_std: `start_active` gives the model its start, with embeddings of this standard deviation; None: the
+            library's own start. Default: 0.5.
+        wrapper_options: further arguments of `SegmentWrapper`.
+        one_rate: whether gates learn with the learning rate of all else. Default: False, with that of `param_groups`.
+        extra: a name of `extras.EXTRAS`. Default: '', none.
+    """
 
     name: str
     claim: str = ''
@@ -41,15 +54,13 @@ class Row:
     wrapper_options: dict[str, Any] = field(default_factory=dict)
     one_rate: bool = False
     extra: str = ''
-    remark: str = ''
 
     def build(self, num_tokens: int, segment_length: int) -> SegmentWrapper:
-        """A new model in its wrapper."""
+        """Returns a new model in its wrapper."""
         model: SegmentModel
         if self.model == 'rmt':
-            model = RecurrentMemoryTransformer(num_tokens=num_tokens, seq_len=segment_length, **self.options)
-            if self.extra:
-                EXTRAS[self.extra](model)
+            make = EXTRAS[self.extra] if self.extra else RecurrentMemoryTransformer
+            model = make(num_tokens=num_tokens, seq_len=segment_length, **self.options)
         else:
             model = InfiniTransformer(num_tokens=num_tokens, **self.options)
         if self.embedding_std is not None:
@@ -59,9 +70,17 @@ class Row:
 
 @dataclass(kw_only=True)
 class TaskRow(Row):
-    """stages: of the curriculum. lengths: numbers of segments that are evaluated, with `sequences`
-    sequences, a million tokens with `million_sequences`. targets, limits: the least, the most accuracy asked for.
-    repetition: up to how often a segment is written in training (virtual length)."""
+    """A row that is trained on a task.
+
+    Attributes:
+        task: makes the task.
+        stages: numbers of segments of the curriculum.
+        lengths: numbers of segments that are evaluated.
+        targets, limits: by number of segments, the least and the most accuracy that is asked for.
+        sequences: how many sequences are evaluated at each length. Default: 64.
+        million_sequences: how many at a million tokens. Default: 16.
+        repetition: up to how many times a segment counts in training (virtual length). Default: 0, always once.
+    """
 
     task: Callable[[], Task]
     stages: list[int]
@@ -73,29 +92,38 @@ class TaskRow(Row):
     repetition: float = 0.0
 
     def wrapper(self) -> SegmentWrapper:
-        """A new model for the task."""
+        """Returns a new model for the task."""
         task = self.task()
         return self.build(task.num_tokens, task.segment_length)
 
 
 @dataclass(kw_only=True)
 class LanguageRow(Row):
-    """segment_length in bytes; segments a step; target: the least gain in bits per byte."""
+    """A row that is trained on bytes.
+
+    Attributes:
+        segment_length: in bytes.
+        segments: of a training step.
+        target: the least gain over the twin without memory that is asked for, in bits per byte. Default: 0.
+    """
 
     segment_length: int
     segments: int
     target: float = 0.0
 
     def wrapper(self) -> SegmentWrapper:
-        """A new model of bytes."""
+        """Returns a new model of bytes."""
         return self.build(256, self.segment_length)
 
 
 @torch.no_grad()
 def start_active(model: SegmentModel, embedding_std: float) -> None:
-    """Embeddings and memory tokens of that size, linear layers as PyTorch starts them: softer attention, and blocks
-    that do something from the first step on. The library's own start, blocks that are the identity, learns text
-    faster, but was far slower to find a marked token. Axial attention starts as the library starts it."""
+    """Gives a model another start: embeddings and memory tokens of that standard deviation, and linear layers as
+    PyTorch starts them. So attention is softer, and blocks do something from the first step on.
+
+    The library's own start, in which blocks are the identity, learns text faster, but was far slower to find a marked
+    token. Axial attention keeps the library's start.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith('axial.'):
             module.reset_parameters()
@@ -121,14 +149,6 @@ _tasks: list[TaskRow | LanguageRow] = [
         claim='RMT keeps a fact through a million tokens, trained on at most 5 segments',
         label='Recurrent Memory Transformer',
         published='near 1.00 to 1M tokens and more (arXiv 2304.11062, BERT-base)',
-        remark="""\
-What made it hold, on development seeds. The plateau: with a first stage of one segment, mark and question together,
-both seeds tried reached 5 segments by step 650; without it (and with noise 0.1), 3 of 4 seeds did not pass 2 segments
-in 1,000 steps. The drift: values run together later, while the loss at the trained lengths is 0 already. On a shorter
-task (8 values, segments of 16, one seed), accuracy at 256 segments: `write_init` 'sum', noise 0.1: .21; 'learned':
-.66; with noise 0.5, 1 and 2: .71, .76, .88; with noise 1 and dropout 0.1: 1.00, and with dropout in the feed-forward
-alone: .56. Not in the table: seed 0 with an earlier recipe (noise 0.1, no first stage), stopped at .906 of 2
-segments.""",
         model='rmt', options={**RMT, **LASTING}, steps=2500, million_sequences=64,
         targets={5: 0.99, 7: 0.99, 1024: 0.95, MILLION: 0.85}, **{**MEMORIZE, 'stages': [1, 2, 3, 4, 5]},
     ),
@@ -137,7 +157,7 @@ segments.""",
         claim='Infini keeps a fact, trained on at most 5 segments, no virtual length',
         label='Infini-Transformer',
         published=PASSKEY, model='infini', options=INFINI, steps=800, targets={16: 0.99},
-        remark="An earlier run of seed 0, with the library's own start, was stopped at .938 of 2 segments.", **MEMORIZE,
+        **MEMORIZE,
     ),
     TaskRow(
         name='infini_passkey_strength',
@@ -188,14 +208,6 @@ segments.""",
         model='rmt', options={**RMT, 'qk_norm': True}, task=AssociativeRetrieval,
         stages=[3, 4, 5], lengths=[2, 3, 4, 5], targets={4: 0.45}, batch_size=32, lr=3e-3, steps=4500,
         sequences=1024,
-        remark="""\
-Who knows the stored values alone, and names the most frequent, is right in .55, .43 and .38 of the cases at 3, 4 and
-5 segments. What made the difference, on development seeds: no first stage of one pair. With it, half of the batches
-hold one pair, which soon teaches nothing, and whether two are ever told apart is luck; accuracy at 3 and 4 segments:
-.95, .67 (learning rate 1e-3, batch 64, 4,000 steps), with `qk_norm` .90, .52 (3e-3, batch 32) and on another seed
-.55, .40 (1e-3, 3,000 steps, or 3e-3, 1,500 steps), there also with keys that start equal to queries (mimetic
-initialization, arXiv 2305.09828). Without it, on that other seed, 5,000 steps: 1.00, .95. Not in the table: the same
-seeds with the first of these recipes, .58, .42 and .35 at 3 to 5 segments.""",
     ),
 ]  # fmt: skip
 
@@ -203,7 +215,16 @@ seeds with the first of these recipes, .58, .42 and .35 at 3 to 5 segments.""",
 def bytes_row(
     model: str, length: int, options: dict[str, Any] | None = None, kind: str = '', steps: int = 800, **more: Any
 ) -> LanguageRow:
-    """A byte model, 128 bytes a step, against a twin without memory. kind: of memory, for name and claim."""
+    """Returns the row of a byte model, trained on 128 bytes of each text a step, and its twin without memory.
+
+    Args:
+        model: 'rmt' or 'infini'.
+        length: bytes of a segment.
+        options: further arguments of the model. Default: None.
+        kind: what the name and the claim call the memory. Default: '', nothing.
+        steps: of the training. Default: 800.
+        more: further fields of the row.
+    """
     name, on = (f'{model}_bytes_{kind}', f'bytes with the {kind} memory') if kind else (f'{model}_bytes', 'bytes')
     return LanguageRow(
         name=f'{name}_{length}',
@@ -219,20 +240,11 @@ BYTES['rmt'] = {**BYTES['infini'], 'num_memory_tokens': 4}
 # on development seeds each part made bytes better: writes that replace, forgetting, gates that start at the local
 # attention and stay there until the memory is worth reading
 FORGETTING: dict[str, Any] = dict(memory_rule='deltanet', memory_decay=True, head_gate_init_value=3.0)
-BYTES_TRIED = """\
-What was tried against the loss with the default memory, on one development seed, as gain over the twin in bits. The
-first guess, that half a head's output is noise until the memory is worth reading: gates that start at 4 instead of 0
-gain .07 with segments of 64 (400 steps: -.095 to -.026). The second, that a sum over all that was read says little
-about text: at segments of 16, gates at 2 and decay: -.001, learned strength: -.012, deltanet: -.031, deltanet with
-decay: +.035 (default -.063, gates at 4 -.011). The third, that gates which learn 30 times faster run ahead: deltanet
-with decay, gates at 2, segments of 64: -.046, with 3 times: -.015; gates at 4: -.033, -.020, with `kv_proj` -.037.
-After 800 steps: gates at 2, 3 times: +.008; at 3, without a rate of their own: +.014, and with the delta rule, learned
-strength and decay instead of deltanet: +.012."""
 _language: list[TaskRow | LanguageRow] = [
     bytes_row('rmt', 16, target=0.03),
     bytes_row('rmt', 64),
     bytes_row('infini', 16, FORGETTING, one_rate=True),
-    bytes_row('infini', 64, FORGETTING, one_rate=True, remark=BYTES_TRIED),
+    bytes_row('infini', 64, FORGETTING, one_rate=True),
     bytes_row('infini', 64, kind='default'),
 ]
 ROWS = {row.name: row for row in _tasks + _language}

@@ -1,0 +1,78 @@
+"""What the memories really learn: trains the rows and experiments of docs/results.md.
+
+    python -m benchmarks.evidence                      # the rows and experiments, and which of them have results
+    python -m benchmarks.evidence rmt_memorize         # trains its seeds, writes JSON and the plot, then the page
+    python -m benchmarks.evidence rmt_memorize --seed 2
+    python -m benchmarks.evidence rules                # an experiment: what it has no result of yet
+    python -m benchmarks.evidence --all --quick        # everything at reduced size, into a scratch folder
+    python -m benchmarks.evidence --report             # the page and the plots from the JSON: make evidence
+
+One CPU thread a process. Recipes were chosen on other seeds (100 and up) than those of the table (0, 1, 2) and of the
+experiments (10 to 14).
+
+    rows.py          what is trained in each row of the page, and what is asked of it
+    experiments.py   which options are compared, on which rows
+    extras.py        variants of the models that only an experiment uses
+    training.py      trains and evaluates one run
+    results.py       the runs as JSON, each with the configuration that made it
+    report.py        the page and the plots, from that JSON and the prose in Markdown beside it
+    adopt.py         adds a new option of the library, whose default changes nothing, to the configurations
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence.experiments import EXPERIMENTS
+from benchmarks.evidence.report import load, report
+from benchmarks.evidence.results import PAGE, RESULTS, SEEDS, run, run_experiment
+from benchmarks.evidence.rows import ROWS
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.evidence',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('names', nargs='*', metavar='NAME', help='names of rows and experiments')
+    parser.add_argument('--all', action='store_true', help='every row and every experiment')
+    parser.add_argument('--seed', type=int, help='only this seed of the rows')
+    parser.add_argument('--quick', action='store_true', help='three steps a run, into a scratch folder')
+    parser.add_argument('--report', action='store_true', help='the page and the plots from the JSON that is there')
+    parser.add_argument('--out', type=Path, help='folder of the JSON')
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else RESULTS)
+    names = [*ROWS, *EXPERIMENTS] if arguments.all else arguments.names
+    unknown = [name for name in names if name not in ROWS and name not in EXPERIMENTS]
+    if unknown:
+        sys.exit(f'nothing called {", ".join(unknown)}: choose from {", ".join([*ROWS, *EXPERIMENTS])}')
+    if arguments.seed is not None and set(names) & set(EXPERIMENTS):
+        parser.error('--seed is for rows: an experiment has seeds of its own')
+    for name in names:
+        if name in EXPERIMENTS:
+            run_experiment(EXPERIMENTS[name], folder, arguments.quick)
+            continue
+        for seed in [arguments.seed] if arguments.seed is not None else [0] if arguments.quick else SEEDS:
+            run(ROWS[name], seed, folder, arguments.quick)
+    if names or arguments.report:
+        report(folder, PAGE if folder == RESULTS else folder / 'results.md')
+        return
+    for name, row in ROWS.items():
+        seeds = [result['seed'] for result in load(RESULTS, name)]
+        print(f'{name:28} {row.claim:70} seeds {seeds or "not run"}')
+    for name, experiment in EXPERIMENTS.items():
+        print(f'{name:28} {experiment.question:70} {", ".join(experiment.lacking(RESULTS)) or "all runs"}')
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    main()

@@ -1,0 +1,178 @@
+"""Adds a new option of the library to the configurations of results that were made before it was there.
+
+    python -m benchmarks.evidence.adopt CHECKOUT       # CHECKOUT: the code before the option, as a folder
+
+A result stays true when an option is added whose default computes what was computed before. That is shown, not assumed:
+for every configuration whose only difference is options that it does not have, the model is made with the code before
+and with the code now. The initial weights, and the losses and weights of two training steps, have to be the same bit
+for bit. Then the options are written into the JSON, and `options_added_later` names them. For any other difference, and
+any bit that differs, nothing is written: the run has to be made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def worker() -> None:
+    """For each line of standard input, [experiment or null, row, arm or null, seed], prints a digest of what training
+    does. It runs in the code that is on the path: this one, or the one before."""
+    import torch
+
+    try:
+        from benchmarks.evidence.experiments import EXPERIMENTS
+        from benchmarks.evidence.rows import ROWS, TaskRow
+        from benchmarks.evidence.training import parameter_groups, repetitions
+    except ImportError:  # as the modules were called first
+        from benchmarks.evidence_experiments import EXPERIMENTS  # type: ignore
+        from benchmarks.evidence_rows import ROWS, TaskRow  # type: ignore
+        from benchmarks.evidence_training import parameter_groups, repetitions  # type: ignore
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        experiment, name, arm, seed = json.loads(line)
+        row = ROWS[name] if experiment is None else EXPERIMENTS[experiment].row(
+            next(row for row in EXPERIMENTS[experiment].rows if row.name == name), arm
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        wrapper = row.wrapper()
+        digest = hashlib.sha256()
+
+        def note(wrapper=wrapper, digest=digest) -> None:
+            for weight_name, tensor in sorted(wrapper.state_dict().items()):
+                digest.update(weight_name.encode() + tensor.numpy().tobytes())
+
+        note()
+        optimizer = torch.optim.AdamW(parameter_groups(row, wrapper))
+        generator = torch.Generator().manual_seed(seed)
+        shape = row.batch_size, 4 * wrapper.segment_length + 1
+        wrapper.train()
+        state = None
+        for _ in range(2):
+            tokens = torch.randint(0, wrapper.model.num_tokens, shape, generator=generator)
+            options: dict[str, Any] = {}
+            if isinstance(row, TaskRow) and row.repetition:
+                scale = repetitions(row.batch_size, 4, row.repetition, generator)
+                options = {'per_segment': {'write_scale': scale}}
+            returned = wrapper.loss(tokens, state, **options)
+            optimizer.zero_grad()
+            returned.loss.backward()
+            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+            optimizer.step()
+            state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, returned.state)
+            digest.update(repr(returned.loss.item()).encode())
+            note()
+        print(digest.hexdigest(), flush=True)
+
+
+class Training:
+    """A process that trains in the code of a checkout, two steps a question."""
+
+    def __init__(self, checkout: Path):
+        self.checkout = checkout
+        env = dict(os.environ, PYTHONPATH=str(checkout), OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+        command = [sys.executable, str(Path(__file__).resolve()), '--worker']
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=checkout
+        )
+
+    def digest(self, question: list[Any]) -> str:
+        """Returns a digest of the initial weights, the losses and the weights after each step."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + '\n')
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if not answer:
+            raise SystemExit(f'training {question} failed in {self.checkout}')
+        return answer
+
+
+def questions(folder: Path) -> list[tuple[Path, dict[str, Any], list[Any], dict[str, Any]]]:
+    """Returns, for each run that is kept: its file, itself, what tells `worker` how to train it, and its configuration
+    as the code says it now."""
+    from benchmarks.evidence.experiments import EXPERIMENTS, stored
+    from benchmarks.evidence.results import config
+    from benchmarks.evidence.rows import ROWS
+
+    found: list[tuple[Path, dict[str, Any], list[Any], dict[str, Any]]] = []
+    for name, row in ROWS.items():
+        for path in sorted(folder.glob(f'{name}-*.json')):
+            run = json.loads(path.read_text())
+            if run['row'] == name:
+                found.append((path, run, [None, name, None, run['seed']], config(row)))
+    for experiment in EXPERIMENTS.values():
+        for base in experiment.rows:
+            path = experiment.file(folder, base)
+            now = {arm: config(experiment.row(base, arm)) for arm in experiment.arms}
+            for run in stored(path):
+                question = [experiment.name, base.name, run['arm'], run['seed']]
+                found.append((path, run, question, now[run['arm']]))
+    return [(path, run, question, json.loads(json.dumps(now))) for path, run, question, now in found]
+
+
+def added_options(before: dict[str, Any], now: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the options of a configuration that an older one does not have. Exits if anything else differs."""
+    added = {key: value for key, value in now['options'].items() if key not in before['options']}
+    if {**now, 'options': {key: now['options'][key] for key in now['options'] if key not in added}} != before:
+        raise SystemExit(f'{name}: more than new options differs, the run has to be made again')
+    return added
+
+
+def main(checkout: Path, folder: Path) -> None:
+    """Compares every configuration, and then writes."""
+    changes: list[tuple[Path, list[Any], dict[str, Any]]] = []
+    trained: dict[str, bool] = {}
+    before, now = Training(checkout), Training(ROOT)
+    for path, run, question, config in tqdm(questions(folder), desc='runs', disable=None):
+        added = added_options(run['config'], config, f'{path.name} {question}')
+        if not added:
+            continue
+        key = json.dumps([run['config'], question[-1]], sort_keys=True)
+        if key not in trained:
+            trained[key] = before.digest(question) == now.digest(question)
+        if not trained[key]:
+            raise SystemExit(f'{path.name} {question} trains to other bits: the run has to be made again')
+        changes.append((path, question, added))
+    write(changes)
+    print(f'{len(changes)} runs in {len(trained)} configurations and seeds train to the same bits: options added')
+
+
+def write(changes: list[tuple[Path, list[Any], dict[str, Any]]]) -> None:
+    """Adds options to the configurations of runs, and names them in `options_added_later`."""
+    from benchmarks.evidence.results import write as write_json
+
+    for path in sorted({path for path, _, _ in changes}):
+        content = json.loads(path.read_text())
+        for _, (_, _, arm, seed), added in (change for change in changes if change[0] == path):
+            for run in content.get('runs', [content]):
+                if run['seed'] == seed and run.get('arm') == arm:
+                    run['config']['options'] |= added
+                    run['options_added_later'] = sorted({*run.get('options_added_later', []), *added})
+        write_json(path, content)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkout', type=Path, nargs='?', help='a folder with the code before')
+    parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker()
+    elif arguments.checkout is None:
+        parser.error('give the folder with the code before')
+    else:
+        from benchmarks.evidence.results import RESULTS
+
+        main(arguments.checkout.resolve(), RESULTS)

@@ -1,0 +1,75 @@
+"""The runs of the evidence as JSON, each with the configuration that made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence import experiments
+from benchmarks.evidence.experiments import Experiment, stored
+from benchmarks.evidence.rows import LanguageRow, TaskRow
+from benchmarks.evidence.training import run_row
+from segment_recurrence_pytorch.checkpoint import replacing
+
+RESULTS = Path(__file__).parents[1] / 'results' / 'evidence'
+PAGE = Path(__file__).parents[2] / 'docs' / 'results.md'
+SEEDS = (0, 1, 2)  # of the rows
+
+
+def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
+    """Trains one seed of a row, and writes it as JSON."""
+    done = run_row(row, seed, quick)
+    about = {'row': row.name, 'command': f'python -m benchmarks.evidence {row.name}'}
+    write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick), **done})
+
+
+def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
+    """Trains the runs of an experiment that are not there yet, and writes them one by one. A run that another
+    experiment has already is taken from there. One process an experiment."""
+    for base in experiment.rows:
+        path = experiment.file(folder, base)
+        runs = {(run['arm'], run['seed']): run for run in stored(path)}
+        for seed in experiments.SEEDS[:1] if quick else experiments.SEEDS:
+            for arm in list(experiment.arms)[: 2 if quick else None]:
+                row = experiment.row(base, arm)
+                wanted = json.loads(json.dumps(origin(row, seed, quick)))
+                done = known(path.parent, wanted) or {**wanted, **run_row(row, seed, quick, twin=False)}
+                runs[arm, seed] = {**done, 'arm': arm}
+                write(path, {'experiment': experiment.name, 'row': base.name, 'runs': list(runs.values())})
+
+
+def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the run of that configuration and seed, if any experiment has it."""
+    for path in sorted(folder.glob('*.json')):
+        for have in stored(path):
+            if all(have[name] == wanted[name] for name in ('config', 'seed', 'quick')):
+                return have
+    return None
+
+
+def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
+    """Returns what made a result."""
+    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
+    return {'seed': seed, 'quick': quick, **versions, 'config': config(row)}
+
+
+def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
+    """Returns what a result depends on, with the model's defaults spelled out: they may change, and the result too."""
+    texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits')
+    fields = {name: value for name, value in vars(row).items() if name not in texts}
+    model = row.wrapper().model
+    fields['options'] = {name: getattr(model, name, value) for name, value in model.arguments.items()}
+    if isinstance(row, TaskRow):
+        fields['task'] = {'class': type(row.task()).__name__, **vars(row.task())}
+    return fields
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes JSON: all of it, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text(json.dumps(result, indent=1) + '\n')
