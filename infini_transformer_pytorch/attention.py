@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.memory import MEMORY_RULES, Memories, Recallable, Writes, mix, recall, write
+from infini_transformer_pytorch.memory import (
+    MEMORY_RULES,
+    Memories,
+    Recallable,
+    Writes,
+    local_share,
+    mix,
+    recall,
+    write,
+)
 from segment_recurrence_pytorch.checks import check_finite, check_positive
 from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rotate
 
@@ -190,8 +199,9 @@ class FastweightMemory(nn.Module):
             memories: what `recallable` returned.
             gates: broadcast to (..., b, h, n). Default: None, `head_gates`.
         """
-        gates = self.head_gates[:, None] if gates is None else gates
-        return mix(local, recall(queries, memories, self.memory_rule), memories, gates)
+        recalled = recall(queries, memories, self.memory_rule)
+        share = memories.share if gates is None else local_share(gates, memories.written, recalled.dtype)
+        return mix(local, recalled, share)
 
     def recallable(self, memories: Memories) -> Recallable:
         """Returns memories (..., b, g, ...) as queries recall from them: through the transform, if there is one.
@@ -208,8 +218,9 @@ class FastweightMemory(nn.Module):
                 over_keys = _near_identity(self.key_proj, kv_mem.dtype)
                 kv_mem = over_keys @ kv_mem @ self.value_proj.to(kv_mem.dtype)
                 k_norm = (over_keys @ k_norm[..., None])[..., 0]
-            written = (k_norm > 0).any(-1).repeat_interleave(self.heads // self.kv_heads, dim=-1)
-        return Recallable(kv_mem, k_norm[..., None], written[..., None])
+            written = (k_norm > 0).any(-1).repeat_interleave(self.heads // self.kv_heads, dim=-1).unsqueeze(-1)
+            share = local_share(self.head_gates.unsqueeze(-1), written, kv_mem.dtype)
+        return Recallable(kv_mem.flatten(0, -3), k_norm.flatten(0, -2).unsqueeze(-1), written, share)
 
 
 class Surroundings(NamedTuple):
@@ -280,15 +291,16 @@ class InfiniAttention(nn.Module):
         out = self.fastweight_mem.recall(local, queries, memories, self.gates(x))
         return self.to_out(out.transpose(-3, -2).flatten(-2))
 
-    def gates(self, x: Tensor) -> Tensor:
-        """Returns the gates, broadcast to (..., b, h, n): sigmoid(gate) is the share of the local attention.
+    def gates(self, x: Tensor) -> Tensor | None:
+        """Returns the gates of the tokens, broadcast to (..., b, h, n): sigmoid(gate) is the share of the local
+        attention. None: the learned gate of each head, `fastweight_mem.head_gates`, for all tokens.
 
-        By default one learned gate for each head. Override it to make the gates of the tokens.
+        By default None. Override it to make gates of the tokens.
 
         Args:
             x: the layer's input after its norm, (..., b, n, dim).
         """
-        return self.fastweight_mem.head_gates[:, None]
+        return None
 
     def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Returns the strength beta and the log decay of each token, (..., b, g, n), in float32 at least; None for what

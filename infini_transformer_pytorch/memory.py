@@ -52,14 +52,16 @@ class Recallable(NamedTuple):
     """Memories in the form in which queries recall from them; `FastweightMemory.recallable` makes it.
 
     Attributes:
-        kv_mem: M, (..., b, g, d, e).
-        k_norm: z as a column, (..., b, g, d, 1).
+        kv_mem: M of all memories one behind the other, (.. b g, d, e).
+        k_norm: z as columns, (.. b g, d, 1).
         written: whether anything was ever written, (..., b, h, 1) bool.
+        share: the share of the local attention by the learned gates of the heads, (..., b, h, 1).
     """
 
     kv_mem: Tensor
     k_norm: Tensor
     written: Tensor
+    share: Tensor
 
 
 class Writes(NamedTuple):
@@ -141,29 +143,35 @@ def recall(queries: Tensor, memories: Recallable, rule: str) -> Tensor:
     """
     with no_autocast(queries.device.type):
         q = phi(queries, rule)
-        *outer, heads, n, d = q.shape
-        groups = memories.kv_mem.shape[-3]
-        q = q.reshape(*outer, groups, heads // groups * n, d)
-        values = q @ memories.kv_mem
+        # the query heads of a memory, and their tokens, are rows of one product
+        q = q.reshape(len(memories.kv_mem), -1 if q.numel() else 0, q.shape[-1])
+        values = torch.bmm(q, memories.kv_mem)
         if rule != 'deltanet':
-            normaliser = q @ memories.k_norm
-            values = values / torch.where(normaliser > 0, normaliser, 1)
+            normaliser = torch.bmm(q, memories.k_norm)
+            values = values / (normaliser + (normaliser == 0))  # an empty memory: 0 / 1
         return values.reshape(*queries.shape[:-1], values.shape[-1])
 
 
-def mix(local: Tensor, recalled: Tensor, memories: Recallable, gates: Tensor) -> Tensor:
-    """Returns the mix of local attention and memory, equation 6, (..., b, h, n, e) in the dtype of `local`.
+def local_share(gates: Tensor, written: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the share of the local attention, sigmoid(gates); all of it where nothing was ever written.
 
-    Where nothing was ever written, the local attention passes ungated.
+    Args:
+        gates: broadcast to (..., b, h, n).
+        written: whether anything was ever written, (..., b, h, 1) bool.
+        dtype: of the result.
+    """
+    return torch.where(written, gates.to(dtype).sigmoid(), 1)
+
+
+def mix(local: Tensor, recalled: Tensor, share: Tensor) -> Tensor:
+    """Returns the mix of local attention and memory, equation 6, (..., b, h, n, e) in the dtype of `local`.
 
     Args:
         local: what the local attention gives, (..., b, h, n, e).
         recalled: what `recall` gives, of the same shape.
-        memories: what was recalled from.
-        gates: sigmoid(gates) is the share of the local attention; broadcast to (..., b, h, n).
+        share: of the local attention, broadcast to (..., b, h, n).
     """
-    share = torch.where(memories.written, gates.to(recalled.dtype).sigmoid(), 1)[..., None]
-    return torch.lerp(recalled, local.to(recalled.dtype), share).to(local.dtype)
+    return torch.lerp(recalled, local.to(recalled.dtype), share.unsqueeze(-1)).to(local.dtype)
 
 
 def _prepared(writes: Writes, rule: str) -> Writes:

@@ -289,7 +289,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, surroundings: Any) -> Tensor:
         """Returns the rows that the attention returned, which may be only the last ones of x (..., rows, dim)."""
         out = self.attn(self.attn_norm(x), surroundings)
-        x = x[..., x.shape[-2] - out.shape[-2] :, :] + out
+        if out.shape[-2] < x.shape[-2]:
+            x = x[..., x.shape[-2] - out.shape[-2] :, :]
+        x = x + out
         return x + self.ff(self.ff_norm(x))
 
 

@@ -376,7 +376,8 @@ class SegmentWrapper(nn.Module):
         x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None), state
-        # only the last column is not read, since the next piece starts with it; a row that is padded there is read whole
+        # the last column alone is not read, since the next piece starts with it; a row that is padded there is read
+        # whole
         targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
         return Batch(x[:, :-1], targets, mask[:, :-1]), state
 
