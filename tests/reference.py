@@ -25,7 +25,7 @@ def rotated(vector: Tensor, position: int, theta: float) -> Tensor:
 
 
 def rmt_may_attend(model, query: tuple[str, int], key: tuple[str, int]) -> bool:
-    """The table of arms: query and key are (kind, index in its kind)."""
+    """The table of memory masks: query and key are (kind, index in its kind)."""
     (kind, i), (key_kind, j) = query, key
     if not model.causal:
         return True

@@ -94,13 +94,13 @@ def test_a_model_tells_and_takes_its_backend():
     assert model.attention_backend == 'naive'
 
 
-@pytest.mark.parametrize('arm', ['causal', 'block', 'mixed', 'encoder'])
+@pytest.mark.parametrize('pattern', ['causal', 'block', 'mixed', 'encoder'])
 @pytest.mark.parametrize('layout', [(0, 2, 5, 2), (4, 2, 5, 2), (4, 0, 5, 0), (0, 0, 1, 0)])
-def test_the_calls_of_each_arm_see_what_the_table_says(arm, layout):
-    causal = arm != 'encoder'
-    memory_mask = arm if causal else 'block'
+def test_the_calls_of_each_memory_mask_see_what_the_table_says(pattern, layout):
+    causal = pattern != 'encoder'
+    memory_mask = pattern if causal else 'block'
     model = make_rmt(causal=causal, memory_mask=memory_mask)
-    layout = Layout(*layout, arm)
+    layout = Layout(*layout, pattern)
     rows = [(kind, i) for kind in ('read', 'text', 'write') for i in range(getattr(layout, kind))]
     keys = [('xl', i) for i in range(layout.xl)] + rows
     expected = torch.tensor([[rmt_may_attend(model, row, key) for key in keys] for row in rows])

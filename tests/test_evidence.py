@@ -1,11 +1,14 @@
 """The evidence: every row runs, and the page is what the committed results say."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.evidence import adopt
 from benchmarks.evidence import results as evidence
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, Experiment, stored, task_row
 from benchmarks.evidence.extras import EXTRAS
@@ -108,6 +111,37 @@ def test_an_arm_is_compared_seed_by_seed():
 def test_the_page_is_what_the_results_say(tmp_path):
     report(evidence.RESULTS, tmp_path / 'results.md')
     assert (tmp_path / 'results.md').read_text() == evidence.PAGE.read_text()
+
+
+def test_an_option_is_added_to_results_only_if_it_changes_no_bit(tmp_path):
+    """The code before is a copy of this one, as it is, then with another epsilon in the norms."""
+    root, checkout, folder = Path(adopt.ROOT), tmp_path / 'before', tmp_path / 'results'
+    for package in ('benchmarks', 'segment_recurrence_pytorch', 'recurrent_memory_transformer_pytorch',
+                    'infini_transformer_pytorch'):  # fmt: skip
+        shutil.copytree(root / package, checkout / package, ignore=shutil.ignore_patterns('results', '__pycache__'))
+    evidence.run(ROWS['rmt_copy'], 7, folder, quick=True)
+    path = folder / 'rmt_copy-7.json'
+    whole = json.loads(path.read_text())
+    older = json.loads(path.read_text())
+    for name in ('rotary_theta', 'first_text_position'):
+        del older['config']['options'][name]
+    layers = checkout / 'segment_recurrence_pytorch' / 'layers.py'
+    as_it_is = layers.read_text()
+    for text, refused in ((as_it_is.replace('NORM_EPS = 1e-6', 'NORM_EPS = 1e-3'), True), (as_it_is, False)):
+        layers.write_text(text)
+        evidence.write(path, older)
+        if refused:
+            with pytest.raises(SystemExit, match='trains to other bits'):
+                adopt.main(checkout, folder)
+            assert json.loads(path.read_text()) == older
+    adopt.main(checkout, folder)
+    added = ['first_text_position', 'rotary_theta']
+    assert json.loads(path.read_text()) == {**whole, 'options_added_later': added}
+    changed = {**older, 'config': {**older['config'], 'lr': 1.0}}
+    evidence.write(path, changed)
+    with pytest.raises(SystemExit, match='more than new options differs'):
+        adopt.main(checkout, folder)
+    assert json.loads(path.read_text()) == changed
 
 
 @pytest.mark.parametrize('extra', EXTRAS)

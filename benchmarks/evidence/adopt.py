@@ -77,7 +77,7 @@ def worker() -> None:
 
 
 class Training:
-    """A process that trains in the code of a checkout, two steps a question."""
+    """A process that trains in the code of a checkout, two steps a question, inside a `with` block."""
 
     def __init__(self, checkout: Path):
         self.checkout = checkout
@@ -97,6 +97,14 @@ class Training:
         if not answer:
             raise SystemExit(f'training {question} failed in {self.checkout}')
         return answer
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the process."""
+        with self.process:
+            self.process.kill()
 
 
 def questions(folder: Path) -> list[tuple[Path, dict[str, Any], list[Any], dict[str, Any]]]:
@@ -134,17 +142,17 @@ def main(checkout: Path, folder: Path) -> None:
     """Compares every configuration, and then writes."""
     changes: list[tuple[Path, list[Any], dict[str, Any]]] = []
     trained: dict[str, bool] = {}
-    before, now = Training(checkout), Training(ROOT)
-    for path, run, question, config in tqdm(questions(folder), desc='runs', disable=None):
-        added = added_options(run['config'], config, f'{path.name} {question}')
-        if not added:
-            continue
-        key = json.dumps([run['config'], question[-1]], sort_keys=True)
-        if key not in trained:
-            trained[key] = before.digest(question) == now.digest(question)
-        if not trained[key]:
-            raise SystemExit(f'{path.name} {question} trains to other bits: the run has to be made again')
-        changes.append((path, question, added))
+    with Training(checkout) as before, Training(ROOT) as now:
+        for path, run, question, config in tqdm(questions(folder), desc='runs', disable=None):
+            added = added_options(run['config'], config, f'{path.name} {question}')
+            if not added:
+                continue
+            key = json.dumps([run['config'], question[-1]], sort_keys=True)
+            if key not in trained:
+                trained[key] = before.digest(question) == now.digest(question)
+            if not trained[key]:
+                raise SystemExit(f'{path.name} {question} trains to other bits: the run has to be made again')
+            changes.append((path, question, added))
     write(changes)
     print(f'{len(changes)} runs in {len(trained)} configurations and seeds train to the same bits: options added')
 
