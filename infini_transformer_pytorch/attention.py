@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from beartype import beartype
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import (
@@ -23,8 +24,9 @@ from infini_transformer_pytorch.memory import (
     recall,
     write,
 )
-from segment_recurrence_pytorch.checks import check_finite, check_positive
+from segment_recurrence_pytorch.checks import check_finite, check_like, check_positive
 from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rotate
+from segment_recurrence_pytorch.state import copied
 
 NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
 # a token keeps sigmoid(8) = 0.9997 of the memory at the start, so 512 tokens keep 0.84
@@ -85,10 +87,11 @@ class FastweightMemory(nn.Module):
         ValueError: for values outside their range.
     """
 
+    @beartype
     def __init__(
         self,
         heads: int,
-        head_gate_init_value: float = 0.0,
+        head_gate_init_value: int | float = 0.0,
         use_mem_delta_rule: bool = False,
         *,
         kv_heads: int | None = None,
@@ -107,18 +110,22 @@ class FastweightMemory(nn.Module):
             raise ValueError(
                 f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them"
             )
-        memory_rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
+        if memory_rule is None:
+            memory_rule = 'delta' if use_mem_delta_rule else 'linear'
         if memory_rule not in MEMORY_RULES:
             raise ValueError(f'memory_rule is {memory_rule!r}: give one of {", ".join(MEMORY_RULES)}')
         if mem_transform not in (None, 'talking_heads', 'kv_proj'):
             raise ValueError(f"mem_transform is {mem_transform!r}: give 'talking_heads', 'kv_proj' or None")
         if mem_transform == 'kv_proj' and dim_head is None:
             raise ValueError("mem_transform='kv_proj' projects the features of a head: give dim_head")
+        if dim_head is not None:
+            check_positive(dim_head=dim_head)
         self.heads = heads
         self.kv_heads = kv_heads
         self.memory_rule = memory_rule
         self.strength_in_normaliser = strength_in_normaliser
         self.mem_transform = mem_transform
+        self.dim_head = dim_head if mem_transform == 'kv_proj' else None
         self.head_gates = nn.Parameter(torch.full((heads,), float(head_gate_init_value)))
         if mem_transform == 'talking_heads':
             self.talking_heads = nn.Parameter(torch.full((kv_heads, kv_heads), TRANSFORM_START))
@@ -152,22 +159,30 @@ class FastweightMemory(nn.Module):
             mask: (b, n) bool, True = valid; padded tokens write nothing. Default: None, all are valid.
 
         Raises:
-            ValueError: for shapes that do not fit, and if both weights and strength are given.
+            ValueError: for shapes that do not fit, for a mask that is not bool, and if both weights and strength are
+                given.
         """
         if weights is not None and strength is not None:
             raise ValueError('weights are 1 - strength: give only strength')
-        batch, groups, n, _ = keys.shape
-        wanted = {'weights': (batch, groups, n, 1), 'strength': (batch, groups, n), 'log_decay': (batch, groups, n)}
-        wanted |= {'mask': (batch, n), 'keys': (batch, self.kv_heads, n, keys.shape[-1])}
-        wanted |= {'values': (batch, groups, n, values.shape[-1])}
-        given = {'weights': weights, 'strength': strength, 'log_decay': log_decay, 'mask': mask, 'keys': keys}
-        for name, tensor in (given | {'values': values}).items():
-            if tensor is not None and tuple(tensor.shape) != wanted[name]:
-                raise ValueError(f'{name} has shape {tuple(tensor.shape)}: this memory needs {wanted[name]}')
+        batch, _, n, features = _four('keys', keys)
+        groups, value_features = self.kv_heads, _four('values', values)[3]
+        _check_shapes(
+            keys=(keys, (batch, groups, n, self.dim_head or features)),
+            values=(values, (batch, groups, n, self.dim_head or value_features)),
+            weights=(weights, (batch, groups, n, 1)),
+            strength=(strength, (batch, groups, n)),
+            log_decay=(log_decay, (batch, groups, n)),
+            mask=(mask, (batch, n)),
+        )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f'mask is {mask.dtype}: give torch.bool, True = valid')
+        empty = empty_memories(keys, value_features)
+        past = empty if past_memories is None else _checked_memories(past_memories, empty)
+        if not n:
+            return copied(past)
         if weights is not None:
             strength = (1 - weights)[..., 0]
         per_token = (None if part is None else part[None] for part in (strength, log_decay, mask))
-        past = empty_memories(keys, values.shape[-1]) if past_memories is None else past_memories
         return self.write(Writes(keys[None], values[None], *per_token), past)[1]
 
     def retrieve_and_add_to_output(
@@ -181,10 +196,22 @@ class FastweightMemory(nn.Module):
             past_memories: the memories before the segment. Default: None, nothing is mixed in.
             gates: instead of the learned ones; sigmoid(gates) is the share of `out`; broadcast to (b, h, n).
                 Default: None.
+
+        Raises:
+            ValueError: for shapes that do not fit.
         """
+        batch, _, n, features = _four('queries', queries)
+        value_features = _four('out', out)[3]
+        _check_shapes(
+            queries=(queries, (batch, self.heads, n, self.dim_head or features)),
+            out=(out, (batch, self.heads, n, self.dim_head or value_features)),
+        )
+        if gates is not None:
+            _check_gates(gates, queries.shape[:3])
         if past_memories is None:
             return out
-        return self.recall(out, queries, self.recallable(past_memories), gates)
+        past = _checked_memories(past_memories, empty_memories(queries[:, : self.kv_heads], value_features))
+        return self.recall(out, queries, self.recallable(past), gates)
 
     def write(self, writes: Writes, past: Memories) -> tuple[Memories, Memories]:
         """See `memory.write`, with this module's rule."""
@@ -424,6 +451,39 @@ def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:
     dtype = torch.promote_types(like.dtype, torch.float32)
     kv_mem = like.new_zeros(batch, heads, features, value_features or features, dtype=dtype)
     return Memories(kv_mem, kv_mem.new_zeros(batch, heads, features))
+
+
+def _four(name: str, tensor: Tensor) -> torch.Size:
+    """Returns the shape of a tensor with four dimensions. ValueError for others."""
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f'{name} has shape {found}: give (batch, heads, tokens, features)')
+    return tensor.shape
+
+
+def _check_shapes(**pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raises ValueError, with the name, for a tensor that has not the shape that stands beside it; None has any."""
+    for name, (tensor, shape) in pairs.items():
+        if tensor is not None and (not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape):
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f'{name} has shape {found}: this memory needs {shape}')
+
+
+def _check_gates(gates: Tensor, shape: torch.Size) -> None:
+    """Raises ValueError for gates that are not broadcast to (b, h, n)."""
+    found = tuple(gates.shape) if isinstance(gates, Tensor) else type(gates).__name__
+    fits = isinstance(found, tuple) and len(found) <= 3
+    if not fits or any(size not in (1, want) for size, want in zip(found[::-1], shape[::-1], strict=False)):
+        raise ValueError(f'gates has shape {found}: give a tensor that is broadcast to {tuple(shape)}')
+
+
+def _checked_memories(memories: Memories, like: Memories) -> Memories:
+    """Returns the memories, also if they are a plain pair. ValueError unless they are tensors like those of `like`."""
+    if not isinstance(memories, tuple) or len(memories) != 2:
+        raise ValueError(f'the past memories are a {type(memories).__name__}: give what create_new_memories returned')
+    for name, have, want in zip(Memories._fields, memories, like, strict=True):
+        check_like(f'past_memories.{name}', have, want)
+    return Memories(*memories)
 
 
 def _near_identity(exponents: Tensor, dtype: torch.dtype) -> Tensor:

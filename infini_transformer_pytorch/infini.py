@@ -30,7 +30,14 @@ from infini_transformer_pytorch.attention import (
 )
 from infini_transformer_pytorch.decoding import InfiniCache
 from infini_transformer_pytorch.memory import Memories, Writes
-from segment_recurrence_pytorch.checks import check_finite, check_input, check_like, check_positive, check_probability
+from segment_recurrence_pytorch.checks import (
+    check_faults,
+    check_finite,
+    check_input,
+    check_like,
+    check_positive,
+    check_probability,
+)
 from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
 from segment_recurrence_pytorch.state import State, copied, detach
 
@@ -262,7 +269,9 @@ class InfiniTransformer(SegmentTransformer):
         if return_new_memories:
             return TransformerReturn(logits, None, detach(after) if detach_memories else after)
         cache = [CachedKV.of_last_segment(layer) for layer in writes]
-        return TransformerReturn(logits, detach(cache) if detach_memories else cache, past_memories)
+        if detach_memories:
+            cache, past_memories = detach((cache, past_memories))
+        return TransformerReturn(logits, cache, past_memories)
 
     @classmethod
     def from_peer_state_dict(cls, state_dict: dict[str, Tensor], **arguments: Any) -> InfiniTransformer:
@@ -314,14 +323,17 @@ class InfiniTransformer(SegmentTransformer):
                 is read once can stand for many (virtual length, for training). Default: None, once.
 
         Raises:
-            ValueError: for several segments with mem_read_from='above', and for write_scale with a rule or an option
-                that it is not defined for.
+            ValueError: for several segments with mem_read_from='above', and for write_scale of another shape, or with
+                a rule or an option that it is not defined for.
         """
         length = min(segment_length or tokens.shape[1], tokens.shape[1])
         if not self.parallel_segments and tokens.shape[1] > length:
             raise ValueError("mem_read_from='above' reads one segment at a time")
         if write_scale is not None and (self.memory_rule == 'deltanet' or self.memory_decay):
             raise ValueError("write_scale needs memory_rule 'linear' or 'delta', and memory_decay=False")
+        shape = tokens.shape[0], -(-tokens.shape[1] // max(1, length))
+        if write_scale is not None and write_scale.shape != shape:
+            raise ValueError(f'write_scale has shape {tuple(write_scale.shape)}: give (batch, segments) = {shape}')
         state = self.initial_state(tokens.shape[0]) if state is None else state
         if not tokens.shape[1]:
             return (self.token_emb.weight.new_zeros(tokens.shape[0], 0, self.dim) if need_hidden else None), copied(
@@ -430,7 +442,10 @@ class InfiniTransformer(SegmentTransformer):
         return [*super().state_faults(state), ('state holds a k_norm below 0', negative)]
 
     def per_segment_faults(self, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """See `SegmentModel.per_segment_faults`: a write_scale is not negative."""
+        """See `SegmentModel.per_segment_faults`: a write_scale is a number, and not negative."""
+        for name, value in values.items():
+            if value.dtype == torch.bool or value.is_complex():
+                raise ValueError(f'{name} is {value.dtype}: give numbers, of an integer or floating point type')
         negative = [(f'{name} holds negative numbers', (value < 0).any()) for name, value in values.items()]
         return super().per_segment_faults(values) + negative
 
@@ -438,15 +453,21 @@ class InfiniTransformer(SegmentTransformer):
         """Raises ValueError for a cache that does not fit the model and the batch."""
         if mask is not None:
             raise ValueError('mask with cached_kv: a cache holds valid tokens only; read padded rows in one call')
+        if not isinstance(cached_kv, (list, tuple)):
+            raise ValueError(f'cached_kv is a {type(cached_kv).__name__}: give the list that a call returned')
         if len(cached_kv) != len(self.layers):
             raise ValueError(f'cached_kv has {len(cached_kv)} entries: give one a layer, {len(self.layers)}')
         for layer, cached in enumerate(cached_kv):
-            if not isinstance(cached, CachedKV) or not isinstance(cached.kv, Tensor) or cached.kv.ndim != 5:
+            if not isinstance(cached, CachedKV):
                 raise ValueError(f'cached_kv of layer {layer} is a {type(cached).__name__}: give what a call returned')
+            if not isinstance(cached.kv, Tensor) or cached.kv.ndim != 5 or not cached.kv.is_floating_point():
+                found = cached.kv.dtype if isinstance(cached.kv, Tensor) else type(cached.kv).__name__
+                raise ValueError(f'cached_kv of layer {layer}: kv is {found}: give what a call returned')
         n = cached_kv[0].kv.shape[3]
-        flags = []
+        faults = []
         for layer, (cached, block) in enumerate(zip(cached_kv, self.layers, strict=True)):
-            kv = cached.kv.new_empty(()).expand(2, x.shape[0], self.kv_heads, n, self.dim_head).to(self.device)
+            kv = torch.empty((), dtype=cached.kv.dtype, device=self.device)
+            kv = kv.expand(2, x.shape[0], self.kv_heads, n, self.dim_head)
             # what this layer would make of as many tokens
             strength, log_decay = block.attn.strength_and_decay(kv.new_zeros(x.shape[0], n, self.dim, dtype=self.dtype))
             wanted = {'kv': kv, 'strength': strength, 'log_decay': log_decay}
@@ -455,8 +476,12 @@ class InfiniTransformer(SegmentTransformer):
                 if (have is None) != (want is None):
                     missing = 'is missing' if have is None else 'is not for this model'
                     raise ValueError(f'{name} {missing}: it comes from a model with other options')
-                if want is not None:
-                    check_like(name, have, want)
-                    flags.append(~have.isfinite().all())
-        if torch.stack(flags).any():
-            raise ValueError('cached_kv holds NaN or infinite values')
+                if want is None:
+                    continue
+                check_like(name, have, want)
+                faults.append((f'{name} holds NaN or infinite values', ~have.isfinite().all()))
+                if part == 'strength':
+                    faults.append((f'{name} holds numbers outside [0, 1]', ((have < 0) | (have > 1)).any()))
+                elif part == 'log_decay':
+                    faults.append((f'{name} holds numbers above 0', (have > 0).any()))
+        check_faults(faults)

@@ -177,12 +177,14 @@ def mix(local: Tensor, recalled: Tensor, share: Tensor) -> Tensor:
 def _prepared(writes: Writes, rule: str) -> Writes:
     """Returns feature-mapped keys, all in float32 at least, and nothing where the mask is False."""
     keys = phi(writes.keys, rule)
-    strength, log_decay = (None if t is None else t.to(keys.dtype) for t in (writes.strength, writes.log_decay))
+    strength, log_decay, scale = (
+        None if t is None else t.to(keys.dtype) for t in (writes.strength, writes.log_decay, writes.scale)
+    )
     if writes.mask is not None:
         hidden = ~writes.mask[:, :, None]
         keys = keys.masked_fill(hidden[..., None], 0)
         log_decay = None if log_decay is None else log_decay.masked_fill(hidden, 0)
-    return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask, writes.scale)
+    return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask, scale)
 
 
 def _normalisers(updates: Tensor, start: Tensor, decay: Tensor | None) -> Tensor:

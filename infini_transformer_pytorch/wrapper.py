@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
-from segment_recurrence_pytorch.checks import check_count, is_whole
+from segment_recurrence_pytorch.checks import check_count, check_finite, is_whole
 from segment_recurrence_pytorch.generation import Cursor, new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -96,6 +96,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         Raises:
             ValueError: before anything is changed, for what does not fit.
         """
+        check_finite(grad_accum_scale=grad_accum_scale)
         if not backward and grad_accum_scale != 1:
             raise ValueError(
                 f'grad_accum_scale={grad_accum_scale} scales the gradients of backward=True: '
@@ -165,6 +166,8 @@ class InfiniTransformerWrapper(SegmentWrapper):
             filter_fn = top_p
         if filter_fn is not None:
             options['filter_fn'] = partial(filter_fn, **(filter_kwargs or {}))
+        elif filter_kwargs:
+            raise ValueError(f'filter_kwargs={filter_kwargs} are of filter_fn: give it too, or leave them out')
         count = new_token_count('seq_len', seq_len, max_new_tokens, prompt)
         out = self.generate_tokens(prompt, count, state=past_memories, **options)
         if exclude_prompt:

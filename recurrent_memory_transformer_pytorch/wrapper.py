@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
-from segment_recurrence_pytorch.checks import check_count
+from segment_recurrence_pytorch.checks import check_count, check_finite
 from segment_recurrence_pytorch.generation import new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -94,6 +94,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         Raises:
             ValueError: before anything is changed, for what does not fit.
         """
+        check_finite(mrbp_loss_weight=mrbp_loss_weight)
         if memory_replay_backprop:
             backward_fn = backward_fn or Tensor.backward
             loss, _, state = self.loss(

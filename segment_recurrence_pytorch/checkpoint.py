@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
-from segment_recurrence_pytorch.checks import check_faults
+from segment_recurrence_pytorch.checks import check_faults, check_has_weights
 from segment_recurrence_pytorch.generation import Cursor
 from segment_recurrence_pytorch.model import SegmentModel, plain_arguments
 from segment_recurrence_pytorch.state import from_list, leaves, to_list
@@ -30,9 +30,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a path to write to; when the `with` block ends well, that file takes the place of `path`.
 
     Raises:
-        ValueError: if the folder of `path` is not there.
+        ValueError: if the folder of `path` is not there, and if `path` is a folder itself.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f'{path} cannot be written: it is a folder, give the name of a file in it')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: the folder {path.parent} is not there, make it first')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
@@ -44,15 +46,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes a model's weights as safetensors; for a `SegmentModel` with the name of its class and its arguments.
+    """Writes a model's weights as safetensors; for a `SegmentModel`, or a wrapper of one, with the name of the model's
+    class and its arguments.
 
     Raises:
         ValueError: if the folder is not there, and for a model on the meta device.
     """
-    if any(tensor.device.type == 'meta' for tensor in model.state_dict().values()):
-        raise ValueError('the model is on the meta device, where it has no weights: nothing can be saved of it')
+    check_has_weights(model)
     with replacing(path) as part:
-        save_model(model, str(part), metadata=_made_by(model))
+        made_by = _made_by(model)
+        save_model(model, str(part), metadata=None if made_by is None else {'model': json.dumps(made_by)})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -62,14 +65,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: with the model as it was, for a damaged file, and for the weights of a model of another class, with
             other arguments, or of other shapes.
     """
-    name = type(model).__name__
+    name, made_by = type(model).__name__, _made_by(model)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    device = next((tensor.device for tensor in before.values()), torch.device('cpu'))
+    if device.type == 'meta':
+        raise ValueError('the model is on the meta device, which holds no weights: call to_empty(device=...) first')
     try:
         with safe_open(str(path), framework='pt') as file:
             saved = json.loads((file.metadata() or {}).get('model', 'null'))
-        if saved is not None and isinstance(model, SegmentModel):
-            _check_made_by(path, saved, {'class': name, 'arguments': plain_arguments(model)})
-        load_model(model, str(path), device=str(next(model.parameters()).device))
+        if saved is not None and made_by is not None:
+            _check_made_by(path, saved, made_by)
+        load_model(model, str(path), device=str(device))
     except (RuntimeError, SafetensorError, OSError, json.JSONDecodeError) as error:
         model.load_state_dict(before)
         raise ValueError(f'{path} does not hold the weights of this {name}: {error}') from error
@@ -82,6 +88,7 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     Raises:
         ValueError: for a cursor that is not the model's, and if the folder is not there.
     """
+    _check_model(model)
     cursor = _checked(cursor, model)
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
     with replacing(path) as part_path:
@@ -99,6 +106,7 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         ValueError: for a damaged file, and for a cursor of another model: of another class, with other arguments, or
             with other weights.
     """
+    _check_model(model)
     try:
         with safe_open(str(path), framework='pt', device=str(model.device)) as file:
             saved = json.loads(file.metadata()['fingerprint'])
@@ -119,11 +127,19 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         raise ValueError(f'{path} holds no cursor of this model: {error}') from error
 
 
-def _made_by(model: nn.Module) -> dict[str, str] | None:
-    """Returns what a file of weights says of the model that made it; None for a module of another kind."""
+def _made_by(module: nn.Module) -> dict[str, Any] | None:
+    """Returns what a file of weights says of the model in it; None for a module that is no model and no wrapper."""
+    model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
     if not isinstance(model, SegmentModel):
         return None
-    return {'model': json.dumps({'class': type(model).__name__, 'arguments': plain_arguments(model)})}
+    return {'class': type(model).__name__, 'arguments': plain_arguments(model)}
+
+
+def _check_model(model: Any) -> None:
+    """Raises ValueError for what is no model with weights."""
+    if not isinstance(model, SegmentModel):
+        raise ValueError(f'the model is a {type(model).__name__}: give a SegmentModel, of a wrapper its .model')
+    check_has_weights(model)
 
 
 def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
@@ -140,6 +156,8 @@ def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
 
 def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:
     """Returns the cursor with its state in the form that the model takes. ValueError if it is not the model's."""
+    if not isinstance(cursor, Cursor):
+        raise ValueError(f'the cursor is a {type(cursor).__name__}: give what `read`, `generate` or a stream returned')
     tokens, lengths = cursor.tokens, cursor.lengths
     for name, tensor, dimensions in (('tokens', tokens, 2), ('lengths', lengths, 1)):
         if not isinstance(tensor, Tensor) or tensor.ndim != dimensions or tensor.dtype != torch.long:
@@ -168,10 +186,13 @@ def save_training_state(state: dict[str, Any], path: str | Path) -> None:
     """Writes optimizer state, counters, random and stream states: a dict of tensors and plain values.
 
     Raises:
-        ValueError: if the folder is not there.
+        ValueError: if the folder is not there, and for a value that cannot be written.
     """
     with replacing(path) as part:
-        torch.save(state, part)
+        try:
+            torch.save(state, part)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise ValueError(f'the training state cannot be written, give tensors and plain values: {error}') from error
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
@@ -182,5 +203,5 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file of another kind can end in any error of the unpickler
         raise ValueError(f'{path} is no training state that can be resumed: {error}') from error

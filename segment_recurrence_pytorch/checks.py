@@ -6,12 +6,12 @@ Every error is a ValueError that says the value, the limit and the fix. Shapes a
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from segment_recurrence_pytorch.loss import IGNORE
@@ -24,35 +24,42 @@ if TYPE_CHECKING:
 def check_positive(**values: float) -> None:
     """Raises ValueError, with the name, for a value that is not a finite number above 0."""
     for name, value in values.items():
-        if not 0 < value < inf:
-            raise ValueError(f'{name} is {value}: give a finite number above 0')
+        if not (is_number(value) and 0 < value < inf):
+            raise ValueError(f'{name} is {value!r}: give a finite number above 0')
 
 
 def check_not_negative(**values: float) -> None:
     """Raises ValueError, with the name, for a value that is not a finite number of at least 0."""
     for name, value in values.items():
-        if not 0 <= value < inf:
-            raise ValueError(f'{name} is {value}: give 0, or a finite number above it')
+        if not (is_number(value) and 0 <= value < inf):
+            raise ValueError(f'{name} is {value!r}: give 0, or a finite number above it')
 
 
 def check_finite(**values: float) -> None:
     """Raises ValueError, with the name, for a value that is NaN or infinite."""
     for name, value in values.items():
-        if not isfinite(value):
-            raise ValueError(f'{name} is {value}: give a finite number')
+        if not (is_number(value) and -inf < value < inf):
+            raise ValueError(f'{name} is {value!r}: give a finite number')
 
 
 def check_probability(**values: float) -> None:
     """Raises ValueError, with the name, for a value that is no dropout probability, in [0, 1)."""
     for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f'{name} is {value}: a dropout probability must be in [0, 1)')
+        if not (is_number(value) and 0 <= value < 1):
+            raise ValueError(f'{name} is {value!r}: a dropout probability must be in [0, 1)')
 
 
-def check_count(name: str, value: int | None) -> None:
-    """Raises ValueError, with the name, unless the value is None or at least 1."""
-    if value is not None and value < 1:
-        raise ValueError(f'{name} is {value}: give 1 or more, or None')
+def check_whole(**values: Any) -> None:
+    """Raises ValueError, with the name, for a value that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not (is_whole(value) and value >= 1):
+            raise ValueError(f'{name} is {value!r}: give a whole number from 1 on')
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError, with the name, unless the value is None or a whole number of at least 1."""
+    if value is not None and not (is_whole(value) and value >= 1):
+        raise ValueError(f'{name} is {value!r}: give a whole number from 1 on, or None')
 
 
 def is_whole(value: Any) -> bool:
@@ -63,6 +70,13 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raises ValueError for a model on the meta device."""
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_meta:
+        raise ValueError('the model is on the meta device, where it has no weights: make it on a device, or load them')
 
 
 def check_like(name: str, have: Any, want: Tensor, shorter_along: int | None = None) -> None:
@@ -212,8 +226,7 @@ def _check_shapes(
             raise ValueError(f'embeddings have shape {tuple(x.shape)}: give (batch, length, dim={model.dim})')
     elif x.ndim != 2 or x.dtype == torch.bool or x.is_complex():
         raise ValueError(f'x is {x.dtype} of shape {tuple(x.shape)}: give token ids (batch, length) or embeddings')
-    if model.device.type == 'meta':
-        raise ValueError('the model is on the meta device, where it has no weights: make it on a device, or load them')
+    check_has_weights(model)
     if x.device != model.device:
         raise ValueError(f'x is on {x.device}, the model on {model.device}: move one of them')
     if max_length is not None and x.shape[1] > max_length:
@@ -230,7 +243,7 @@ def _check_shapes(
         if mask.device != x.device:
             raise ValueError(f'mask is on {mask.device}, x on {x.device}: move one of them')
     if labels is not None:
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f'labels are {labels.dtype}: give token ids')
         if tuple(labels.shape) != shape:
             raise ValueError(

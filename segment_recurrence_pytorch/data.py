@@ -6,6 +6,7 @@ document and never across its end.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import lzma
@@ -24,11 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segment_recurrence_pytorch.checkpoint import replacing
+from segment_recurrence_pytorch.checks import check_whole, is_whole
 from segment_recurrence_pytorch.loss import IGNORE
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'
 ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # of the 100,000,000 bytes inside
 # generated tables, a tenth of the bytes and little to learn
+# what would be read as raw bytes, and is not text
+PACKED = ('.7z', '.br', '.lz4', '.lzma', '.rar', '.tar', '.tbz2', '.tgz', '.txz', '.z', '.zst')
 LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 
 
@@ -72,16 +76,21 @@ def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', 
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the content of a file, unpacked if its name ends in .gz, .xz or .zip (with one member).
+    """Returns the content of a file, unpacked if its name ends in .gz, .bz2, .xz or .zip (with one member).
 
     Raises:
-        ValueError: if the file is missing, empty or damaged.
+        ValueError: if the file is missing, empty or damaged, or packed in another way.
     """
     path = Path(path)
     ending = path.suffix.lower()
+    if ending in PACKED:
+        raise ValueError(f'{path} is packed as {ending}: unpack it, or pack it as .gz, .bz2, .xz or .zip')
     try:
         if ending == '.gz':
             content = gzip.decompress(path.read_bytes())
+        elif ending == '.bz2':
+            with bz2.open(path) as file:  # bz2.decompress tells a file that is cut short as a ValueError
+                content = file.read()
         elif ending == '.xz':
             content = lzma.decompress(path.read_bytes())
         elif ending == '.zip':
@@ -204,10 +213,14 @@ class Streams:
             all rows are at their end.
 
     Raises:
-        ValueError: if there are too few bytes for one piece of each row.
+        ValueError: if there are too few bytes for one piece of each row, and for values outside their range.
     """
 
     def __init__(self, documents: list[Tensor], batch_size: int, length: int, *, loop: bool):
+        check_whole(batch_size=batch_size, length=length)
+        for document in documents:
+            if not isinstance(document, Tensor) or document.dtype != torch.uint8 or document.ndim != 1:
+                raise ValueError(f'a document is {str(document)[:80]}: give uint8 tensors (n,)')
         total = sum(len(document) for document in documents)
         if total < batch_size * (length + 1):
             raise ValueError(
@@ -217,6 +230,8 @@ class Streams:
         self.length, self.loop = length, loop
         borders = [total * row // batch_size for row in range(batch_size + 1)]
         self.rows = [_share(documents, start, stop) for start, stop in pairwise(borders)]
+        if not any(self.rows):
+            raise ValueError(f'{len(documents)} documents of one byte or none: there is nothing to predict in them')
         self.position = [(0, 0)] * batch_size  # fragment of the row, offset in it
 
     def __iter__(self) -> Streams:
@@ -246,8 +261,24 @@ class Streams:
         return {'position': list(self.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken, with the same documents and batch size."""
-        self.position = [tuple(position) for position in state['position']]
+        """Goes back to where `state_dict` was taken, with the same documents and batch size.
+
+        Raises:
+            ValueError: with the streams as they were, for a state of other documents or of another batch size.
+        """
+        given = state.get('position') if isinstance(state, dict) else None
+        position = [tuple(each) for each in given] if isinstance(given, (list, tuple)) else []
+        if len(position) != len(self.rows) or not all(map(_is_place, position, self.rows)):
+            raise ValueError(f'{str(state)[:80]} is no state of these streams: it is of other documents or rows')
+        self.position = position
+
+
+def _is_place(place: tuple[Any, ...], row: list[Tensor]) -> bool:
+    """Whether a place, (fragment, offset in it), is one of a row: where a piece begins, or the end."""
+    if len(place) != 2 or not all(is_whole(number) and number >= 0 for number in place):
+        return False
+    index, offset = place
+    return offset + 1 < len(row[index]) if index < len(row) else (index, offset) == (len(row), 0)
 
 
 def _share(documents: list[Tensor], start: int, stop: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from segment_recurrence_pytorch.backprop import read_windows
 from segment_recurrence_pytorch.cache import OpenSegment
-from segment_recurrence_pytorch.checks import is_whole
+from segment_recurrence_pytorch.checks import check_whole, is_whole
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import State, copied, detach, map_state
@@ -45,11 +45,32 @@ class Cursor(NamedTuple):
     lengths: Tensor
 
     def fork(self, copies: int) -> Cursor:
-        """Returns a cursor with each row `copies` times, one after the other: many continuations of one text."""
+        """Returns a cursor with each row `copies` times, one after the other: many continuations of one text.
+
+        Raises:
+            ValueError: for a number of copies that is not a whole number from 1 on.
+        """
+        check_whole(copies=copies)
         return map_state(lambda t: t.repeat_interleave(copies, dim=0), self)
 
     def rows(self, index: Tensor) -> Cursor:
-        """Returns a cursor with some of the rows: `index` holds row numbers, or is bool (b,)."""
+        """Returns a cursor with some of the rows.
+
+        Args:
+            index: row numbers (k,), or bool (b,), True for the rows to take.
+
+        Raises:
+            ValueError: for an index of another kind, and for rows that the cursor does not have.
+        """
+        count = len(self.tokens)
+        if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point() or index.is_complex():
+            found = tuple(index.shape) if isinstance(index, Tensor) else repr(index)
+            raise ValueError(f'rows of a cursor: the index is {found}: give row numbers (k,), or bool (batch,)')
+        if index.dtype == torch.bool and len(index) != count:
+            raise ValueError(f'rows of a cursor: the index has {len(index)} bools, the cursor {count} rows')
+        if index.dtype != torch.bool and not ((index >= 0) & (index < count)).all():
+            raise ValueError(f'rows of a cursor: the index is {index.tolist()}: give row numbers in [0, {count})')
+        index = index if index.dtype == torch.bool else index.long()
         return map_state(lambda t: t[index], self)
 
 
@@ -275,7 +296,7 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
     if prompt is None and prompt_lengths is not None:
         raise ValueError('prompt_lengths without a prompt: leave one out, or give the other')
     if isinstance(prompt, Tensor):
-        if prompt.ndim != 2 or prompt.is_floating_point():
+        if prompt.ndim != 2 or not _are_ids(prompt):
             raise ValueError(
                 f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
                 'list of rows (length,)'
@@ -285,7 +306,7 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
             if prompt_lengths is None
             else _counts(prompt_lengths, prompt, 'prompt_lengths')
         )
-        rows = [row[:count] for row, count in zip(prompt.to(device), counts, strict=True)]
+        rows = [row[:count] for row, count in zip(_moved(prompt, device), counts, strict=True)]
     elif prompt is not None:
         if not isinstance(prompt, (list, tuple)):
             raise ValueError(
@@ -294,12 +315,14 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
         if prompt_lengths is not None:
             raise ValueError('prompt_lengths says how long the rows of one tensor are: leave it out for a list')
         for row in prompt:
-            if not isinstance(row, Tensor) or row.ndim != 1 or row.is_floating_point():
+            if not isinstance(row, Tensor) or row.ndim != 1 or not _are_ids(row):
                 raise ValueError('the prompt is a list: give one tensor of token ids (length,) a row')
-        rows = [row.to(device) for row in prompt]
+        rows = [_moved(row, device) for row in prompt]
     if isinstance(state, Cursor):
+        if not isinstance(state.tokens, Tensor) or state.tokens.ndim != 2 or not _are_ids(state.tokens):
+            raise ValueError('the cursor holds no token ids (batch, length): give what a call returned')
         counts = _counts(state.lengths, state.tokens, 'the lengths of the cursor')
-        before = [row[:count] for row, count in zip(state.tokens.to(device), counts, strict=True)]
+        before = [row[:count] for row, count in zip(_moved(state.tokens, device), counts, strict=True)]
         if rows is not None and len(rows) != len(before):
             raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` makes copies')
         rows = before if rows is None else [torch.cat(pair) for pair in zip(before, rows, strict=True)]
@@ -329,7 +352,9 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
     if max_new_tokens is not None:
         return max_new_tokens
     assert length is not None
-    if not isinstance(prompt, Tensor):
+    if not is_whole(length):
+        raise ValueError(f'{name} is {length!r}: give a whole number of tokens')
+    if not isinstance(prompt, Tensor) or prompt.ndim != 2:
         raise ValueError(f'{name}={length} counts a prompt of shape (batch, length): give max_new_tokens')
     return length - prompt.shape[-1]
 
@@ -363,11 +388,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     each.training = True
 
 
+def _are_ids(tokens: Tensor) -> bool:
+    """Whether a tensor can hold token ids."""
+    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+
+
+def _moved(tokens: Tensor, device: torch.device) -> Tensor:
+    """Returns token ids on a device. ValueError for those on the meta device, which are no ids."""
+    if tokens.is_meta:
+        raise ValueError('the prompt or cursor is on the meta device, where it has no values: give token ids')
+    return tokens.to(device)
+
+
 def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
-    counts, (rows, width) = torch.as_tensor(lengths).tolist(), tokens.shape
+    rows, width = tokens.shape
+    try:
+        counts = torch.as_tensor(lengths).tolist()
+    except (RuntimeError, TypeError, ValueError):
+        counts = lengths
     fits = isinstance(counts, list) and len(counts) == rows
     if not fits or not all(is_whole(count) and 0 <= count <= width for count in counts):
-        raise ValueError(f'{name} is {counts}: give {rows} whole numbers from 0 to {width}')
+        raise ValueError(f'{name} is {counts!r}: give {rows} whole numbers from 0 to {width}')
     return counts
 
 

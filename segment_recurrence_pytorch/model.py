@@ -61,7 +61,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import OpenSegment, RereadSegment
-from segment_recurrence_pytorch.checks import check_state_like, not_finite
+from segment_recurrence_pytorch.checks import check_has_weights, check_state_like, not_finite
 from segment_recurrence_pytorch.state import State, where_rows
 
 
@@ -165,6 +165,9 @@ class SegmentModel(nn.Module, ABC):
 
         Args:
             values: by name, (b, segments) each, what `SegmentWrapper.loss` got as per_segment.
+
+        Raises:
+            ValueError: for what shapes and dtypes tell without a look at the values.
         """
         return [(f'{name} holds NaN or infinite values', ~value.isfinite().all()) for name, value in values.items()]
 
@@ -199,8 +202,7 @@ class SegmentModel(nn.Module, ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Returns what a state of this model depends on: the name of the class, the arguments, and the sha256 of the
         weights. A cursor file holds it. ValueError on the meta device."""
-        if self.device.type == 'meta':
-            raise ValueError('the model is on the meta device, where it has no weights: nothing can be saved of it')
+        check_has_weights(self)
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())

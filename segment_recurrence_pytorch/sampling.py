@@ -82,11 +82,15 @@ class Sampler:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.filter_fn is not None:
-            shape = logits.shape
+            shape, device = logits.shape, logits.device
             logits = self.filter_fn(logits.clone())
             if not isinstance(logits, Tensor) or logits.shape != shape:
                 found = tuple(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
                 raise ValueError(f'filter_fn made {found} of {tuple(shape)}: it must return logits of the same shape')
+            if not logits.is_floating_point() or logits.device != device:
+                raise ValueError(
+                    f'filter_fn made {logits.dtype} on {logits.device}: it must return floating point on {device}'
+                )
         if seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
@@ -110,12 +114,14 @@ def has_filter(options: dict[str, Any]) -> bool:
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     """Returns logits (b, v) of which the ceil((1 - thres) * v) largest are kept; the others are -inf. As published."""
+    _check_share(thres)
     k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # 1 - 0.7 is a little more than 0.3
     return _keep_largest(logits, k)
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
     """Returns logits (b, v) of which the smallest set whose probability reaches thres is kept; the others are -inf."""
+    _check_share(thres)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
@@ -126,8 +132,14 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
 
 def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
     """Returns logits (b, v): those at least thres times as likely as the first are kept, the others are -inf."""
+    _check_share(thres)
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
+
+
+def _check_share(thres: float) -> None:
+    if not (is_number(thres) and 0 <= thres <= 1):
+        raise ValueError(f'thres is {thres!r}: give a share in [0, 1]')
 
 
 def _keep_largest(logits: Tensor, k: int) -> Tensor:

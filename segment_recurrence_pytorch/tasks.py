@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from segment_recurrence_pytorch.backprop import read_windows
-from segment_recurrence_pytorch.checks import check_positive
+from segment_recurrence_pytorch.checks import check_finite, check_has_weights, check_whole, is_number, is_whole
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -98,9 +98,9 @@ class Memorize(Task):
         repeated: bool = False,
         key_length: int = 1,
     ):
-        if not 1 <= values <= noise:
+        check_whole(values=values, noise=noise, segment_length=segment_length, key_length=key_length)
+        if values > noise:
             raise ValueError(f'values={values}: give 1 to noise={noise}, since the noise holds the values too')
-        check_positive(segment_length=segment_length, key_length=key_length)
         if segment_length < key_length + 1:
             raise ValueError(f'segment_length={segment_length}: the mark and key_length={key_length} need a place')
         self.values = values
@@ -116,6 +116,7 @@ class Memorize(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`. In one segment mark and question stand together: a first stage that needs no memory."""
+        _check_batch(segments, batch_size)
         length, k = self.segment_length, self.key_length
         if segments < 1 or (segments == 1 and length < 2 * k + 1):
             raise ValueError(f'{segments} segments of {length}: give at least 1, of at least {2 * k + 1} tokens')
@@ -161,7 +162,7 @@ class AssociativeRetrieval(Task):
     """
 
     def __init__(self, keys: int = 26, values: int = 10, *, pairs_per_segment: int = 1, rewritten: bool = False):
-        check_positive(keys=keys, values=values, pairs_per_segment=pairs_per_segment)
+        check_whole(keys=keys, values=values, pairs_per_segment=pairs_per_segment)
         self.keys = keys
         self.values = values
         self.pairs = pairs_per_segment
@@ -174,6 +175,7 @@ class AssociativeRetrieval(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`; at least two segments."""
+        _check_batch(segments, batch_size)
         count = (segments - 1) * self.pairs
         if segments < 2 or (count > self.keys and not self.rewritten):
             limit = 1 + self.keys // self.pairs
@@ -210,7 +212,7 @@ class Copy(Task):
     """
 
     def __init__(self, alphabet: int = 10, segment_length: int = 8, *, copies: int = 2, reverse: bool = False):
-        check_positive(alphabet=alphabet, segment_length=segment_length, copies=copies)
+        check_whole(alphabet=alphabet, segment_length=segment_length, copies=copies)
         self.alphabet = alphabet
         self.segment_length = segment_length
         self.reverse = reverse
@@ -221,6 +223,7 @@ class Copy(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`; a multiple of 1 + copies segments."""
+        _check_batch(segments, batch_size)
         parts = 1 + self.copies
         if segments < parts or segments % parts:
             raise ValueError(f'{segments} segments: give a multiple of {parts}, a share for the source and each copy')
@@ -246,12 +249,15 @@ class SegmentCurriculum:
     """
 
     def __init__(self, stages: Sequence[int], *, threshold: float = 0.96, mix: float = 0.5, patience: int = 20):
-        if not stages or any(a >= b for a, b in pairwise(stages)):
-            raise ValueError(f'stages={list(stages)}: give growing numbers of segments')
-        check_positive(patience=patience)
-        if not 0 <= mix <= 1:
-            raise ValueError(f'mix is {mix}: give a share of steps in [0, 1]')
-        self.stages = list(stages)
+        numbers = list(stages)
+        whole = all(is_whole(stage) and stage >= 1 for stage in numbers)
+        if not numbers or not whole or any(a >= b for a, b in pairwise(numbers)):
+            raise ValueError(f'stages={numbers}: give growing numbers of segments, from 1 on')
+        check_whole(patience=patience)
+        check_finite(threshold=threshold)
+        if not (is_number(mix) and 0 <= mix <= 1):
+            raise ValueError(f'mix is {mix!r}: give a share of steps in [0, 1]')
+        self.stages = numbers
         self.threshold = threshold
         self.mix = mix
         self.patience = patience
@@ -272,7 +278,11 @@ class SegmentCurriculum:
         Args:
             metric: of the step; higher is better.
             segments: how many segments the step had; only those of the present stage count.
+
+        Raises:
+            ValueError: for a metric that is no finite number.
         """
+        check_finite(metric=metric)
         if segments != self.stages[self.stage]:
             return
         self.steps += 1
@@ -301,7 +311,8 @@ def accuracy(
         ValueError: if the model does not fit the task.
     """
     model, length, state = wrapper.model, task.segment_length, None
-    check_positive(batch_size=batch_size)
+    check_whole(batch_size=batch_size)
+    check_has_weights(model)
     if wrapper.segment_length != length:
         raise ValueError(f'the wrapper has segment_length={wrapper.segment_length}, the task {length}')
     if model.num_tokens < task.num_tokens:
@@ -320,6 +331,12 @@ def accuracy(
                 right += int((predicted == chosen[is_asked]).sum())
                 asked += int(is_asked.sum())
     return right / asked
+
+
+def _check_batch(segments: int, batch_size: int) -> None:
+    if not is_whole(segments):
+        raise ValueError(f'{segments!r} segments: give a whole number')
+    check_whole(batch_size=batch_size)
 
 
 def _draw(limit: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

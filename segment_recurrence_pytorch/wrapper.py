@@ -23,7 +23,14 @@ from segment_recurrence_pytorch.backprop import (
     sequence_nll,
     touch_parameters,
 )
-from segment_recurrence_pytorch.checks import check_count, check_faults, check_input, is_whole
+from segment_recurrence_pytorch.checks import (
+    check_count,
+    check_faults,
+    check_has_weights,
+    check_input,
+    is_whole,
+    outside_inference,
+)
 from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
@@ -211,9 +218,12 @@ class SegmentWrapper(nn.Module):
         """
         if rows.dtype != torch.bool or rows.ndim != 1:
             raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give bool, (batch,)')
+        check_has_weights(self.model)
+        if rows.device != self.model.device:
+            raise ValueError(f'rows is on {rows.device}, the model on {self.model.device}: move one of them')
         if state is None:
             return None
-        state = self.model.as_state(state, rows.shape[0])
+        state, rows = outside_inference((self.model.as_state(state, rows.shape[0]), rows))
         self.model.check_state(state, rows.shape[0])
         return self.model.reset(state, rows) if rows.any() else copied(state)
 
@@ -243,7 +253,7 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: for what does not fit, and for logits that are NaN, with the place.
         """
-        if max_new_tokens < 0:
+        if not is_whole(max_new_tokens) or max_new_tokens < 0:
             raise ValueError(
                 f'{max_new_tokens} new tokens: give 0 or more; a length counts the prompt, so it is at least its length'
             )
@@ -285,7 +295,7 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: for what does not fit, and for logits that are NaN, with the place.
         """
-        if max_new_tokens is not None and max_new_tokens < 0:
+        if max_new_tokens is not None and (not is_whole(max_new_tokens) or max_new_tokens < 0):
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
         return self._open_stream(prompt, max_new_tokens, CHECK_EVERY if options.get('compile') else 1, **options)
 
@@ -327,6 +337,8 @@ class SegmentWrapper(nn.Module):
         for name, token in (('eos_token_id', eos_token_id), ('start_token', start_token)):
             if token is not None and not (is_whole(token) and 0 <= token < self.model.num_tokens):
                 raise ValueError(f'{name} is {token!r}: give a token id in [0, {self.model.num_tokens})')
+        if not isinstance(compile, bool):
+            raise ValueError(f'compile is {compile!r}: give True or False')
         length = self._length(segment_length)
         if batch_size is None and start_token is not None:
             raise ValueError(f'start_token={start_token} begins new rows: give batch_size, and no prompt or cursor')
@@ -352,6 +364,7 @@ class SegmentWrapper(nn.Module):
     def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> Cursor:
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
+        check_has_weights(self.model)
         cursor = as_cursor(prompt, prompt_lengths, state, self.model.device)
         tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state)
         return Cursor(state, tokens, cursor.lengths)
@@ -399,7 +412,7 @@ class SegmentWrapper(nn.Module):
             if value.device != self.model.device:
                 raise ValueError(f'{name} is on {value.device}, the model on {self.model.device}: move one of them')
         check_faults(self.model.per_segment_faults(per_segment))
-        return per_segment
+        return outside_inference(per_segment)
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length = self._length(segment_length)
@@ -425,6 +438,6 @@ def same_option(old_name: str, old: int | None, backprop_segments: int | None) -
 
 def _checked_length(model: SegmentModel, length: int | None) -> int:
     limit = model.max_segment_length
-    if length is None or length < 1 or (limit is not None and length > limit):
-        raise ValueError(f'segment_length is {length}: give 1 to {limit or "any number"}')
+    if length is None or not is_whole(length) or length < 1 or (limit is not None and length > limit):
+        raise ValueError(f'segment_length is {length!r}: give 1 to {limit or "any whole number"}')
     return length

@@ -1,8 +1,10 @@
 """Corpora and streams: what is read, in which order, and what is refused."""
 
+import bz2
 import gzip
 import hashlib
 import http.server
+import lzma
 import threading
 import zipfile
 
@@ -33,6 +35,30 @@ def test_raw_gz_and_zip_hold_the_same_bytes(tmp_path):
         parts = corpus.train + corpus.valid + corpus.test
         assert bytes(torch.cat(parts).tolist()) == TEXT
         assert [len(part) for part in parts] == [1843, 102, 103]
+
+
+PACKERS = {'gz': gzip.compress, 'xz': lzma.compress, 'bz2': bz2.compress}
+
+
+@pytest.mark.parametrize('ending', PACKERS)
+@pytest.mark.parametrize('spelled', [str.lower, str.upper, str.title])
+def test_a_packed_file_is_unpacked_however_its_ending_is_spelled(ending, spelled, tmp_path):
+    path = tmp_path / f'text.{spelled(ending)}'
+    packed = PACKERS[ending](TEXT)
+    path.write_bytes(packed)
+    assert read_bytes(path) == TEXT
+    for damaged in (packed[:-10], packed[:20], b'not packed', b''):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'is cut short or damaged|cannot be read: Invalid data|is empty'):
+            read_bytes(path)
+
+
+@pytest.mark.parametrize('ending', ['.zst', '.7z', '.tgz', '.TAR', '.lzma'])
+def test_what_cannot_be_unpacked_is_not_read_as_text(ending, tmp_path):
+    path = tmp_path / f'text{ending}'
+    path.write_bytes(TEXT)
+    with pytest.raises(ValueError, match=rf'is packed as {ending.lower()}: unpack it, or pack it as \.gz, \.bz2'):
+        load_corpus(path)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -117,6 +143,57 @@ def test_streams_read_every_byte_in_order_and_tell_where_texts_start():
     whole = torch.cat(documents).tolist()
     # three equal shares of 75 bytes, cut at the ends of documents; a fragment of one byte has nothing to predict
     assert rows == [[whole[:23], whole[23:25]], [whole[25:50]], [whole[50:65], whole[66:75]]]
+
+
+DOCUMENTS = [torch.arange(30, dtype=torch.uint8), torch.arange(30, 41, dtype=torch.uint8)]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'batch_size': 0}, 'batch_size is 0: give a whole number from 1 on'),
+        ({'batch_size': -1}, 'batch_size is -1: give a whole number from 1 on'),
+        ({'batch_size': 1.5}, r'batch_size is 1\.5: give a whole number from 1 on'),
+        ({'length': 0}, 'length is 0: give a whole number from 1 on'),
+        ({'length': -1}, 'length is -1: give a whole number from 1 on'),
+        ({'length': 'x'}, "length is 'x': give a whole number from 1 on"),
+        ({'documents': []}, '0 bytes are less than one batch of 2 x 5'),
+        ({'documents': [DOCUMENTS[0].float()]}, r'a document is tensor\(.* give uint8 tensors \(n,\)'),
+        ({'documents': [DOCUMENTS[0].view(3, 10)]}, r'a document is tensor\(.* give uint8 tensors \(n,\)'),
+        ({'documents': ['a text']}, r'a document is a text: give uint8 tensors \(n,\)'),
+        ({'documents': [DOCUMENTS[0][:1]] * 50}, '50 documents of one byte or none: there is nothing to predict'),
+    ],
+)
+def test_streams_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        Streams(**{'documents': DOCUMENTS, 'batch_size': 2, 'length': 4, **options}, loop=True)
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        {}, {'position': 3}, {'position': [(0, 0)]}, {'position': [(0, 0), (0, 0), (0, 0)]},
+        {'position': [(0, 0), (5, 0)]}, {'position': [(0, 400), (0, 0)]}, {'position': [(0, -4), (0, 0)]},
+        {'position': [(0, 1.5), (0, 0)]}, {'position': [('a', 0), (0, 0)]}, {'position': [(0,), (0,)]}, 3, None,
+    ],
+)  # fmt: skip
+def test_streams_do_not_go_on_from_a_state_of_other_streams(state):
+    streams = Streams(DOCUMENTS, 2, 4, loop=True)
+    next(streams)
+    before = streams.state_dict()
+    with pytest.raises(ValueError, match='is no state of these streams: it is of other documents or rows'):
+        streams.load_state_dict(state)
+    assert streams.state_dict() == before
+
+
+def test_every_place_in_streams_is_one_to_go_on_from():
+    for loop in (False, True):
+        streams, again = (Streams(DOCUMENTS, 3, 4, loop=loop) for _ in range(2))
+        for _ in range(12):
+            again.load_state_dict(streams.state_dict())
+            piece, same = next(streams, None), next(again, None)
+            assert (piece is None) == (same is None)
+            assert piece is None or all(map(torch.equal, piece, same))
 
 
 def test_streams_loop_and_go_on_where_they_were():

@@ -1,15 +1,18 @@
 """Generation goes on from anywhere: cursors, forks, streams, rows that end."""
 
+import threading
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 from segment_recurrence_pytorch import Cursor
 from segment_recurrence_pytorch.checkpoint import load_cursor, save_cursor
-from segment_recurrence_pytorch.generation import Stream
+from segment_recurrence_pytorch.generation import Stream, evaluating
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import close, ids
+from tests.conftest import DROPOUT, close, ids
 from tests.generating import ALL, LENGTH, SOME, recorded, wrapped
 
 
@@ -154,6 +157,68 @@ def test_a_stream_keeps_the_autocast_that_it_began_with():
     with torch.inference_mode():
         stream = wrapper.stream(prompt, max_new_tokens=20, temperature=0)
     assert torch.equal(torch.stack(list(stream), 1), tokens)
+
+
+@ALL
+def test_a_float64_model_generates_under_autocast_as_without(case):
+    """Autocast leaves float64 alone."""
+    wrapper, prompts = wrapped(case), [ids(3), ids(13)]
+    expected, expected_logits, _ = recorded(wrapper, prompts, 14)
+    with torch.autocast('cpu', torch.bfloat16):
+        new, logits, cursor = recorded(wrapper, prompts, 14)
+        again = recorded(wrapper, ids(2, 2), 9, state=cursor)[1]
+    assert torch.equal(new, expected)
+    close(logits, expected_logits)
+    assert again.dtype == torch.float64
+
+
+def test_two_generations_of_one_model_at_once_are_as_each_alone():
+    """The first to finish does not put the model back into training mode under the other."""
+    wrapper = wrapped('rmt, xl', **DROPOUT)
+    wrapper.train()
+    wrapper.model.layers[1].eval()
+    modes = [module.training for module in wrapper.modules()]
+    prompts = ids(2, 9), ids(2, 4)
+    expected, found = recorded(wrapper, prompts[1], 12)[1], []
+    second_is_inside, first_is_done = threading.Event(), threading.Event()
+
+    def waits_for_the_end_of_the_first(logits):
+        found.append(logits)
+        second_is_inside.set()
+        assert first_is_done.wait(60)
+        return logits
+
+    options = {'temperature': 0, 'filter_fn': waits_for_the_end_of_the_first}
+    second = threading.Thread(target=wrapper.generate_tokens, args=(prompts[1], 12), kwargs=options)
+
+    def starts_the_second(logits):
+        second.start()
+        assert second_is_inside.wait(60)
+        return logits
+
+    wrapper.generate_tokens(prompts[0], 1, filter_fn=starts_the_second)
+    first_is_done.set()
+    second.join(60)
+    close(torch.stack(found, 1), expected, 1e-12)
+    assert [module.training for module in wrapper.modules()] == modes
+
+
+@pytest.mark.parametrize('first_to_leave', [0, 1])
+def test_a_module_goes_back_into_its_mode_after_the_last_block_that_evaluates_it(first_to_leave):
+    module = wrapped('rmt, plain')
+    module.train()
+    module.model.layers[1].eval()
+    modes = [each.training for each in module.modules()]
+    blocks = ExitStack(), ExitStack()
+    for block in blocks:
+        block.enter_context(evaluating(module))
+    # one over a part of it, entered and left inside
+    with evaluating(module.model.layers[0]):
+        assert not any(each.training for each in module.modules())
+    blocks[first_to_leave].close()
+    assert not any(each.training for each in module.modules())
+    blocks[1 - first_to_leave].close()
+    assert [each.training for each in module.modules()] == modes
 
 
 def test_a_bar_shows_only_on_request(capsys):

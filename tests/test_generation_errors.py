@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from infini_transformer_pytorch import InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import Cursor, SegmentWrapper
-from segment_recurrence_pytorch.checkpoint import load_cursor, save_cursor
 from segment_recurrence_pytorch.generation import Stream
-from segment_recurrence_pytorch.sampling import Sampler, top_p
+from segment_recurrence_pytorch.sampling import Sampler, min_p, top_k, top_p
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import DROPOUT, ids, make_infini, make_rmt
-from tests.generating import wrapped
 
 
 def bad_calls():
@@ -51,6 +50,38 @@ def bad_calls():
     yield dict(prompt=None, state=Cursor(None, prompt, torch.tensor([1]))), 'the lengths of the cursor'
     yield dict(prompt=prompt, top_k=2.5), 'top_k is 2.5'
     yield dict(prompt=prompt, generator=7), 'generator is a int'
+    yield dict(prompt=prompt, temperature='hot'), "temperature is 'hot': give 0 .* or more"
+    yield dict(prompt=prompt, temperature=None), 'temperature is None: give 0'
+    yield dict(prompt=prompt, top_p='most'), "top_p is 'most': give a share"
+    yield dict(prompt=prompt, repetition_penalty='x'), "repetition_penalty is 'x': give a number above 0"
+    yield dict(prompt=prompt, filter_fn=3), 'filter_fn is a int: give a function'
+    yield dict(prompt=prompt, eos_token_id='x'), r"eos_token_id is 'x': give a token id in \[0, 20\)"
+    yield dict(prompt=prompt, eos_token_id=1.5), r'eos_token_id is 1\.5: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, eos_token_id=True), r'eos_token_id is True: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, eos_token_id=-1), r'eos_token_id is -1: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, start_token=3), 'start_token=3 begins new rows: give batch_size, and no prompt'
+    yield dict(prompt=None, state=cursor, start_token=3), 'start_token=3 begins new rows: .* no prompt or cursor'
+    yield dict(prompt=None, state=cursor, batch_size=2), 'batch_size=2 begins new rows .* give no prompt or cursor'
+    yield dict(prompt=None, batch_size=2, start_token=20), r'start_token is 20: give a token id in \[0, 20\)'
+    yield dict(prompt=None, batch_size=2, start_token='x'), "start_token is 'x': give a token id"
+    yield dict(prompt=None, batch_size=1.5), r'batch_size is 1\.5: give a whole number of rows from 1 on'
+    yield dict(prompt=prompt, segment_length=2.5), r'segment_length is 2\.5: give 1 to 6'
+    yield dict(prompt=prompt, segment_length='x'), "segment_length is 'x': give 1 to 6"
+    yield dict(prompt=prompt, segment_length=True), 'segment_length is True: give 1 to 6'
+    yield dict(prompt=prompt, compile='x'), "compile is 'x': give True or False"
+    yield dict(prompt=prompt, prompt_lengths='x'), "prompt_lengths is 'x': give 2 whole numbers from 0 to 7"
+    yield dict(prompt=prompt, prompt_lengths=[3, None]), r'prompt_lengths is \[3, None\]: give 2 whole numbers'
+    yield dict(prompt=prompt > 9), r'the prompt is torch\.bool of shape \(2, 7\): give token ids'
+    yield dict(prompt=[ids(3) > 9]), 'one tensor of token ids'
+    for tokens in (None, [1, 2], prompt[0], prompt.float(), prompt > 9):
+        for more in (None, prompt):
+            yield dict(prompt=more, state=cursor._replace(tokens=tokens)), 'the cursor holds no token ids'
+    for lengths in (None, 'x', 3, torch.tensor([[7, 1]])):
+        yield dict(prompt=None, state=cursor._replace(lengths=lengths)), 'lengths of the cursor is .* 2 whole numbers'
+    for given in (lambda logits: logits.long(), lambda logits: logits > 0):
+        yield dict(prompt=prompt, filter_fn=given), 'filter_fn made torch.* it must return floating point on cpu'
+    yield dict(prompt=prompt, filter_fn=lambda logits: logits.to('meta')), 'filter_fn made .* on meta'
+    yield dict(prompt=prompt, filter_fn=lambda logits: None), 'filter_fn made a NoneType'
     yield dict(prompt=prompt, filter_fn=lambda logits: logits[:1]), 'it must return logits of the same shape'
     yield dict(prompt=prompt, filter_fn=lambda logits: logits - math.inf), r'row 0 after 7 tokens \(new token 0\)'
     yield dict(prompt=prompt, filter_fn=lambda logits: logits * math.nan), 'are NaN'
@@ -86,9 +117,84 @@ def test_other_refusals():
         wrapper.generate(ids(1, 3), length=5, filter_thres=1.5)
     with pytest.raises(ValueError, match='give max_new_tokens'):
         wrapper.generate([ids(3), ids(4)], length=9)
+    with pytest.raises(ValueError, match='give max_new_tokens'):
+        wrapper.generate(ids(3), length=9)
+    with pytest.raises(ValueError, match='start_token=3 begins new rows'):
+        wrapper.generate(ids(1, 3), length=9, start_token=3)
     cache = wrapper.model.open_segment(wrapper.model.initial_state(1), 4)
     with pytest.raises(ValueError, match='5 tokens after 0 in a segment of 4: close the segment first'):
         cache.extend(wrapper.model, ids(1, 5))
+
+
+@pytest.mark.parametrize('prompt', [ids(2, 3).to('meta'), [ids(3), ids(3).to('meta')]], ids=['tensor', 'list'])
+def test_a_prompt_on_meta_holds_no_ids(prompt):
+    wrapper = SegmentWrapper(make_rmt())
+    for call in (wrapper.read, lambda prompt: wrapper.generate_tokens(prompt, 3)):
+        with pytest.raises(ValueError, match='on the meta device, where it has no values: give token ids'):
+            call(prompt)
+
+
+@pytest.mark.parametrize('count', [True, -2])
+def test_a_number_of_new_tokens_is_a_whole_number_from_0_on(count):
+    wrapper = SegmentWrapper(make_rmt())
+    with pytest.raises(ValueError, match=f'{count} new tokens: give 0 or more'):
+        wrapper.generate_tokens(ids(1, 3), count)
+    with pytest.raises(ValueError, match=f'max_new_tokens is {count}: give 0 or more'):
+        wrapper.stream(ids(1, 3), max_new_tokens=count)
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.1, math.nan, 'x'])
+@pytest.mark.parametrize('filter_logits', [top_k, top_p, min_p])
+def test_a_filter_takes_a_share(filter_logits, share):
+    with pytest.raises(ValueError, match=rf'thres is {share!r}: give a share in \[0, 1\]'):
+        filter_logits(torch.randn(2, 20), share)
+
+
+def bad_published_calls():
+    wrapper = InfiniTransformerWrapper(make_infini(), 6)
+    prompt, cursor = ids(2, 7), wrapper.read(ids(2, 7))
+    yield dict(prompt=prompt, batch_size=2), 'batch_size=2 begins new rows: give no prompt and no cursor'
+    yield dict(prompt=prompt, start_token=3), 'start_token=3 begins new rows'
+    yield dict(past_memories=cursor, batch_size=2), 'batch_size=2 begins new rows: give no prompt and no cursor'
+    yield dict(past_memories=cursor, start_token=3), 'start_token=3 begins new rows'
+    yield dict(batch_size=0), 'batch_size is 0: give a whole number from 1 on, or None'
+    yield dict(batch_size=True), 'batch_size is True: give a whole number from 1 on, or None'
+    yield dict(start_token=20), r'start_token is 20: give a token id in \[0, 20\)'
+    yield dict(start_token=1.5), r'start_token is 1\.5: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, eos_token_id='x'), "eos_token_id is 'x': give a token id"
+    yield dict(prompt=prompt, temperature='hot'), "temperature is 'hot': give 0"
+    yield dict(prompt=prompt, filter_kwargs={'thres': 3}), r'thres is 3: give a share in \[0, 1\]'
+    yield dict(prompt=prompt, filter_kwargs={'thres': 0.5}, top_k=3), r'filter_kwargs=.* are of filter_fn: give it too'
+    yield dict(prompt=prompt, seq_len=True, max_new_tokens=None), 'seq_len is True: give a whole number of tokens'
+    yield dict(prompt=[ids(3)], exclude_prompt=False), r'needs a prompt of shape \(batch, length\)'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_published_calls()))
+def test_bad_published_calls_are_refused(call, message):
+    wrapper = InfiniTransformerWrapper(make_infini(), 6)
+    with pytest.raises(ValueError, match=message):
+        wrapper.generate(**{'max_new_tokens': 3, **call})
+    assert wrapper.training
+
+
+def test_a_cursor_has_the_rows_that_are_asked_for_or_says_which_it_has():
+    cursor = SegmentWrapper(make_rmt(), segment_length=6).read(ids(3, 9))
+    for copies in (0, -1, 1.5, True, 'x'):
+        with pytest.raises(ValueError, match=rf'copies is {copies!r}: give a whole number from 1 on'):
+            cursor.fork(copies)
+    for index, message in (
+        (torch.tensor([3]), r'the index is \[3\]: give row numbers in \[0, 3\)'),
+        (torch.tensor([-1, 0]), r'the index is \[-1, 0\]: give row numbers in \[0, 3\)'),
+        (torch.tensor([True]), 'the index has 1 bools, the cursor 3 rows'),
+        (torch.tensor([0.0]), r'the index is \(1,\): give row numbers \(k,\), or bool \(batch,\)'),
+        (torch.tensor(0), r'the index is \(\): give row numbers'),
+        ([0], r'the index is \[0\]: give row numbers'),
+        (0, 'the index is 0: give row numbers'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cursor.rows(index)
+    assert torch.equal(cursor.rows(torch.tensor([2, 0])).tokens, cursor.tokens[[2, 0]])
+    assert len(cursor.rows(torch.zeros(3, dtype=torch.bool)).tokens) == 0
 
 
 @pytest.mark.parametrize('check_every', [1, 4, 32])
@@ -139,20 +245,3 @@ def test_an_exception_in_a_callback_changes_nothing():
     assert wrapper.model.layers[0].ff.training
     assert not wrapper.model.layers[1].ff.training
     assert all(torch.equal(a, b) for a, b in zip(leaves(cursor), before, strict=True))
-
-
-def test_a_cursor_file_of_another_model_or_a_damaged_one_is_refused(tmp_path):
-    wrapper = wrapped('rmt, xl')
-    cursor, path = wrapper.read(ids(2, 9)), tmp_path / 'book.safetensors'
-    save_cursor(cursor, path, wrapper.model)
-    with pytest.raises(ValueError, match='made with memory_mask'):
-        load_cursor(path, make_rmt(use_xl_memories=True, memory_mask='causal'))
-    with pytest.raises(ValueError, match='other weights'):
-        load_cursor(path, make_rmt(use_xl_memories=True))
-    with pytest.raises(ValueError, match='RecurrentMemoryTransformer, not InfiniTransformer'):
-        load_cursor(path, make_infini())
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match='no cursor'):
-        load_cursor(path, wrapper.model)
-    with pytest.raises(ValueError, match='no cursor'):
-        load_cursor(tmp_path / 'missing.safetensors', wrapper.model)

@@ -1,5 +1,6 @@
 """The Infini-Transformer against its definition in `reference`, and what its options promise."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,40 @@ def test_published_forward_with_cache_equals_one_call(options):
     assert not any(leaf.requires_grad for leaf in leaves(model(x, detach_memories=True).cached_kvs))
 
 
+def test_the_published_calls_with_an_open_and_a_closed_segment():
+    """False returns the memories as they were given, and a cache; True closes the segment."""
+    model, x = make_infini(use_mem_delta_rule=True), ids(1, 16)
+    logits, cache, memories = model(x, return_new_memories=False)
+    assert memories is None
+    assert logits.shape == (1, 16, 20)
+    assert [layer.kv.shape for layer in cache] == [(2, 1, 2, 16, 4)] * 2
+    same, none, memories = model(x, past_memories=memories, return_new_memories=True)
+    assert torch.equal(same, logits)  # the open segment left nothing behind
+    assert none is None
+    assert all(layer.k_norm.all() for layer in memories)
+    given = [leaf.clone() for leaf in leaves(memories)]
+    second, cache, same = model(x, past_memories=memories, return_new_memories=False)
+    assert same is memories
+    assert all(map(torch.equal, leaves(same), given))
+    assert not torch.allclose(second, logits)
+    # the same tokens, now as the rest of the open segment
+    third, none, after = model(x, memories, cache, return_new_memories=True)
+    whole = model(torch.cat((x, x), 1), memories, return_new_memories=True)
+    close(torch.cat((second, third), 1), whole.logits)
+    for have, want in zip(leaves(after), leaves(whole.past_memories), strict=True):
+        close(have, want)
+
+
+def test_what_is_detached_carries_no_graph_whether_the_segment_is_closed_or_not():
+    model, x = make_infini(), ids(1, 16)
+    _, _, memories = model(x, return_new_memories=True)
+    assert all(leaf.requires_grad for leaf in leaves(memories))
+    for closed in (False, True):
+        returned = model(x, memories, return_new_memories=closed, detach_memories=True)
+        assert not any(leaf.requires_grad for leaf in leaves(returned[1:]))
+    assert all(map(torch.equal, leaves(model(x, memories, detach_memories=True).past_memories), leaves(memories)))
+
+
 def test_an_empty_memory_leaves_the_local_output_ungated():
     wrapper, x, logits = InfiniTransformerWrapper(make_infini(), LENGTH), ids(2, 10), []
     for gate in (-4.0, 4.0):
@@ -289,11 +324,63 @@ def test_published_wrapper_calls():
     assert torch.equal(logits[:, 11:-1].argmax(-1), greedy)
 
 
+def test_the_scale_of_accumulation_acts_on_the_gradients_of_this_call_alone():
+    wrapper, seq, labels = InfiniTransformerWrapper(make_infini(), LENGTH), ids(2, 23), ids(2, 23)
+    plain = wrapper(seq, labels=labels)
+    plain.backward()
+    want = {name: parameter.grad for name, parameter in wrapper.named_parameters()}
+    for scale in (1, 0.25, 0, -2.0):
+        wrapper.zero_grad()
+        scalars = []
+        loss = wrapper(
+            seq, labels=labels, backward=True, grad_accum_scale=scale,
+            backward_fn=lambda scalar, scalars=scalars: (scalars.append(scalar.detach()), scalar.backward()),
+        )  # fmt: skip
+        close(loss, plain.detach())
+        close(torch.stack(scalars).sum(), loss * scale)
+        for name, parameter in wrapper.named_parameters():
+            close(parameter.grad, want[name] * scale)
+
+
+def bad_training_calls():
+    yield (
+        {'grad_accum_scale': 0.25},
+        r'grad_accum_scale=0\.25 scales the gradients of backward=True: without it, multiply',
+    )
+    yield {'grad_accum_scale': math.nan}, 'grad_accum_scale is nan: give a finite number'
+    yield {'grad_accum_scale': math.inf, 'backward': True}, 'grad_accum_scale is inf: give a finite number'
+    yield {'backward_fn': print}, 'backward_fn is only called with backward=True'
+    yield {'segment_length': True, 'backward': True}, 'segment_length is True: give 1 to any whole number'
+    yield {'past_memories': 3, 'backward': True}, 'state is int'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_training_calls()))
+def test_a_refused_training_call_changes_nothing(call, message):
+    wrapper = InfiniTransformerWrapper(make_infini(), LENGTH)
+    wrapper.eval()
+    with pytest.raises(ValueError, match=message):
+        wrapper(ids(2, 23), **call)
+    assert not any(module.training for module in wrapper.modules())
+    assert all(parameter.grad is None for parameter in wrapper.parameters())
+
+
 def test_a_prompt_longer_than_a_segment_is_remembered():
     wrapper, prompt = InfiniTransformerWrapper(make_infini(), LENGTH), ids(1, 12)
     other = prompt.clone()
     other[:, :LENGTH] = ids(1, LENGTH)
     assert not torch.allclose(wrapper.logits(prompt)[0][:, -1], wrapper.logits(other)[0][:, -1])
+
+
+LEARNED = {'learned_delta_update': True, 'memory_decay': True}
+BAD_CACHES = [
+    (lambda layer: layer._replace(kv=None), 'cached_kv of layer 1: kv is NoneType: give what a call returned'),
+    (lambda layer: layer._replace(kv=layer.kv.long()), r'cached_kv of layer 1: kv is torch\.int64: give what a call'),
+    (lambda layer: layer._replace(kv=layer.kv * math.nan), 'cached_kv of layer 1: kv holds NaN or infinite values'),
+    (lambda layer: layer._replace(kv=layer.kv / 0), 'cached_kv of layer 1: kv holds NaN or infinite values'),
+    (lambda layer: layer._replace(kv=layer.kv[:, :, :, :2]), r'cached_kv of layer 1: kv: shape \(2, 2, 2, 2, 4\)'),
+    (lambda layer: layer._replace(kv=layer.kv.to('meta')), r'layer 1: kv: torch\.float64 on meta, the model needs'),
+    (lambda layer: layer._replace(strength=layer.kv[0, ..., 0]), 'layer 1: strength is not for this model'),
+]
 
 
 def bad_calls():
@@ -305,9 +392,41 @@ def bad_calls():
     yield {'past_memories': [1, 2]}, r'state\[0\] is int, this model has Memories there'
     yield {'past_memories': 3}, 'state is int, this model has tuple there'
     yield {'x': ids(2, 5) + 18}, 'outside'
+    yield {'x': ids(2, 0)}, 'x holds no token: give at least one'
     yield {'mask': torch.ones(2, 4, dtype=torch.bool)}, 'mask has shape'
     yield {'cached_kv': []}, 'cached_kv has 0 entries'
+    cache = make_infini()(ids(2, 3)).cached_kvs
     yield {'cached_kv': make_infini()(ids(3, 2)).cached_kvs}, 'cached_kv of layer 0: kv: shape'
+    yield {'cached_kv': 3}, 'cached_kv is a int: give the list that a call returned'
+    yield {'cached_kv': [None, None]}, 'cached_kv of layer 0 is a NoneType: give what a call returned'
+    yield {'cached_kv': [layer.kv for layer in cache]}, 'cached_kv of layer 0 is a Tensor: give what a call returned'
+    for part, message in BAD_CACHES:
+        yield {'cached_kv': [cache[0], part(cache[1])]}, message
+    padded = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    yield {'cached_kv': cache, 'mask': padded}, 'mask with cached_kv: a cache holds valid tokens only'
+
+
+def bad_learned_caches():
+    cache = make_infini(**LEARNED)(ids(2, 3)).cached_kvs
+    yield make_infini()(ids(2, 3)).cached_kvs, 'cached_kv of layer 0: strength is missing: .* with other options'
+    for part in ('strength', 'log_decay'):
+        good, name = getattr(cache[1], part), f'cached_kv of layer 1: {part}'
+        yield [cache[0], cache[1]._replace(**{part: None})], f'{name} is missing: it comes from a model with other'
+        yield [cache[0], cache[1]._replace(**{part: 'x'})], f'{name} is a str: give a tensor'
+        yield [cache[0], cache[1]._replace(**{part: good[..., :2]})], rf'{name}: shape \(2, 2, 2\), .* need \(2, 2, 3\)'
+        yield [cache[0], cache[1]._replace(**{part: good * math.nan})], f'{name} holds NaN or infinite values'
+    for value in (1.5, -0.5):
+        strength = torch.full_like(cache[1].strength, value)
+        yield [cache[0], cache[1]._replace(strength=strength)], r'layer 1: strength holds numbers outside \[0, 1\]'
+    above = cache[1]._replace(log_decay=-cache[1].log_decay)
+    yield [cache[0], above], 'layer 1: log_decay holds numbers above 0'
+
+
+@pytest.mark.parametrize(('cache', 'message'), list(bad_learned_caches()))
+def test_a_cache_without_what_the_model_learns_is_refused(cache, message):
+    model = make_infini(**LEARNED)
+    with pytest.raises(ValueError, match=message):
+        model(ids(2, 5), None, cache)
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
@@ -316,14 +435,29 @@ def test_bad_calls_are_refused(call, message):
         make_infini()(**{'x': ids(2, 5), **call})
 
 
-def test_bad_construction_is_refused():
-    for options, message in [
-        ({'use_mem_delta_rule': True, 'memory_rule': 'deltanet'}, 'give one of them'),
-        ({'heads': 4, 'kv_heads': 3}, 'does not divide'),
-        ({'dim_head': 5}, 'must be even'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            make_infini(**options)
+BAD_CONSTRUCTION = [
+    ({'use_mem_delta_rule': True, 'memory_rule': 'deltanet'}, 'give one of them'),
+    ({'heads': 4, 'kv_heads': 3}, 'does not divide'),
+    ({'dim_head': 5}, 'must be even'),
+    ({'head_gate_init_value': math.nan}, 'head_gate_init_value is nan: give a finite number'),
+    ({'head_gate_init_value': -math.inf}, 'head_gate_init_value is -inf: give a finite number'),
+    ({'ff_mult': math.inf}, 'ff_mult is inf: give a finite number above 0'),
+    ({'ff_mult': math.nan}, 'ff_mult is nan: give a finite number above 0'),
+    ({'ff_mult': 0.09}, r'ff_mult is 0\.09: with dim=16 no inner feature is left, give 0\.0938 or more'),
+    ({'rotary_theta': math.nan}, 'rotary_theta is nan: give a finite number above 0'),
+    ({'attn_dropout': math.nan}, r'attn_dropout is nan: a dropout probability must be in \[0, 1\)'),
+    ({'dim': True}, 'dim is True: give a finite number above 0'),
+    ({'depth': True}, 'depth is True: give a finite number above 0'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), BAD_CONSTRUCTION)
+def test_bad_construction_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_infini(**options)
+
+
+def test_other_refusals():
     with pytest.raises(Exception, match='memory_rule'):
         make_infini(memory_rule='other')
     for length in (0, -3):

@@ -1,6 +1,7 @@
 """The compressive memory alone: writing, reading, the scan, and half types."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -101,3 +102,159 @@ def test_fastweight_memory_alone():
         M, z = infini_write(rule, keys[1, 1].flip(0), values[1, 1], 1 - weights[1, 1, :, 0], ones, M, z)
         close(second.kv_mem[1, 1], M)
         close(mixed[1, 3, 2], (out[1, 3, 2] + infini_read(rule, queries[1, 3, 2], M, z)) / 2)
+
+
+def reference_memories(rule, keys, values, strength, decay, mask, past):
+    """The memories (b, g, ...) that the loop over the tokens of a segment makes of those before it."""
+    heads = itertools.product(range(keys.shape[0]), range(keys.shape[1]))
+    after = [
+        infini_write(
+            rule, *(t[row, g, mask[row]] for t in (keys, values, strength, decay)), past[0][row, g], past[1][row, g]
+        )
+        for row, g in heads
+    ]
+    return Memories(*(torch.stack(parts).unflatten(0, keys.shape[:2]) for parts in zip(*after, strict=True)))
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+@pytest.mark.parametrize('given', ['strength', 'weights', 'log_decay', 'strength, log_decay', 'nothing'])
+def test_fastweight_memory_alone_writes_with_strength_and_decay(rule, given):
+    """They mean what they mean in `memory.write`; weights are the published 1 - strength. Values may be wider."""
+    memory = FastweightMemory(4, kv_heads=2, memory_rule=rule).double()
+    keys, values = torch.randn(2, 2, 7, 4).double(), torch.randn(2, 2, 7, 6).double()
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    strength, decay, options = torch.ones(2, 2, 7).double(), torch.ones(2, 2, 7).double(), {}
+    if 'strength' in given or given == 'weights':
+        strength = torch.rand(2, 2, 7).double()
+        options = {'weights': (1 - strength)[..., None]} if given == 'weights' else {'strength': strength}
+    if 'log_decay' in given:
+        decay = torch.rand(2, 2, 7).double() * 0.5 + 0.5
+        options['log_decay'] = decay.log()
+    past = expected = Memories(torch.zeros(2, 2, 4, 6).double(), torch.zeros(2, 2, 4).double())
+    writes = Writes(keys[None], values[None], strength[None], decay.log()[None], mask[None])
+    found = None
+    for _ in range(2):
+        found = memory.create_new_memories(keys, values, found, mask=mask, **options)
+        expected = reference_memories(rule, keys, values, strength, decay, mask, expected)
+        _, past = write(writes, past, rule)
+        for have, want, written in zip(found, expected, past, strict=True):
+            close(have, want)
+            close(have, written)
+    out, queries = torch.randn(2, 4, 3, 6).double(), torch.randn(2, 4, 3, 4).double()
+    mixed = memory.retrieve_and_add_to_output(out, queries, found)
+    recalled = infini_read(rule, queries[1, 3, 2], found.kv_mem[1, 1], found.k_norm[1, 1])
+    close(mixed[1, 3, 2], (out[1, 3, 2] + recalled) / 2)
+    close(memory.retrieve_and_add_to_output(out, queries, tuple(found)), mixed)
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+def test_a_segment_without_a_token_writes_nothing(rule):
+    memory, keys = FastweightMemory(4, memory_rule=rule), torch.randn(2, 4, 7, 8)
+    past = memory.create_new_memories(keys, keys)
+    after = memory.create_new_memories(keys[:, :, :0], keys[:, :, :0], past)
+    for have, want in zip(after, past, strict=True):
+        assert torch.equal(have, want)
+        assert have.data_ptr() != want.data_ptr()
+    assert not any(leaf.any() for leaf in memory.create_new_memories(keys[:, :, :0], keys[:, :, :0]))
+
+
+BAD_MEMORIES = [
+    ({'memory_rule': 'detla'}, "memory_rule is 'detla': give one of linear, delta, deltanet"),
+    ({'memory_rule': ''}, "memory_rule is '': give one of linear, delta, deltanet"),
+    (
+        {'use_mem_delta_rule': True, 'memory_rule': 'linear'},
+        "means memory_rule='delta', not 'linear': give one of them",
+    ),
+    ({'heads': 0}, 'heads is 0: give a finite number above 0'),
+    ({'heads': True}, 'heads is True: give a finite number above 0'),
+    ({'kv_heads': 3}, 'kv_heads=3 does not divide heads=4'),
+    ({'kv_heads': 0}, 'kv_heads is 0: give a finite number above 0'),
+    ({'head_gate_init_value': math.nan}, 'head_gate_init_value is nan: give a finite number'),
+    ({'head_gate_init_value': math.inf}, 'head_gate_init_value is inf: give a finite number'),
+    ({'mem_transform': 'other'}, "mem_transform is 'other': give 'talking_heads', 'kv_proj' or None"),
+    ({'mem_transform': 'kv_proj'}, "mem_transform='kv_proj' projects the features of a head: give dim_head"),
+    ({'mem_transform': 'kv_proj', 'dim_head': 0}, 'dim_head is 0: give a finite number above 0'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), BAD_MEMORIES)
+def test_a_memory_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FastweightMemory(**{'heads': 4, **options})
+
+
+def bad_writes():
+    keys = torch.randn(2, 2, 7, 8)
+    values, per_token = torch.randn(2, 2, 7, 8), torch.rand(2, 2, 7)
+    past = FastweightMemory(4, kv_heads=2).create_new_memories(keys, values)
+    yield {'weights': per_token[..., None], 'strength': per_token}, 'weights are 1 - strength: give only strength'
+    yield {'keys': keys[0]}, r'keys has shape \(2, 7, 8\): give \(batch, heads, tokens, features\)'
+    yield {'keys': 'k'}, r'keys has shape str: give \(batch, heads, tokens, features\)'
+    yield {'keys': keys[:, :1]}, r'keys has shape \(2, 1, 7, 8\): this memory needs \(2, 2, 7, 8\)'
+    yield {'keys': keys.repeat(1, 2, 1, 1)}, r'keys has shape \(2, 4, 7, 8\): this memory needs \(2, 2, 7, 8\)'
+    yield {'values': values[0]}, r'values has shape \(2, 7, 8\): give \(batch, heads, tokens, features\)'
+    yield {'values': values[:1]}, r'values has shape \(1, 2, 7, 8\): this memory needs \(2, 2, 7, 8\)'
+    yield {'values': values[:, :, :3]}, r'values has shape \(2, 2, 3, 8\): this memory needs \(2, 2, 7, 8\)'
+    yield {'weights': per_token}, r'weights has shape \(2, 2, 7\): this memory needs \(2, 2, 7, 1\)'
+    yield {'strength': per_token[..., None]}, r'strength has shape \(2, 2, 7, 1\): this memory needs \(2, 2, 7\)'
+    yield {'strength': per_token[:, :, :1]}, r'strength has shape \(2, 2, 1\): this memory needs \(2, 2, 7\)'
+    yield {'strength': 0.5}, r'strength has shape float: this memory needs \(2, 2, 7\)'
+    yield {'log_decay': -per_token[0]}, r'log_decay has shape \(2, 7\): this memory needs \(2, 2, 7\)'
+    yield {'mask': torch.ones(2, 6, dtype=torch.bool)}, r'mask has shape \(2, 6\): this memory needs \(2, 7\)'
+    yield {'mask': torch.ones(2, 7)}, r'mask is torch\.float32: give torch\.bool, True = valid'
+    yield {'past_memories': 3}, 'the past memories are a int: give what create_new_memories returned'
+    yield {'past_memories': (past, past, past)}, 'the past memories are a tuple: give what'
+    yield {'past_memories': (None, None)}, r'past_memories\.kv_mem is a NoneType: give a tensor'
+    yield {'past_memories': Memories(past.kv_mem[:1], past.k_norm)}, r'past_memories\.kv_mem: shape \(1, 2, 8, 8\)'
+    yield {'past_memories': Memories(past.kv_mem, past.k_norm[..., :4])}, r'past_memories\.k_norm: shape \(2, 2, 4\)'
+    yield {'past_memories': Memories(past.kv_mem.double(), past.k_norm)}, r'past_memories\.kv_mem: torch\.float64'
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+@pytest.mark.parametrize(('call', 'message'), list(bad_writes()))
+def test_writes_that_do_not_fit_are_refused(call, message, rule):
+    memory, keys, values = FastweightMemory(4, kv_heads=2, memory_rule=rule), *torch.randn(2, 2, 2, 7, 8)
+    with pytest.raises(ValueError, match=message):
+        memory.create_new_memories(**{'keys': keys, 'values': values, **call})
+
+
+def bad_reads():
+    out = torch.randn(2, 4, 7, 8)
+    past = FastweightMemory(4, kv_heads=2).create_new_memories(*torch.randn(2, 2, 2, 7, 8))
+    yield {'out': out[0]}, r'out has shape \(4, 7, 8\): give \(batch, heads, tokens, features\)'
+    yield {'out': out[:, :2]}, r'out has shape \(2, 2, 7, 8\): this memory needs \(2, 4, 7, 8\)'
+    yield {'queries': out[0]}, r'queries has shape \(4, 7, 8\): give \(batch, heads, tokens, features\)'
+    yield {'queries': out[:, :2]}, r'queries has shape \(2, 2, 7, 8\): this memory needs \(2, 4, 7, 8\)'
+    yield {'queries': out[:, :, :3]}, r'out has shape \(2, 4, 7, 8\): this memory needs \(2, 4, 3, 8\)'
+    yield {'queries': out[..., :4]}, r'past_memories\.kv_mem: shape \(2, 2, 8, 8\), .* need \(2, 2, 4, 8\)'
+    yield {'out': out[..., :4]}, r'past_memories\.kv_mem: shape \(2, 2, 8, 8\), .* need \(2, 2, 8, 4\)'
+    yield {'gates': torch.zeros(4)}, r'gates has shape \(4,\): give a tensor that is broadcast to \(2, 4, 7\)'
+    yield {'gates': torch.zeros(1, 2, 4, 7)}, r'gates has shape \(1, 2, 4, 7\): give a tensor that is broadcast to'
+    yield {'gates': 3.0}, r'gates has shape float: give a tensor that is broadcast to \(2, 4, 7\)'
+    yield {'past_memories': 'ab'}, 'the past memories are a str: give what create_new_memories returned'
+    yield {'past_memories': Memories(past.kv_mem[:1], past.k_norm[:1])}, r'past_memories\.kv_mem: shape \(1, 2, 8, 8\)'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_reads()))
+def test_reads_that_do_not_fit_are_refused(call, message):
+    memory = FastweightMemory(4, kv_heads=2)
+    out, queries = torch.randn(2, 2, 4, 7, 8)
+    past = memory.create_new_memories(*torch.randn(2, 2, 2, 7, 8))
+    with pytest.raises(ValueError, match=message):
+        memory.retrieve_and_add_to_output(**{'out': out, 'queries': queries, 'past_memories': past, **call})
+
+
+def test_gates_are_broadcast_over_rows_heads_and_tokens():
+    memory, (out, queries) = FastweightMemory(4, kv_heads=2), torch.randn(2, 2, 4, 7, 8)
+    past = memory.create_new_memories(*torch.randn(2, 2, 2, 7, 8))
+    expected = memory.retrieve_and_add_to_output(out, queries, past, torch.ones(2, 4, 7))
+    for shape in ((), (1,), (7,), (4, 1), (1, 7), (2, 1, 1), (1, 4, 7)):
+        close(memory.retrieve_and_add_to_output(out, queries, past, torch.ones(shape)), expected, 1e-6)
+
+
+def test_projected_memories_have_the_features_that_they_were_made_for():
+    memory, keys = FastweightMemory(4, mem_transform='kv_proj', dim_head=5), torch.randn(2, 4, 7, 8)
+    with pytest.raises(ValueError, match=r'keys has shape \(2, 4, 7, 8\): this memory needs \(2, 4, 7, 5\)'):
+        memory.create_new_memories(keys, keys)
+    with pytest.raises(ValueError, match=r'queries has shape \(2, 4, 7, 8\): this memory needs \(2, 4, 7, 5\)'):
+        memory.retrieve_and_add_to_output(keys, keys)

@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -59,6 +61,9 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         assert modules <= files
     assert not any(name.startswith(('tests', 'benchmarks', 'train_enwik8')) for name in files)
     assert any(name.endswith('/LICENSE') for name in files)
+    core = {line.split(':')[1].strip() for line in metadata.splitlines() if line.startswith('Requires-Dist')}
+    core = {re.split(r'[<>=!~ ]', line)[0] for line in core if 'extra ==' not in line}
+    assert core == {'torch', 'einops', 'beartype', 'safetensors', 'tqdm'}
     for line in ('Version: 0.1.0', 'License-Expression: MIT', 'Requires-Dist: torch>=2.5', 'Provides-Extra: flash'):
         assert line in metadata
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as sdist:
@@ -70,6 +75,23 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path / 'installed')}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.strip().startswith(str(tmp_path / 'installed')), done.stderr
+
+
+def test_what_is_imported_is_installed_with_the_package():
+    """Whatever a module imports on its own import is a core dependency; training.py has the extra `train`."""
+    project = (ROOT / 'pyproject.toml').read_text()
+    lists = dict(re.findall(r'^(dependencies|train) = (\[.*\])$', project, re.MULTILINE))
+    core, train = ({re.split('>=', need)[0] for need in json.loads(lists[name])} for name in ('dependencies', 'train'))
+    for package in PACKAGES:
+        for path in (ROOT / package).glob('*.py'):
+            names = set()
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.Import):
+                    names |= {alias.name.split('.')[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    names.add(node.module.split('.')[0])
+            others = names - set(sys.stdlib_module_names) - set(PACKAGES)
+            assert others <= (core | train if path.name == 'training.py' else core), path
 
 
 @pytest.mark.parametrize('package', PACKAGES)

@@ -1,10 +1,12 @@
 """What the Recurrent Memory Transformer refuses."""
 
+import math
+
 import pytest
 import torch
 
 from recurrent_memory_transformer_pytorch import RMTState
-from tests.conftest import ids, make_rmt
+from tests.conftest import ids, make_infini, make_rmt
 
 BAD_CONSTRUCTION = [
     ({'xl_mem_len': -1, 'use_xl_memories': True}, 'xl_mem_len is -1'),
@@ -17,6 +19,17 @@ BAD_CONSTRUCTION = [
     ({'attn_dropout': 1.0}, 'attn_dropout is 1'),
     ({'seq_len': 0}, 'seq_len is 0'),
     ({'causal': False, 'memory_mask': 'mixed'}, 'needs causal=True'),
+    ({'memory_noise': math.nan}, 'memory_noise is nan: give 0, or a finite number above it'),
+    ({'memory_noise': math.inf}, 'memory_noise is inf: give 0, or a finite number above it'),
+    ({'ff_mult': math.inf}, 'ff_mult is inf: give a finite number above 0'),
+    ({'ff_mult': math.nan}, 'ff_mult is nan: give a finite number above 0'),
+    ({'ff_mult': 0.09}, r'ff_mult is 0\.09: with dim=16 no inner feature is left, give 0\.0938 or more'),
+    ({'ff_dropout': math.nan}, r'ff_dropout is nan: a dropout probability must be in \[0, 1\)'),
+    ({'rotary_theta': math.inf, 'rotary_pos_emb': True}, 'rotary_theta is inf: give a finite number above 0'),
+    ({'first_text_position': -1}, 'first_text_position is -1: give 0, or a finite number above it'),
+    ({'axial_mem_len': 2, 'num_memory_tokens': 0}, 'axial_mem_len is 2, num_memory_tokens 0: there is no memory'),
+    ({'dim': True}, 'dim is True: give a finite number above 0'),
+    ({'num_tokens': True}, 'num_tokens is True: give a finite number above 0'),
 ]
 
 
@@ -24,6 +37,11 @@ BAD_CONSTRUCTION = [
 def test_bad_construction_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_rmt(**options)
+
+
+@pytest.mark.parametrize('make', [make_rmt, make_infini])
+def test_the_smallest_feed_forward_that_the_error_names_is_made(make):
+    assert make(ff_mult=0.0938).layers[0].ff.proj_out.in_features == 1
 
 
 def bad_calls():

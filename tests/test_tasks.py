@@ -124,6 +124,78 @@ def test_bad_tasks_are_refused():
         SegmentCurriculum([])
 
 
+BAD_TASKS = [
+    (Memorize, {'key_length': 0}, 'key_length is 0: give a whole number from 1 on'),
+    (Memorize, {'key_length': -1}, 'key_length is -1: give a whole number from 1 on'),
+    (Memorize, {'key_length': 1.5}, r'key_length is 1\.5: give a whole number from 1 on'),
+    (Memorize, {'values': 0}, 'values is 0: give a whole number from 1 on'),
+    (Memorize, {'values': 2.5}, r'values is 2\.5: give a whole number from 1 on'),
+    (Memorize, {'noise': 'x'}, "noise is 'x': give a whole number from 1 on"),
+    (Memorize, {'segment_length': True}, 'segment_length is True: give a whole number from 1 on'),
+    (AssociativeRetrieval, {'pairs_per_segment': 0}, 'pairs_per_segment is 0: give a whole number from 1 on'),
+    (AssociativeRetrieval, {'pairs_per_segment': 1.5}, r'pairs_per_segment is 1\.5: give a whole number from 1 on'),
+    (AssociativeRetrieval, {'keys': 0}, 'keys is 0: give a whole number from 1 on'),
+    (AssociativeRetrieval, {'values': -3}, 'values is -3: give a whole number from 1 on'),
+    (Copy, {'alphabet': 0}, 'alphabet is 0: give a whole number from 1 on'),
+    (Copy, {'alphabet': 2.5}, r'alphabet is 2\.5: give a whole number from 1 on'),
+    (Copy, {'segment_length': 0}, 'segment_length is 0: give a whole number from 1 on'),
+    (Copy, {'copies': 0}, 'copies is 0: give a whole number from 1 on'),
+    (SegmentCurriculum, {'stages': [2], 'patience': 0}, 'patience is 0: give a whole number from 1 on'),
+    (SegmentCurriculum, {'stages': [2], 'patience': 2.5}, r'patience is 2\.5: give a whole number from 1 on'),
+    (SegmentCurriculum, {'stages': [2], 'mix': math.nan}, r'mix is nan: give a share of steps in \[0, 1\]'),
+    (SegmentCurriculum, {'stages': [2], 'mix': 1.5}, r'mix is 1\.5: give a share of steps in \[0, 1\]'),
+    (SegmentCurriculum, {'stages': [2], 'threshold': math.nan}, 'threshold is nan: give a finite number'),
+    (SegmentCurriculum, {'stages': [0, 1]}, r'stages=\[0, 1\]: give growing numbers of segments, from 1 on'),
+    (SegmentCurriculum, {'stages': [1.5, 2]}, r'stages=\[1\.5, 2\]: give growing numbers of segments, from 1 on'),
+    (SegmentCurriculum, {'stages': 'ab'}, r"stages=\['a', 'b'\]: give growing numbers of segments, from 1 on"),
+]
+
+
+@pytest.mark.parametrize(('make', 'options', 'message'), BAD_TASKS)
+def test_values_outside_their_range_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize('task', [Memorize(), AssociativeRetrieval(), Copy()], ids=lambda task: type(task).__name__)
+def test_a_batch_has_whole_numbers_of_rows_and_segments(task):
+    for batch_size in (0, -1, 2.5, True, 'x'):
+        with pytest.raises(ValueError, match=f'batch_size is {batch_size!r}: give a whole number from 1 on'):
+            task.batch(6, batch_size, seeded())
+    for segments in (2.5, math.nan, 'x', True):
+        with pytest.raises(ValueError, match=f'{segments!r} segments: give a whole number'):
+            task.batch(segments, 2, seeded())
+
+
+def bad_scores():
+    yield {'batch_size': 0}, 'batch_size is 0: give a whole number from 1 on'
+    yield {'batch_size': 1.5}, r'batch_size is 1\.5: give a whole number from 1 on'
+    yield {'wrapper': SegmentWrapper(make_rmt(num_tokens=3))}, 'the model has num_tokens=3, the task needs 4'
+    yield {'wrapper': SegmentWrapper(make_rmt(), segment_length=5)}, 'the wrapper has segment_length=5, the task 6'
+    yield {'wrapper': SegmentWrapper(make_rmt().to('meta'))}, 'the model is on the meta device'
+    yield {'segments': 4}, '4 segments: give a multiple of 3'
+
+
+@pytest.mark.parametrize(('call', 'message'), list(bad_scores()))
+def test_an_accuracy_that_cannot_be_is_refused(call, message):
+    options = dict(
+        wrapper=SegmentWrapper(make_rmt()), task=Copy(alphabet=3, segment_length=6), segments=6, batch_size=2
+    )
+    wrapper = {**options, **call}['wrapper'].train()
+    with pytest.raises(ValueError, match=message):
+        accuracy(**{**options, **call}, generator=seeded())
+    assert all(module.training for module in wrapper.modules())
+
+
+@pytest.mark.parametrize('metric', [math.nan, math.inf, 'high', None])
+def test_a_metric_that_is_no_number_does_not_spoil_the_average(metric):
+    curriculum = SegmentCurriculum([2, 3])
+    curriculum.update(0.5, 2)
+    with pytest.raises(ValueError, match=f'metric is {metric!r}: give a finite number'):
+        curriculum.update(metric, 2)
+    assert (curriculum.average, curriculum.steps) == (0.5, 1)
+
+
 def test_the_curriculum_moves_when_the_metric_stays_high():
     curriculum = SegmentCurriculum([2, 3, 5], threshold=0.9, mix=0.5, patience=4)
     generator = seeded()

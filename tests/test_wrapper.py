@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import RMT_OPTIONS, close, ids, make_rmt
+from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, close, ids, make_infini, make_rmt
 from tests.reference import mean_nll, rmt_row
 
+BOTH = pytest.mark.parametrize('make', [make_rmt, make_infini])
 CAUSAL = {name: options for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
 
 
@@ -41,6 +43,62 @@ def test_one_call_is_two_calls_with_the_state_between(options):
         close(a, b)
     logits, state = wrapper.logits(x[:, :12])
     close(torch.cat((logits, wrapper.logits(x[:, 12:], state)[0]), 1), wrapper.logits(x)[0])
+
+
+@pytest.fixture
+def always_warned():
+    """PyTorch gives each of its own warnings once a process, so only to the first test that deserves it."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+HOLES = {
+    'the last column that the first piece reads': [11],
+    'the token that both pieces hold': [12],
+    'the first target of the second piece': [13],
+    'both sides of the cut': [11, 12],
+    'all around the cut': [10, 11, 12, 13, 14],
+    'to the end': list(range(12, 25)),
+    'from the start': list(range(12)),
+    'a segment before the cut': list(range(6, 12)),
+    'far away': [3, 20],
+}
+
+
+@pytest.mark.parametrize('as_ids', [False, True])
+@pytest.mark.parametrize(
+    ('make', 'options'),
+    [
+        (make_rmt, RMT_OPTIONS['plain']),
+        (make_rmt, RMT_OPTIONS['xl long']),
+        (make_rmt, RMT_OPTIONS['axial']),
+        (make_infini, INFINI_OPTIONS['delta, strength, decay']),
+        (make_infini, INFINI_OPTIONS['deltanet']),
+    ],
+    ids=['rmt', 'rmt, xl', 'rmt, axial', 'infini, delta', 'infini, deltanet'],
+)
+def test_a_text_may_be_cut_where_it_is_padded(make, options, as_ids):
+    """Two pieces, of which the second starts with the last column of the first, are one call in loss and state."""
+    wrapper = SegmentWrapper(make(**options), segment_length=6)
+    mask = torch.ones(len(HOLES) + 1, 25, dtype=torch.bool)
+    for row, columns in enumerate(HOLES.values(), start=1):
+        mask[row, columns] = False
+    x = ids(*mask.shape)
+
+    def losses(at, state):
+        if as_ids:
+            return wrapper.loss(x.masked_fill(~mask, -100)[:, at], state, reduction='none')
+        return wrapper.loss(x[:, at], state, mask=mask[:, at], reduction='none')
+
+    whole = losses(slice(None), None)
+    first = losses(slice(13), None)
+    second = losses(slice(12, None), first.state)
+    close(torch.cat((first.loss, second.loss), 1), whole.loss)
+    assert first.num_targets + second.num_targets == whole.num_targets
+    for have, want in zip(leaves(second.state), leaves(whole.state), strict=True):
+        close(have, want)
 
 
 def test_reductions_and_labels():
@@ -166,6 +224,7 @@ def bad_calls():
     yield dict(x=x, backward_fn=print), 'only called with backward=True'
     yield dict(x=torch.randn(2, 9, 16, dtype=torch.float64), backward=True), 'give labels'
     yield dict(x=x, backprop_segments=0), 'backprop_segments is 0'
+    yield dict(x=x, labels=x.to(torch.complex64)), 'labels are torch.complex64: give token ids'
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
@@ -178,6 +237,124 @@ def test_a_refused_call_changes_nothing(call, message):
     assert wrapper.training
     assert all(parameter.grad is None for parameter in wrapper.parameters())
     assert torch.equal(call['x'], given)
+
+
+@BOTH
+def test_backward_without_anything_to_train_is_refused(make):
+    wrapper, x = SegmentWrapper(make(), segment_length=6), ids(2, 15)
+    wrapper.requires_grad_(False)
+    with pytest.raises(ValueError, match='backward=True, but every parameter is frozen: unfreeze one, or leave'):
+        wrapper.loss(x, backward=True)
+    assert not wrapper.loss(x).loss.requires_grad
+    # embeddings that somebody trains are something to train
+    embeddings, labels = wrapper.model.token_emb(x).requires_grad_(), ids(2, 15)
+    wrapper.loss(embeddings, labels=labels).loss.backward()
+    expected, embeddings.grad = embeddings.grad, None
+    wrapper.loss(embeddings, labels=labels, backward=True)
+    close(embeddings.grad, expected)
+    assert all(parameter.grad is None for parameter in wrapper.parameters())
+
+
+def test_what_is_trained_without_an_influence_gets_zeros():
+    """The first memory of a text that goes on from a state."""
+    wrapper = SegmentWrapper(make_rmt())
+    state = wrapper.logits(ids(2, 6))[1]
+    wrapper.requires_grad_(False)
+    wrapper.model.initial_memory.requires_grad_()
+    wrapper.loss(ids(2, 15), state, backward=True)
+    assert torch.equal(wrapper.model.initial_memory.grad, torch.zeros(3, 16, dtype=torch.float64))
+    wrapper.loss(ids(2, 15), backward=True)
+    assert wrapper.model.initial_memory.grad.any()
+
+
+@BOTH
+@pytest.mark.parametrize('options', [{'qk_norm': True}, {'qk_norm': True, 'heads': 4, 'kv_heads': 2}])
+def test_queries_keys_and_values_share_the_dtype_of_autocast(make, options, monkeypatch, always_warned):
+    """A norm whose gain has another dtype than its input gives float32, or since PyTorch 2.6 a warning to be slow."""
+    wrapper = SegmentWrapper(make(**options).float(), segment_length=6)
+    dtypes, attention = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, *args, **more):
+        dtypes.append((q.dtype, k.dtype, v.dtype))
+        return attention(q, k, v, *args, **more)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
+    for call in (
+        lambda: wrapper.loss(ids(2, 15)).loss.backward(),
+        lambda: wrapper.loss(ids(2, 15), backward=True),
+        lambda: wrapper.logits(ids(2, 15), mask=torch.arange(15) < torch.tensor([[15], [7]])),
+        lambda: wrapper.generate_tokens([ids(3), ids(9)], 9, temperature=0),
+    ):
+        dtypes.clear()
+        with torch.autocast('cpu', torch.bfloat16):
+            call()
+        assert set(dtypes) == {(torch.bfloat16,) * 3}
+        dtypes.clear()
+        call()
+        assert set(dtypes) == {(torch.float32,) * 3}
+
+
+def bad_arguments_of_advance():
+    good = torch.ones(2, 3, dtype=torch.float64)
+    yield make_infini, {'scale': good}, "per_segment has 'scale', but InfiniTransformer.advance takes write_scale"
+    yield make_infini, {'mask': good}, "per_segment has 'mask', but InfiniTransformer.advance takes write_scale"
+    yield make_infini, {3: good}, 'per_segment has 3, but InfiniTransformer.advance takes write_scale'
+    yield make_rmt, {'write_scale': good}, 'RecurrentMemoryTransformer.advance takes no further arguments'
+    shape = r'give one value a segment, \(batch, segments\) = \(2, 3\)'
+    yield make_infini, {'write_scale': good[:, :2]}, rf'write_scale has shape \(2, 2\): {shape}'
+    yield make_infini, {'write_scale': good[:1]}, rf'write_scale has shape \(1, 3\): {shape}'
+    yield make_infini, {'write_scale': good[..., None]}, rf'write_scale has shape \(2, 3, 1\): {shape}'
+    yield make_infini, {'write_scale': 2.0}, rf'write_scale has shape no shape, but is 2\.0: {shape}'
+    yield make_infini, {'write_scale': None}, rf'write_scale has shape no shape, but is None: {shape}'
+    yield make_infini, {'write_scale': good * torch.nan}, 'write_scale holds NaN or infinite values'
+    yield make_infini, {'write_scale': good / 0}, 'write_scale holds NaN or infinite values'
+    yield make_infini, {'write_scale': good - 1.5}, 'write_scale holds negative numbers'
+    yield make_infini, {'write_scale': good.to('meta')}, 'write_scale is on meta, the model on cpu'
+    yield make_infini, {'write_scale': good > 0}, r'write_scale is torch\.bool: give numbers'
+    yield make_infini, {'write_scale': good.to(torch.complex64)}, r'write_scale is torch\.complex64: give numbers'
+
+
+@pytest.mark.parametrize('backward', [False, True])
+@pytest.mark.parametrize(('make', 'per_segment', 'message'), list(bad_arguments_of_advance()))
+def test_bad_arguments_of_advance_are_refused(make, per_segment, message, backward):
+    wrapper = SegmentWrapper(make(), segment_length=6)
+    with pytest.raises(ValueError, match=message):
+        wrapper.loss(ids(2, 16), per_segment=per_segment, backward=backward)
+    assert all(parameter.grad is None for parameter in wrapper.parameters())
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_numbers_of_any_type_and_from_anywhere_say_how_often_a_segment_is_written(backward):
+    wrapper, x = SegmentWrapper(make_infini().float(), segment_length=6), ids(2, 16)
+    with torch.inference_mode():
+        scale = torch.tensor([[1.0, 2.0, 1.0], [0.0, 1.0, 3.0]])
+    expected = wrapper.loss(x, per_segment={'write_scale': scale.clone()})
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.int64):
+        found = wrapper.loss(x, per_segment={'write_scale': scale.to(dtype)}, backward=backward)
+        close(found.loss.detach(), expected.loss.detach(), 1e-6)
+        assert {leaf.dtype for leaf in leaves(found.state)} == {torch.float32}
+    with pytest.raises(ValueError, match=r'write_scale has shape \(2, 2\): give \(batch, segments\) = \(2, 3\)'):
+        wrapper.model.advance(x, segment_length=6, write_scale=scale[:, :2])
+
+
+def test_rows_on_another_device_are_not_reset():
+    wrapper = wrapped()
+    with pytest.raises(ValueError, match='rows is on meta, the model on cpu: move one of them'):
+        wrapper.reset(wrapper.logits(ids(2, 6))[1], torch.ones(2, dtype=torch.bool, device='meta'))
+
+
+@pytest.mark.parametrize('option', ['segment_length', 'segments_per_pass', 'backprop_segments'])
+def test_a_number_of_segments_or_tokens_is_no_bool(option):
+    with pytest.raises(ValueError, match=f'{option} is True: give'):
+        SegmentWrapper(make_rmt(), **{option: True})
+
+
+@pytest.mark.parametrize('weight', [float('nan'), float('inf')])
+def test_a_loss_weight_is_finite(weight):
+    wrapper = wrapped()
+    with pytest.raises(ValueError, match=f'mrbp_loss_weight is {weight}: give a finite number'):
+        wrapper(ids(2, 6), memory_replay_backprop=True, mrbp_loss_weight=weight)
+    assert all(parameter.grad is None for parameter in wrapper.parameters())
 
 
 def test_other_refusals():
