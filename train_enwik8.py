@@ -209,7 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument('--memory', choices=['on', 'off'], default=argparse.SUPPRESS, help='off: reset at every segment')
     what.add_argument('--seed', type=int, default=argparse.SUPPRESS, help='default 0')
     what.add_argument('--data', metavar='PATH', default=argparse.SUPPRESS,
-                      help='raw, .gz, .bz2, .xz or .zip; default data/enwik8*, else the standard library of Python')  # fmt: skip
+                      help='raw, .gz, .bz2, .xz, .zip; default data/enwik8*, else the source of Python')  # fmt: skip
     how_long = parser.add_argument_group('how long')
     how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
     how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
