@@ -1,13 +1,13 @@
-"""Trains a segment-recurrent transformer on bytes, and says in bits per byte what it learned.
+"""Trains a segment-recurrent transformer on bytes, and reports in bits per byte what it learned.
 
     python train_enwik8.py                                    # laptop CPU, about 3 minutes
     python train_enwik8.py --data enwik8.gz --preset base     # one GPU
     python train_enwik8.py --steps 500 --memory off           # the twin to compare with --steps 500
-    python train_enwik8.py --resume runs/NAME                 # goes on where it stopped
+    python train_enwik8.py --resume runs/NAME                 # continues a run that was stopped
     python train_enwik8.py --sample --resume runs/NAME --prompt "import "
 
-Each row of a batch reads its documents in order; its state is carried from step to step and reset where a
-document starts. What is written to runs/NAME: metrics.jsonl, loss.png, config.json, model.safetensors.
+Each row of a batch goes through its documents in order. Its state is carried from step to step, and reset where a
+document starts. The folder runs/NAME gets metrics.jsonl, loss.png, config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from segment_recurrence_pytorch.training import (
     write_on,
 )
 
-# model arguments, and how it is trained: segments a step, batch, learning rate, steps or minutes
+# the arguments of the models, and how they are trained: segments of a step, batch, learning rate, steps or minutes
 PRESETS: dict[str, dict[str, Any]] = {
     'small': {
         'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
@@ -72,11 +72,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 SAMPLE_BYTES, PROMPT = 256, 'import '
 SAVE_SECONDS = 600
-VALIDATED = {'on': 'carried', 'off': 'reset'}  # each twin is validated as it was trained
+VALIDATED = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
 
 def main() -> None:
-    """Trains, or samples."""
+    """Trains a model, or samples from a trained one."""
     args = parse_arguments()
     run, folder = open_run(args)
     if args.sample:
@@ -86,8 +86,14 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
-    """One run, from the corpus to the sample."""
-    import matplotlib  # noqa: F401  missing is better said now than after the training
+    """Makes one run, from loading the corpus to printing a sample.
+
+    Args:
+        args: the command line.
+        run: the settings that are fixed for the run.
+        folder: the folder of the run.
+    """
+    import matplotlib  # noqa: F401  if it is missing, the error comes now and not after the training
 
     preset = PRESETS[run['preset']]
     training = preset['training']
@@ -201,7 +207,11 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. What a run fixes is absent unless given, so that --resume can tell."""
+    """Returns the command line.
+
+    The settings that are fixed for a run are missing in it unless they were given, so that --resume can tell whether
+    they were.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group('what to train (fixed for a run)')
     what.add_argument('--model', choices=list(MODELS), default=argparse.SUPPRESS, help='default rmt')
@@ -246,10 +256,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    """What this run fixes, and its folder: one to go on with, or one that can be made. Changes nothing."""
+    """Returns the settings that are fixed for the run, and its folder. It creates and changes nothing.
+
+    With --resume it is the folder of the old run, whose settings must not change. Without, it is a folder that can be
+    made.
+
+    Args:
+        args: the command line.
+    """
     fixed: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
     given = {name: value for name, value in vars(args).items() if name in fixed}
-    if args.sample:  # it has a seed of its own
+    if args.sample:  # with --sample, --seed is the seed of the sample and not that of the run
         given.pop('seed', None)
     length = {'steps': args.steps, 'minutes': args.minutes}
     if args.resume:
@@ -282,12 +299,12 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
 
 def build_rmt(**sizes: Any) -> SegmentWrapper:
-    """A Recurrent Memory Transformer over bytes, in its wrapper."""
+    """Returns a Recurrent Memory Transformer over bytes, in its wrapper."""
     return RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(num_tokens=256, use_flash_attn=True, **sizes))
 
 
 def build_infini(*, segment_length: int, **sizes: Any) -> SegmentWrapper:
-    """An Infini-Transformer over bytes, in its wrapper."""
+    """Returns an Infini-Transformer over bytes, in its wrapper."""
     return InfiniTransformerWrapper(InfiniTransformer(num_tokens=256, **sizes), segment_length)
 
 
@@ -295,7 +312,14 @@ MODELS = {'rmt': build_rmt, 'infini': build_infini}
 
 
 def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:
-    """Prints the validation, and what can be concluded from it."""
+    """Prints the validation, and what can be concluded from it.
+
+    Args:
+        run: the settings of the run.
+        scores: bits per byte with the state carried ('carried') and with the state reset at every segment ('reset').
+        step: number of training steps.
+        seconds: seconds of training.
+    """
     print(f'trained     {step:,} steps in {seconds:.0f} s')
     for name, bits in scores.items():
         print(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
@@ -311,7 +335,14 @@ def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: fl
 
 
 def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
-    """Prints how the model goes on; inside one segment, if it was trained without memory."""
+    """Prints how the model continues a text. A model that was trained without memory continues it only inside one
+    segment.
+
+    Args:
+        wrapper: the model in its wrapper.
+        text: bytes, the first of which are the prompt, (n,).
+        memory: whether the model was trained with memory.
+    """
     prompt = text[: wrapper.segment_length // 2].long()[None].to(wrapper.model.device)
     shown = bytes(prompt[0].tolist()).decode(errors='replace')
     print(f'sample      the model goes on after the first bytes of the validation text, {shown!r}:')
@@ -319,7 +350,13 @@ def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
 
 
 def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
-    """Prints how a trained model goes on after a prompt."""
+    """Prints how a trained model continues the prompt of the command line.
+
+    Args:
+        args: the command line.
+        run: the settings of the run.
+        folder: the folder of the run.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     if hasattr(args, 'seed'):

@@ -2,9 +2,12 @@
 
     make bench, or: python -m benchmarks.generation
 
-dim 256, depth 4, heads 4 x 64, float32, one thread; RMT with 32 memory tokens and no XL memories (four residual streams
-in the published package, its default), Infini with the delta rule. A step draws `TOKENS` tokens after the first one:
-the prompt is not in the time. Also: cost by position, of a batch, of rows of different lengths, and of a prompt.
+dim 256, depth 4, heads 4 x 64, float32, one thread. RMT has 32 memory tokens and no XL memories; the published package
+has four residual streams, its default. Infini has the delta rule. A step draws `TOKENS` tokens after the first one, so
+the time does not include reading the prompt.
+
+It also measures how the time of a token depends on its position, the speed of a batch, the cost of rows of different
+lengths, and how fast a prompt is read.
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ from pathlib import Path
 SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64)
 SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
 TOKENS = 32
-# whole segments before the half one, for the plot: up to 65,536 tokens
+# number of whole segments before the half segment in which tokens are drawn, for the plot: up to 65,536 tokens
 POSITIONS = {'rmt': (0, 2, 16, 256), 'infini': (0, 1, 8, 128)}
 LONG = 65_536
 BATCH = 16
 
 
 def worker(name: str) -> None:
-    """Serves one kind of step of one package. NAME: what, model, segment length, tokens of the prompt, rows, how."""
+    """Serves one kind of step of one package.
+
+    Args:
+        name: six words: what is measured ('token', 'segment' or 'prompt'), the model ('rmt' or 'infini'), the tokens of
+            a segment, the tokens of the prompt, the number of rows, and how ('eager', 'compiled' or 'published' for
+            'token', 'eager', 'aligned' or 'ragged' for 'segment', 'read' or 'evaluation' for 'prompt').
+    """
     import torch
     from interleave import serve
 
@@ -39,7 +48,7 @@ def worker(name: str) -> None:
     prompt = torch.randint(0, SIZES['num_tokens'], (batch, prompt_length))
 
     def published_token() -> float:
-        # from one forward pass to the next, at the end: the prompt is not in it
+        # the time between the starts of the last forward passes, which does not include the prompt
         began: list[float] = []
         network = wrapper.transformer if model == 'rmt' else wrapper.model
         hook = network.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
@@ -54,12 +63,12 @@ def worker(name: str) -> None:
         serve(published_token)
     elif what == 'token':
         serve(lambda: draw(wrapper, prompt, TOKENS, compile=how == 'compiled'))
-    elif what == 'segment':  # all of a segment, its border in it
+    elif what == 'segment':  # as many tokens as a segment has, which includes one border
         rows = list(prompt)
         if how == 'ragged':
             rows = [row[: prompt_length - i * length // batch] for i, row in enumerate(rows)]
         cursor = None
-        for start in range(0, prompt_length, 1024):  # in pieces: what reading needs does not depend on the length
+        for start in range(0, prompt_length, 1024):  # in pieces: memory does not grow with the prompt
             cursor = wrapper.read([row[start : start + 1024] for row in rows], cursor)
         draw(wrapper, None, length, state=cursor)
         serve(lambda: draw(wrapper, None, length, state=cursor), megabytes=resident())
@@ -70,7 +79,13 @@ def worker(name: str) -> None:
 
 
 def make(model: str, length: int, *, published: bool):
-    """A wrapper of the package that this process imports."""
+    """Returns a model in its wrapper, from the package that this process imports.
+
+    Args:
+        model: 'rmt' or 'infini'.
+        length: number of tokens of a segment.
+        published: whether the package is a published one.
+    """
     if model == 'rmt':
         from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 
@@ -85,7 +100,7 @@ def make(model: str, length: int, *, published: bool):
 
 
 def draw(wrapper, prompt, count: int, **options) -> float:
-    """Seconds per token, of `count` tokens after the first, in the loop that `generate` runs."""
+    """Returns the seconds for each of `count` new tokens after the first one, in the loop that `generate` runs."""
     stream = wrapper.stream(prompt, max_new_tokens=1 + count, **options)
     next(stream)
     with stream.guarded():
@@ -93,7 +108,7 @@ def draw(wrapper, prompt, count: int, **options) -> float:
 
 
 def evaluate(wrapper, prompt) -> None:
-    """The hidden states of all positions, without logits."""
+    """Reads the prompt with hidden states of all positions, without logits."""
     import torch
 
     from segment_recurrence_pytorch.backprop import read_windows
@@ -104,20 +119,27 @@ def evaluate(wrapper, prompt) -> None:
 
 
 def timed(run) -> float:
-    """Seconds of one call."""
+    """Returns the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def resident() -> float:
-    """Resident megabytes of this process (Linux)."""
+    """Returns the resident megabytes of this process (Linux only)."""
     pages = int(Path('/proc/self/statm').read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def compare(names: dict[str, str], repetitions: int, warmup: int = 1) -> tuple[dict[str, float], dict]:
-    """Median seconds of each named worker, in turn, and what the workers say of themselves."""
+    """Returns the median seconds of a step for each worker, and what each worker says of itself. The workers take
+    turns.
+
+    Args:
+        names: the argument of `worker` for each label.
+        repetitions: number of steps of each worker that count.
+        warmup: number of steps of each worker before these. Default: 1.
+    """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians
 
     workers = {
@@ -130,7 +152,7 @@ def compare(names: dict[str, str], repetitions: int, warmup: int = 1) -> tuple[d
 
 
 def main(repetitions: int) -> None:
-    """Runs all comparisons, writes the JSON and the plot."""
+    """Runs all comparisons, and writes the JSON and the plot."""
     from benchmarks.interleave import write_results
 
     tokens = []
@@ -176,7 +198,7 @@ def main(repetitions: int) -> None:
 
 
 def curves(repetitions: int) -> None:
-    """Time per token by position, into the JSON that is there, and its plot."""
+    """Measures the time per token at several positions, adds it to the existing JSON, and plots it."""
     from benchmarks.interleave import write_results
 
     seconds: dict[str, dict[int, float]] = {}
@@ -196,7 +218,8 @@ def curves(repetitions: int) -> None:
 
 
 def plot(curves: dict[str, dict[int, float]]) -> None:
-    """results/generation.png: time per token against position, in units of our eager RMT's."""
+    """Plots the time per token against its position as results/generation.png. The unit is the time of our RMT without
+    compile."""
     import matplotlib.pyplot as plt
 
     styles = {'eager': '-o', 'compiled': '--o', 'published': ':s'}

@@ -1,9 +1,9 @@
-"""Exact gradients through a million tokens on a CPU: peak memory against that of 65,536 tokens.
+"""Exact gradients through a million tokens on a CPU: the peak of memory, compared with that for 65,536 tokens.
 
     python -m benchmarks.infini_million
 
-`wrapper(seq, backward=True)` on one sequence, dim 64, depth 2, heads 2 x 32, delta rule, segments of 512, float32;
-one process a length, since a peak never goes down.
+It runs `wrapper(seq, backward=True)` on one sequence, with dim 64, depth 2, heads 2 x 32, the delta rule, segments of
+512 tokens, and float32. Each length has a process of its own, since the peak of a process never goes down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LENGTHS = (65_536, 1_048_576)
 
 
 def worker(length: int) -> None:
-    """Prints the peak resident megabytes before and after, and the seconds."""
+    """Prints the peak of resident megabytes, the megabytes of the input, and the seconds."""
     import torch
 
     from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper

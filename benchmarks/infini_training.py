@@ -1,10 +1,10 @@
-"""A training step of the Infini-Transformer, against infini-transformer-pytorch 0.2.1.
+"""The time of a training step of the Infini-Transformer, against infini-transformer-pytorch 0.2.1.
 
     make bench, or: python -m benchmarks.infini_training
 
-dim 256, depth 4, heads 4 x 64, delta rule, batch 2, 2048 tokens, float32, one thread. Ours back-propagates exactly
-through all segments, the published package through two; with `backward=True`, as its users call it. Also the
-operations that a step dispatches at 64 segments (the backward pass included).
+dim 256, depth 4, heads 4 x 64, delta rule, batch 2, 2048 tokens, float32, one thread, and backward=True, as users of
+the published package call it. Ours sends exact gradients through all segments, the published package through two
+segments. It also counts the operations that a step dispatches, with those of the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ SEGMENT_LENGTHS = (512, 128, 32)
 
 
 def worker(name: str) -> None:
-    """Serves training steps of one package: NAME is 'segment length, memory rule'."""
+    """Serves training steps of one package.
+
+    Args:
+        name: two words: the tokens of a segment, and the memory rule ('delta' or 'linear').
+    """
     import torch
     from interleave import serve
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +54,11 @@ def worker(name: str) -> None:
 
 
 def main(repetitions: int) -> None:
-    """Times the two in turn for each segment length, and writes the JSON."""
+    """Times the two packages for each segment length, and writes the JSON.
+
+    Args:
+        repetitions: number of steps of each package that count.
+    """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
     rows = []

@@ -1,7 +1,8 @@
-"""Times programs against each other: one process each, one step at a time in turn, medians.
+"""Times programs against each other: each runs in a process of its own, their steps alternate, and medians are
+compared.
 
-The two published packages have our import names, so they live in an environment of their own
-(`make bench` makes it); a worker answers each line on its standard input with the seconds of one step.
+The two published packages have the same import names as ours, so they live in an environment of their own, which `make
+bench` makes. A process runs one step for each line on its standard input, and answers with the seconds that it took.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ PEER_PYTHON = ROOT / '.venv-peer' / 'bin' / 'python'
 
 
 class Worker:
-    """A process that runs `python script --worker name` and answers with the seconds of one step."""
+    """A process that runs `python script --worker name` and answers with the seconds of each step.
+
+    Args:
+        python: the Python interpreter.
+        script: the benchmark, which calls `serve` when it is run with --worker.
+        name: tells the script what to run.
+        ours: whether the process imports this library instead of a published package.
+
+    Attributes:
+        about: what the process says of itself, the keyword arguments of `serve`.
+    """
 
     def __init__(self, python: str | Path, script: str | Path, name: str, *, ours: bool):
         if not Path(python).exists():
@@ -40,7 +51,7 @@ class Worker:
         self.about = json.loads(self._answer())
 
     def step(self) -> float:
-        """Runs one step; its seconds."""
+        """Runs one step, and returns its seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write('step\n')
         self.process.stdin.flush()
@@ -61,7 +72,12 @@ class Worker:
 
 
 def serve(step: Callable[[], object], **about) -> None:
-    """The worker's side: runs `step` for every line of standard input. A step that measures itself returns seconds."""
+    """Runs in the process of a `Worker`: runs a step for every line of standard input, and prints its seconds.
+
+    Args:
+        step: the step. If it returns a float, this is printed as its seconds instead of the time of the call.
+        about: what the process says of itself, as values for JSON.
+    """
     import torch
 
     print(json.dumps({'torch': torch.__version__, **about}), flush=True)
@@ -72,7 +88,14 @@ def serve(step: Callable[[], object], **about) -> None:
 
 
 def interleaved_medians(workers: dict[str, Worker], repetitions: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of a step of each worker, the steps taken in turn."""
+    """Returns the median seconds of a step for each worker. The workers take turns, one step each, and are closed at
+    the end.
+
+    Args:
+        workers: the workers by name.
+        repetitions: number of steps of each worker that count.
+        warmup: number of steps of each worker before these, which do not count. Default: 2.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for repetition in tqdm(range(warmup + repetitions), disable=None, desc=', '.join(workers)):
         for name, worker in workers.items():
@@ -85,7 +108,12 @@ def interleaved_medians(workers: dict[str, Worker], repetitions: int, warmup: in
 
 
 def write_results(script: str, results: dict) -> None:
-    """Writes results/SCRIPT.json beside the benchmarks, with the machine and the command."""
+    """Writes results/SCRIPT.json beside the benchmarks, with the command and the machine.
+
+    Args:
+        script: the file of the benchmark.
+        results: what was measured.
+    """
     machine = {'machine': platform.machine(), 'cpus': os.cpu_count(), 'python': platform.python_version()}
     path = Path(__file__).parent / 'results' / f'{Path(script).stem}.json'
     path.parent.mkdir(exist_ok=True)

@@ -1,8 +1,9 @@
-"""CPU seconds to evaluate 16 sequences of a million tokens, with models of docs/results.md, untrained, on one thread.
+"""CPU seconds to evaluate 16 sequences of a million tokens, with two models of docs/results.md that were not trained.
 
     python -m benchmarks.million_evaluation
 
-Tokens are made on the way, no logits are computed but the asked ones, and in the last layer only what the memory needs.
+It uses one thread. Tokens are made piece by piece. Logits are computed only where something is asked, and in other
+pieces the last layer computes only what the memory needs.
 """
 
 from __future__ import annotations

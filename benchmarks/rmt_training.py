@@ -1,9 +1,10 @@
-"""A training step with memory replay, against recurrent-memory-transformer-pytorch 0.7.0.
+"""The time of a training step with memory replay, against recurrent-memory-transformer-pytorch 0.7.0.
 
     make bench, or: python -m benchmarks.rmt_training
 
-dim 256, depth 4, heads 4 x 64, segments of 256, 32 memory tokens, batch 2, 4 segments, float32, one thread, no XL
-memories. The published package with its defaults has four residual streams; one stream is the same network as ours.
+dim 256, depth 4, heads 4 x 64, segments of 256 tokens, 32 memory tokens, batch 2, 4 segments, float32, one thread, no
+XL memories. With its defaults, the published package has four residual streams. With one stream it is the same network
+as ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ BATCH, SEGMENTS = 2, 4
 
 
 def worker(name: str) -> None:
-    """Serves training steps of one package."""
+    """Serves training steps of one package.
+
+    Args:
+        name: 'ours', or one of the two configurations of the published package.
+    """
     import torch
     from interleave import serve
 
@@ -40,7 +45,11 @@ def worker(name: str) -> None:
 
 
 def main(repetitions: int) -> None:
-    """Times the three in turn and writes the JSON."""
+    """Times the three configurations and writes the JSON.
+
+    Args:
+        repetitions: number of steps of each configuration that count.
+    """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
     workers = {'ours': Worker(sys.executable, __file__, 'ours', ours=True)}

@@ -1,9 +1,10 @@
-"""The scan over segments in three forms, forward and backward: sequential (the library's), chunked, associative.
+"""The scan over segments in three forms: sequential (which the library uses), chunked and associative.
 
     python -m benchmarks.scan
 
-M_i = M_{i-1} - erase_i M_{i-1} + write_i for 16, 64 and 256 segments of 8 matrices (batch 2 x 4 heads) of 64 x 64,
-float32, one thread; medians of steps taken in turn, and the operations that each dispatches.
+It computes M_i = M_{i-1} - erase_i M_{i-1} + write_i, forward and backward, for 16, 64 and 256 segments of 8 matrices
+(batch 2 x 4 heads) of 64 x 64, in float32 on one thread. The three forms take turns. It reports the median time of each
+and the number of operations that each dispatches.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ SEGMENTS, BATCH, HEADS, FEATURES, REPETITIONS = (16, 64, 256), 2, 4, 64, 9
 
 
 def sequential(erase: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    """The library's: two small operations a segment, in one operator."""
+    """Returns M_1 to M_s by the library's scan: two small operations for each segment, inside one custom operator."""
     return affine_scan(write, start, erase=erase)[1:]
 
 
 def chunked(erase: Tensor, write: Tensor, start: Tensor, size: int = 8) -> Tensor:
-    """Prefixes inside all chunks at once, then the states at the chunks' starts one after the other."""
+    """Returns M_1 to M_s. The prefixes inside all chunks are computed at once, then the memories at the starts of the
+    chunks one after the other."""
     keep = torch.eye(FEATURES) - erase
     keeps, writes = (t.unflatten(0, (-1, size)).unbind(1) for t in (keep, write))
     prefix_keep, prefix_write = [keeps[0]], [writes[0]]
@@ -44,7 +46,7 @@ def chunked(erase: Tensor, write: Tensor, start: Tensor, size: int = 8) -> Tenso
 
 
 def associative(erase: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    """Doubling: after round r every state has absorbed 2^r segments."""
+    """Returns M_1 to M_s by doubling: after r rounds, each prefix goes over up to 2 ** r segments."""
     keep, step = torch.eye(FEATURES) - erase, 1
     while step < len(keep):
         head_keep, head_write = keep[:step], write[:step]
@@ -55,18 +57,18 @@ def associative(erase: Tensor, write: Tensor, start: Tensor) -> Tensor:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations dispatched."""
+    """Counts the operations that are dispatched inside its `with` block."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """One more."""
+        """Counts one operation, and runs it."""
         self.count += 1
         return func(*args, **(kwargs or {}))
 
 
 def main() -> None:
-    """Prints and writes the table."""
+    """Prints the table and writes the JSON."""
     torch.set_num_threads(1)
     forms: tuple[Callable[..., Tensor], ...] = (sequential, chunked, associative)
     rows = []

@@ -1,4 +1,4 @@
-"""The Infini-Transformer (arXiv 2404.07143): local causal attention, and a compressive memory in every head."""
+"""The Infini-Transformer (arXiv 2404.07143): local causal attention, with a compressive memory in every head."""
 
 from infini_transformer_pytorch.attention import CachedKV, FastweightMemory
 from infini_transformer_pytorch.infini import InfiniTransformer, TransformerReturn

@@ -1,6 +1,7 @@
 """Infini-attention: causal attention inside each segment, and a compressive memory of all segments before it.
 
-Letters: s segments, b batch, h query heads, g key/value heads, n tokens of a segment, d features of a head.
+Letters: s segments, b rows of the batch, h query heads, g key/value heads, n tokens of a segment, d features of a head,
+e features of a value in `FastweightMemory`, which may differ from d.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from segment_recurrence_pytorch.checks import check_finite, check_like, check_po
 from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rotate
 from segment_recurrence_pytorch.state import copied
 
-NORM_EPS = 1e-12  # the published package has none to speak of, and its checkpoints are loaded
-# a token keeps sigmoid(8) = 0.9997 of the memory at the start, so 512 tokens keep 0.84
+NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
+# initial bias of the decay: a token keeps sigmoid(8) = 0.9997 of the memory, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0
-# off-diagonal entries of a memory transform start at exp(-6) = 0.0025: near the identity, and able to move
+# a map of `mem_transform` starts as the identity plus exp(-6) = 0.0025 in each entry (kv_proj: divided by dim_head)
 TRANSFORM_START = -6.0
 
 
 class CachedKV(NamedTuple):
-    """The tokens of a segment so far, in one layer: what `InfiniTransformer.forward` returns to go on inside it.
+    """The tokens of an unfinished segment in one layer. `InfiniTransformer.forward` returns it, to go on inside the
+    segment.
 
     Attributes:
-        kv: keys before rotation, and values, (2, b, g, n, d).
-        strength: (b, g, n), if the model learns it.
-        log_decay: (b, g, n), if the model learns it.
+        kv: keys before rotation, and values, stacked, (2, b, g, n, d).
+        strength: the strength of each token, (b, g, n). None if the model does not learn it.
+        log_decay: the logarithm of the decay of each token, (b, g, n). None if the model does not learn it.
     """
 
     kv: Tensor
@@ -50,12 +52,21 @@ class CachedKV(NamedTuple):
 
     @classmethod
     def of_last_segment(cls, writes: Writes) -> CachedKV:
-        """Returns the cache after the last of some segments."""
+        """Returns the cache of the last segment.
+
+        Args:
+            writes: what the tokens of some segments write in the layer.
+        """
         strength, log_decay = (None if part is None else part[-1] for part in (writes.strength, writes.log_decay))
         return cls(torch.stack((writes.keys[-1], writes.values[-1])), strength, log_decay)
 
     def followed_by(self, new: Writes) -> Writes:
-        """Returns what all tokens of the segment write: those in the cache, then the new ones (s = 1)."""
+        """Returns what all tokens of the segment write, as one segment: first the tokens in the cache, then the new
+        ones.
+
+        Args:
+            new: what the new tokens write, with s = 1.
+        """
         keys, values = (torch.cat((old[None], fresh), dim=3) for old, fresh in zip(self.kv, new[:2], strict=True))
         strength, log_decay = (
             None if old is None or fresh is None else torch.cat((old[None], fresh), dim=3)
@@ -65,26 +76,30 @@ class CachedKV(NamedTuple):
 
 
 class FastweightMemory(nn.Module):
-    """The compressive memory of one layer, for any attention: `memory` has the rules and equations.
+    """The compressive memory of one layer, which can be added to any attention. `memory` has the rules and their
+    equations.
 
-    `create_new_memories` writes a segment, and `retrieve_and_add_to_output` mixes what its queries recall into the
-    output of the layer's own attention. The README has it in a plain transformer.
+    `create_new_memories` writes a segment to the memory. `retrieve_and_add_to_output` recalls from the memory and mixes
+    the result with the output of the layer's own attention. The README shows it in a plain transformer.
 
     Args:
-        heads: query heads, each with a gate: sigmoid(gate) is the share of the layer's own attention (published sign).
-        head_gate_init_value: the start of the gates. Default: 0, equal shares.
+        heads: number of query heads h. Each has a gate; sigmoid(gate) is the share of the layer's own attention, as in
+            infini-transformer-pytorch.
+        head_gate_init_value: initial value of the gates. Default: 0, equal shares.
         use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
-        kv_heads: memories, a divisor of `heads`; consecutive query heads share one. Default: None, `heads`.
+        kv_heads: number of memories g, a divisor of `heads`. Consecutive query heads share a memory. Default: None,
+            `heads`.
         memory_rule: 'linear', 'delta' or 'deltanet'. Default: None, 'delta' if use_mem_delta_rule is True, else
             'linear'.
-        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser; False as in
-            published checkpoints. Default: True.
-        mem_transform: what is recalled passes through 'talking_heads', which mixes the heads' memories, or 'kv_proj', a
-            projection of keys and one of values; both start near the identity. Default: None, neither.
-        dim_head: features of a head; only 'kv_proj' needs it. Default: None.
+        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser. Checkpoints
+            of infini-transformer-pytorch need False. Default: True.
+        mem_transform: a learned map of the memory before it is recalled from. 'talking_heads' mixes the memories of the
+            heads; 'kv_proj' projects the keys and the values of each memory. Both start near the identity.
+            Default: None, no map.
+        dim_head: features of a head. Only 'kv_proj' needs it. Default: None.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     @beartype
@@ -145,22 +160,21 @@ class FastweightMemory(nn.Module):
         log_decay: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Memories:
-        """Returns the memories after one segment.
+        """Writes one segment, and returns the memories after it.
 
         Args:
-            keys: before rotation, (b, g, n, d).
+            keys: keys before rotation, (b, g, n, d).
             values: (b, g, n, e).
-            past_memories: the memories before. Default: None, empty ones.
-            weights: the share of each token that is not stored, (b, g, n, 1): the published name and sign of
-                1 - strength. Default: None.
-            strength: the share of each token that is stored, in [0, 1], (b, g, n). Default: None, all of it.
-            log_decay: the logarithm of the share of the memory that each token keeps, at most 0, (b, g, n).
-                Default: None, nothing decays.
-            mask: (b, n) bool, True = valid; padded tokens write nothing. Default: None, all are valid.
+            past_memories: the memories before the segment. Default: None, empty memories.
+            weights: 1 - strength, (b, g, n, 1): the share of each token that is not written. It is the published form
+                of `strength`. Default: None.
+            strength: the share of each token that is written, in [0, 1], (b, g, n). Default: None, 1.
+            log_decay: the logarithm of the decay of each token, at most 0, (b, g, n). Default: None, 0: the whole
+                memory is kept.
+            mask: (b, n) bool, True = valid. Padded tokens write nothing. Default: None, all positions are valid.
 
         Raises:
-            ValueError: for shapes that do not fit, for a mask that is not bool, and if both weights and strength are
-                given.
+            ValueError: if a shape or dtype does not fit, or if both weights and strength are given.
         """
         if weights is not None and strength is not None:
             raise ValueError('weights are 1 - strength: give only strength')
@@ -188,17 +202,17 @@ class FastweightMemory(nn.Module):
     def retrieve_and_add_to_output(
         self, out: Tensor, queries: Tensor, past_memories: Memories | None = None, gates: Tensor | None = None
     ) -> Tensor:
-        """Returns the output of a layer's own attention, mixed with what its queries recall, (b, h, n, e).
+        """Recalls from the memories, and returns the mix with the output of the layer's own attention, (b, h, n, e).
 
         Args:
-            out: what the layer's own attention gives, (b, h, n, e).
-            queries: before rotation, (b, h, n, d).
-            past_memories: the memories before the segment. Default: None, nothing is mixed in.
-            gates: instead of the learned ones; sigmoid(gates) is the share of `out`; broadcast to (b, h, n).
-                Default: None.
+            out: output of the layer's own attention, (b, h, n, e).
+            queries: queries before rotation, (b, h, n, d).
+            past_memories: the memories before the segment. Default: None, `out` is returned unchanged.
+            gates: gates to use instead of the learned ones, broadcastable to (b, h, n). sigmoid(gates) is the share of
+                `out`. Default: None, the learned gates.
 
         Raises:
-            ValueError: for shapes that do not fit.
+            ValueError: if a shape does not fit.
         """
         batch, _, n, features = _four('queries', queries)
         value_features = _four('out', out)[3]
@@ -214,26 +228,31 @@ class FastweightMemory(nn.Module):
         return self.recall(out, queries, self.recallable(past), gates)
 
     def write(self, writes: Writes, past: Memories) -> tuple[Memories, Memories]:
-        """See `memory.write`, with this module's rule."""
+        """See `memory.write`. It uses the rule of this module."""
         return write(writes, past, self.memory_rule, strength_in_normaliser=self.strength_in_normaliser)
 
     def recall(self, local: Tensor, queries: Tensor, memories: Recallable, gates: Tensor | None = None) -> Tensor:
-        """Returns local attention mixed with what queries recall (equations 3 and 6), (..., b, h, n, e).
+        """Recalls from memories, and returns the mix with local attention (equations 3 and 6), (..., b, h, n, e).
 
         Args:
-            local: what the local attention gives, (..., b, h, n, e).
-            queries: before rotation, (..., b, h, n, d).
+            local: output of the local attention, (..., b, h, n, e).
+            queries: queries before rotation, (..., b, h, n, d).
             memories: what `recallable` returned.
-            gates: broadcast to (..., b, h, n). Default: None, `head_gates`.
+            gates: broadcastable to (..., b, h, n). Default: None, the learned gates `head_gates`.
         """
         recalled = recall(queries, memories, self.memory_rule)
         share = memories.share if gates is None else local_share(gates, memories.written, recalled.dtype)
         return mix(local, recalled, share)
 
     def recallable(self, memories: Memories) -> Recallable:
-        """Returns memories (..., b, g, ...) as queries recall from them: through the transform, if there is one.
+        """Returns memories in the form in which queries recall from them, after the map `mem_transform`, if there is
+        one.
 
-        M and z pass through the same positive maps, so that what is recalled stays a mean of values.
+        M and z go through the same positive map of keys, so what is recalled is still a weighted mean of (projected)
+        values.
+
+        Args:
+            memories: memories with shapes (..., b, g, ...).
         """
         kv_mem, k_norm = memories
         with no_autocast(kv_mem.device.type):
@@ -251,13 +270,15 @@ class FastweightMemory(nn.Module):
 
 
 class Surroundings(NamedTuple):
-    """What the tokens that a layer is given attend to: their segments, or a cache of one.
+    """What the tokens of a layer may attend to and recall from: their segments, or a cache of an open segment.
 
     Attributes:
-        attend: called with the layer's attention, its heads (`InfiniAttention.heads_of`), strength and log decay.
-            Returns what the local attention gives, the queries before rotation, and the memories to recall from; or
-            None, if no output is needed.
-        need_output: whether output is needed, and not just what the tokens write. Default: True.
+        attend: a function that is called with the layer's attention, its queries, keys and values side by side (as
+            `InfiniAttention.heads_of` returns them), the strength and the log decay of the tokens. It returns the
+            output of the local attention, the queries before rotation, and the memories to recall from. It returns None
+            if no output is needed.
+        need_output: whether the output of the layer is needed. If False, only what the tokens write is needed.
+            Default: True.
     """
 
     attend: Callable[..., tuple[Tensor, Tensor, Recallable] | None]
@@ -265,20 +286,21 @@ class Surroundings(NamedTuple):
 
 
 class InfiniAttention(nn.Module):
-    """The attention of one layer: local attention, and a memory in each head.
+    """The attention of one layer: local attention inside a segment, and a memory in each head.
 
-    What a researcher may want to replace is one method, which training and decoding share: `gates` makes the gates, and
-    `strength_and_decay` what scales and fades the writes.
+    A researcher can override `gates` to change how local attention and memory are mixed, and `strength_and_decay` to
+    change how much of each token is written and how much of the memory it keeps. Training and generation use the same
+    methods.
 
     Args:
         dim: features of a token.
-        heads: query heads.
-        kv_heads: key/value heads and memories, a divisor of `heads`.
-        dim_head: features of a head.
-        dropout: probability that a local attention weight is dropped while training.
-        qk_norm: whether queries and keys pass an RMS norm with a learned gain.
-        learned_strength: whether each token has a learned strength in each head.
-        memory_decay: whether each token has a learned decay in each head.
+        heads: number of query heads h.
+        kv_heads: number of key/value heads and memories g, a divisor of `heads`.
+        dim_head: features of a head d.
+        dropout: probability that a weight of the local attention is dropped during training.
+        qk_norm: whether queries and keys go through an RMS norm with a learned gain.
+        learned_strength: whether the strength of each token is learned, in each head.
+        memory_decay: whether the decay of each token is learned, in each head.
         memory: further arguments of `FastweightMemory`.
     """
 
@@ -309,7 +331,12 @@ class InfiniAttention(nn.Module):
         self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, dim_head=dim_head, **memory)
 
     def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
-        """Returns the outputs (..., b, n, dim) of normed tokens x (..., b, n, dim); no token's, if none is needed."""
+        """Returns the outputs of the layer (..., b, n, dim), or (..., b, 0, dim) if no output is needed.
+
+        Args:
+            x: tokens after the norm of the layer, (..., b, n, dim).
+            surroundings: what the tokens may attend to and recall from.
+        """
         heads = self.heads_of(x, surroundings.need_output)
         found = surroundings.attend(self, heads, *self.strength_and_decay(x))
         if found is None:
@@ -319,22 +346,24 @@ class InfiniAttention(nn.Module):
         return self.to_out(out.transpose(-3, -2).flatten(-2))
 
     def gates(self, x: Tensor) -> Tensor | None:
-        """Returns the gates of the tokens, broadcast to (..., b, h, n): sigmoid(gate) is the share of the local
-        attention. None: the learned gate of each head, `fastweight_mem.head_gates`, for all tokens.
+        """Returns a gate for each token, broadcastable to (..., b, h, n). sigmoid(gate) is the share of the local
+        attention.
 
-        By default None. Override it to make gates of the tokens.
+        The default returns None: each head uses its learned gate `fastweight_mem.head_gates` for all tokens. Override
+        it to compute gates from the tokens.
 
         Args:
-            x: the layer's input after its norm, (..., b, n, dim).
+            x: tokens after the norm of the layer, (..., b, n, dim).
         """
         return None
 
     def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the strength beta and the log decay of each token, (..., b, g, n), in float32 at least; None for what
-        is not learned.
+        """Returns the strength and the log decay of each token, (..., b, g, n), in float32 at least.
+
+        Either of them is None if it is not learned. Override it to compute them in another way.
 
         Args:
-            x: the layer's input after its norm, (..., b, n, dim).
+            x: tokens after the norm of the layer, (..., b, n, dim).
         """
         strength = log_decay = None
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -345,51 +374,69 @@ class InfiniAttention(nn.Module):
         return strength, log_decay
 
     def heads_of(self, x: Tensor, need_query: bool = True) -> Tensor:
-        """Returns queries, keys and values side by side, as projected, (..., b, h + 2 g, n, d); without the queries
-        (..., b, 2 g, n, d) if need_query is False."""
+        """Returns the projected queries, keys and values side by side, (..., b, h + 2 g, n, d).
+
+        Args:
+            x: tokens after the norm of the layer, (..., b, n, dim).
+            need_query: whether queries are needed. If False, the result is (..., b, 2 g, n, d). Default: True.
+        """
         heads = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[self.heads * self.dim_head :])
         return heads.unflatten(-1, (-1, self.dim_head)).transpose(-3, -2)
 
     def split(self, heads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Returns what `heads_of` returned as queries (None if there are none), keys and values, after the norms."""
-        # copied once into the order of the products that follow: each of them would copy a view again
+        """Returns queries, keys and values after their norms. The queries are None if `heads` has none.
+
+        Args:
+            heads: what `heads_of` returned.
+        """
+        # made contiguous once, since each product that follows would copy a view again
         *query, k, v = (part.contiguous() for part in self._parts(heads))
         return self.q_norm(query[0]) if query else None, self.k_norm(k), v
 
     def normed(self, heads: Tensor) -> Tensor:
-        """Returns what `heads_of` returned, side by side as it was, after the norms of queries and keys."""
+        """Returns queries, keys and values side by side, after their norms.
+
+        Args:
+            heads: what `heads_of` returned, with queries.
+        """
         if isinstance(self.q_norm, nn.Identity):
             return heads
         q, k, v = self._parts(heads)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-3)
 
     def _parts(self, heads: Tensor) -> tuple[Tensor, ...]:
-        """Returns queries, if there are any, keys and values."""
+        """Returns the queries, if there are any, the keys and the values."""
         have_query = [self.heads] * (heads.shape[-3] > 2 * self.kv_heads)
         return heads.split([*have_query, self.kv_heads, self.kv_heads], dim=-3)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, backend: str
     ) -> Tensor:
-        """One call of `layers.attend`, in training and in decoding alike, with this layer's dropout."""
+        """Calls `layers.attend` with the dropout of this layer. Parallel reading and generation both use it."""
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, causal=causal, mask=mask, dropout=dropout, backend=backend)
 
 
 class Segments:
-    """The segments of a window, all at once: what their tokens attend to in one layer.
+    """The surroundings of the tokens of a window in one layer, for all its segments at once.
 
-    After `attend` was called it holds what the tokens wrote, and the memories after the last segment.
+    After a call of `attend`, the attributes `writes` and `after` are set.
 
     Args:
-        past: the memories entering the first segment, (b, g, ...).
-        rotations: of the positions of a segment, (n, d / 2, 2).
-        mask: which keys are written, (s, b, n) bool; None: all.
-        attn_mask: of the local attention, (s b, 1, n, n) bool; None: causal.
+        past: the memories that enter the first segment, (b, g, ...).
+        rotations: the rotations of the positions of a segment, (n, d / 2, 2).
+        mask: which tokens are written, (s, b, n) bool, True = valid. None: all tokens.
+        attn_mask: which keys each query of the local attention may attend to, (s b, 1, n, n) bool. None: causal
+            attention without padding.
         backend: the name of an attention backend.
-        recall_from: memories (b, g, ...) to recall from instead of the layer's own, for one segment. Default: None.
-        cached: the segment's tokens before these, for one segment. Default: None.
-        write_scale: how many times each segment counts, (s, b). Default: None, once.
+        recall_from: memories (b, g, ...) to recall from instead of the layer's own. Only for a single segment.
+            Default: None.
+        cached: the tokens of the segment before the present ones. Only for a single segment. Default: None.
+        write_scale: how many times each segment is written, (s, b). Default: None, once.
+
+    Attributes:
+        writes: what the tokens write.
+        after: the memories after the last segment, (b, g, ...).
     """
 
     after: Memories
@@ -419,7 +466,7 @@ class Segments:
     def attend(
         self, attention: InfiniAttention, heads: Tensor, strength: Tensor | None, log_decay: Tensor | None
     ) -> tuple[Tensor, Tensor, Recallable] | None:
-        """See `Surroundings`."""
+        """See `Surroundings.attend`."""
         query, k, v = attention.split(heads)
         writes = Writes(k, v, strength, log_decay, self.mask, self.write_scale)
         self.writes = writes if self.cached is None else self.cached.followed_by(writes)
@@ -432,7 +479,7 @@ class Segments:
         return local, query, attention.fastweight_mem.recallable(entering)
 
     def _local(self, attention: InfiniAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention inside each segment; the queries are its last ones."""
+        """Returns causal attention inside each segment. The queries are those of its last tokens."""
         segments, length = k.shape[0], k.shape[3]
         q, k = rotate(q, self.rotations[length - q.shape[3] :]), rotate(k, self.rotations)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
@@ -445,7 +492,7 @@ def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:
 
     Args:
         like: keys (b, g, n, d).
-        value_features: e. Default: None, d.
+        value_features: number e of features of a value. Default: None, d.
     """
     batch, heads, _, features = like.shape
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -454,7 +501,7 @@ def empty_memories(like: Tensor, value_features: int | None = None) -> Memories:
 
 
 def _four(name: str, tensor: Tensor) -> torch.Size:
-    """Returns the shape of a tensor with four dimensions. ValueError for others."""
+    """Returns the shape of a tensor. Raises ValueError if it has not four dimensions."""
     if not isinstance(tensor, Tensor) or tensor.ndim != 4:
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f'{name} has shape {found}: give (batch, heads, tokens, features)')
@@ -462,7 +509,8 @@ def _four(name: str, tensor: Tensor) -> torch.Size:
 
 
 def _check_shapes(**pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raises ValueError, with the name, for a tensor that has not the shape that stands beside it; None has any."""
+    """Raises ValueError, with the name, if a tensor does not have the shape that is given beside it. None always
+    passes."""
     for name, (tensor, shape) in pairs.items():
         if tensor is not None and (not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape):
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -470,7 +518,7 @@ def _check_shapes(**pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
 
 
 def _check_gates(gates: Tensor, shape: torch.Size) -> None:
-    """Raises ValueError for gates that are not broadcast to (b, h, n)."""
+    """Raises ValueError if the gates cannot be broadcast to the shape (b, h, n)."""
     found = tuple(gates.shape) if isinstance(gates, Tensor) else type(gates).__name__
     fits = isinstance(found, tuple) and len(found) <= 3
     if not fits or any(size not in (1, want) for size, want in zip(found[::-1], shape[::-1], strict=False)):
@@ -478,7 +526,8 @@ def _check_gates(gates: Tensor, shape: torch.Size) -> None:
 
 
 def _checked_memories(memories: Memories, like: Memories) -> Memories:
-    """Returns the memories, also if they are a plain pair. ValueError unless they are tensors like those of `like`."""
+    """Returns the memories, which may be given as a plain pair. Raises ValueError if they are not like those of
+    `like`."""
     if not isinstance(memories, tuple) or len(memories) != 2:
         raise ValueError(f'the past memories are a {type(memories).__name__}: give what create_new_memories returned')
     for name, have, want in zip(Memories._fields, memories, like, strict=True):

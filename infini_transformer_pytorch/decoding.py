@@ -1,10 +1,11 @@
-"""Decoding inside a segment: each token attends to cached keys, and recalls from the memories that entered the segment.
+"""Generation inside a segment: each token attends to cached keys, and recalls from the memories that entered the
+segment.
 
-Those memories do not change before the border, so they are brought into the form in which they are recalled once, when
-a segment opens. What the segment's tokens write is written once, when it closes. Tokens go through the model's own
-blocks; what differs is what they attend to.
+These memories do not change before the border. They are therefore brought into the form in which queries recall from
+them only once, when a segment opens. The tokens of a segment are written to the memories only once, when it closes. The
+tokens go through the model's own blocks, with the cache as their surroundings.
 
-Letters: b batch, h query heads, g key/value heads, n text positions, d key and e value features of a head.
+Letters: b rows of the batch, h query heads, g key/value heads, n tokens, d features of a head.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ if TYPE_CHECKING:
 
 
 class InfiniCache(SegmentCache):
-    """What each layer needs of the open segment, a list with one entry a layer each.
+    """The open segment of an Infini-Transformer. Each attribute is a list with an entry for each layer.
+
+    Args:
+        model: the model.
+        state: the memories that enter the segment.
+        segment_length: the largest number of tokens that the segment can hold.
 
     Attributes:
-        keys: those of the text, rotated, (b, g, length + 1, d).
-        written: keys before rotation, and values, side by side, (b, 2 g, length + 1, d): what the border writes.
-        strength, log_decay: (b, g, length + 1), or None where the layer does not learn them.
-        recallable: the memories that the layer recalls from.
+        keys: keys after rotation, (b, g, length + 1, d), which later tokens attend to.
+        written: keys before rotation and values, side by side, (b, 2 g, length + 1, d). They are written to the memory
+            when the segment closes.
+        strength: the strength of each token, (b, g, length + 1). None if the layer does not learn it.
+        log_decay: the log decay of each token, (b, g, length + 1). None if the layer does not learn it.
+        recallable: the memories from which the layer recalls.
     """
 
     state: tuple[Memories, ...]
@@ -54,13 +62,13 @@ class InfiniCache(SegmentCache):
         )
 
     def enter(self, model: InfiniTransformer) -> None:
-        """See `OpenSegment.enter`: takes what the layers recall from the state."""
+        """See `OpenSegment.enter`. It prepares the memories from which the layers recall."""
         for old, new in zip(self.recallable, self._recallable(model), strict=True):
             for old_part, new_part in zip(old, new, strict=True):
                 old_part.copy_(new_part)
 
     def _recallable(self, model: InfiniTransformer) -> list[Recallable]:
-        """Returns what each layer recalls of the state."""
+        """Returns, for each layer, the memories from which it recalls."""
         return [
             block.attn.fastweight_mem.recallable(self.state[source])
             for block, source in zip(model.layers, self.recalled_layers, strict=True)
@@ -86,7 +94,7 @@ class InfiniCache(SegmentCache):
         strength: Tensor | None,
         log_decay: Tensor | None,
     ) -> tuple[Tensor, Tensor, Recallable]:
-        """See `attention.Surroundings`."""
+        """See `attention.Surroundings.attend`."""
         h, g = attention.heads, attention.kv_heads
         heads = attention.normed(heads)
         rotated = rotate(heads[:, : h + g], rotations)
@@ -100,10 +108,10 @@ class InfiniCache(SegmentCache):
         return local, heads[:, :h], self.recallable[index]
 
     def state_after(self, model: InfiniTransformer, rows: Tensor | None) -> tuple[Memories, ...]:
-        """See `OpenSegment.state_after`: what the tokens of the segment write."""
+        """See `OpenSegment.state_after`. It writes the tokens of the segment to the memories."""
         end, mask = self.aligned, None
         if rows is not None:
-            # what does not close writes nothing, and keeps its memories bit for bit
+            # a row that does not close writes nothing, and keeps its memories bit for bit
             end, mask = self.length, (self.text_valid() & rows[:, None])[None]
         after = []
         for index, (block, past) in enumerate(zip(model.layers, self.state, strict=True)):

@@ -1,13 +1,14 @@
-"""The Infini-Transformer (arXiv 2404.07143), all segments of a layer at once.
+"""The Infini-Transformer (arXiv 2404.07143). It reads many segments at once, layer by layer.
 
-Keys, values and what they write depend on a layer's input alone, so the segments of a window are folded into the batch
-for norm, projections, attention and feed-forward; only the memories are chained, by one scan a layer (`memory`).
+What a layer writes to its memory depends only on the layer's input, and not on the memory. All segments of a window can
+therefore go through norm, projections, attention and feed-forward together, as if they were more rows of the batch.
+Only the memories depend on each other from segment to segment: one scan for each layer computes them (see `memory`).
 
     transformer = InfiniTransformer(num_tokens=256, dim=512, depth=8, dim_head=128, heads=8, use_mem_delta_rule=True)
     logits, cached_kvs, memories = transformer(x, return_new_memories=True)
     logits, cached_kvs, memories = transformer(x, past_memories=memories, return_new_memories=True)
 
-Letters: s segments, b batch, n tokens of a segment, g key/value heads, d features of a head.
+Letters: s segments, b rows of the batch, n tokens of a segment, g key/value heads, d features of a head.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from segment_recurrence_pytorch.checks import (
 from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
 from segment_recurrence_pytorch.state import State, copied, detach
 
-CPU_ROWS = 2048  # tokens times rows that a CPU evaluates at once, in benchmarks/infini_training.py
-GATE_LR = 30.0  # times the learning rate: 0.01 against 3e-4 in the Hugging Face replication
+CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
+GATE_LR = 30.0  # factor of the gates' learning rate; the Hugging Face replication has 0.01 for gates and 3e-4 else
 
 
 class TransformerReturn(NamedTuple):
@@ -50,8 +51,9 @@ class TransformerReturn(NamedTuple):
 
     Attributes:
         logits: (b, n, num_tokens).
-        cached_kvs: one `CachedKV` a layer, to go on inside the segment; None if the segment was closed.
-        past_memories: one `Memories` a layer that holds all segments that were closed; None if none was.
+        cached_kvs: a `CachedKV` for each layer, to go on inside the segment. None if the segment was closed.
+        past_memories: a `Memories` for each layer, which holds all segments that were closed. None if no segment was
+            closed.
     """
 
     logits: Tensor
@@ -62,41 +64,40 @@ class TransformerReturn(NamedTuple):
 class InfiniTransformer(SegmentTransformer):
     """A causal transformer with a compressive memory in every head of every layer.
 
-    The state is one `Memories` a layer: `kv_heads` matrices (dim_head, dim_head) and their normalisers, in float32 at
-    least.
+    The state is a `Memories` for each layer: `kv_heads` matrices (dim_head, dim_head) and their normalisers
+    (dim_head,), in float32 at least.
 
     Args:
         num_tokens: size of the vocabulary.
         dim: features of a token.
         depth: number of layers.
         dim_head: features of a head, an even number. Default: 128.
-        heads: attention heads. Default: 8.
-        kv_heads: key/value heads and memories, a divisor of `heads`. Default: None, `heads`.
-        attn_dropout: probability that a local attention weight is dropped while training. Default: 0.
+        heads: number of query heads. Default: 8.
+        kv_heads: number of key/value heads and memories of a layer, a divisor of `heads`. Default: None, `heads`.
+        attn_dropout: probability that a weight of the local attention is dropped during training. Default: 0.
         ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
-        ff_dropout: probability that an inner feature of the feed-forward is dropped while training. Default: 0.
+        ff_dropout: probability that an inner feature of the feed-forward is dropped during training. Default: 0.
         use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
-        memory_rule: 'linear' (equation 4), 'delta' (equation 5) or 'deltanet' (token after token, without a normaliser,
-            and always with learned strength), see `memory`. Default: None, 'delta' if use_mem_delta_rule is True, else
-            'linear'.
-        learned_delta_update: whether each token has a learned strength, the share of it that is stored.
-            Default: False.
-        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser; False as in
-            published checkpoints. Default: True.
-        memory_decay: whether each token has a learned decay, the share of the memory that it keeps. Default: False.
-        head_gate_init_value: the start of the gates: sigmoid(gate) is the share of the local attention. Default: 0,
-            where the memory learns.
-        mem_transform: what is recalled passes through 'talking_heads' or 'kv_proj', see `FastweightMemory`.
-            Default: None, neither.
-        mem_read_from: a layer recalls from its own memory, 'same', or from that of the layer 'above' (the last layer
-            from its own). 'above' selects the segment loop: layer l of a segment then needs layer l + 1 of the segment
-            before, so segments cannot be evaluated in parallel. Default: 'same'.
-        rotary_theta: the base of the rotary positions inside a segment. Default: 10000.
-        qk_norm: whether queries and keys pass an RMS norm with a learned gain. Default: False.
-        tie_embeddings: whether logits use the weight of the token embedding. Default: False.
+        memory_rule: how the memory is written: 'linear' (equation 4), 'delta' (equation 5), or 'deltanet' (token after
+            token, without a normaliser, and always with a learned strength). See `memory`. Default: None, 'delta' if
+            use_mem_delta_rule is True, else 'linear'.
+        learned_delta_update: whether the strength of each token is learned: how much of it is written. Default: False.
+        strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser. Checkpoints
+            of infini-transformer-pytorch need False. Default: True.
+        memory_decay: whether the decay of each token is learned: the share of the memory that it keeps. Default: False.
+        head_gate_init_value: initial value of the gates. sigmoid(gate) is the share of the local attention. Default: 0,
+            equal shares, with which the memory learns.
+        mem_transform: a learned map of the memory before it is recalled from, 'talking_heads' or 'kv_proj'. See
+            `FastweightMemory`. Default: None, no map.
+        mem_read_from: from which memory a layer recalls: 'same', its own, or 'above', that of the next layer (the last
+            layer then recalls from its own). With 'above', segments cannot be read in parallel, since layer l then
+            needs what layer l + 1 wrote in the segment before. Default: 'same'.
+        rotary_theta: base of the frequencies of the rotary positions inside a segment. Default: 10000.
+        qk_norm: whether queries and keys go through an RMS norm with a learned gain. Default: False.
+        tie_embeddings: whether the logits use the weight of the token embedding. Default: False.
 
     Raises:
-        ValueError: for values outside their range, and for options that contradict each other.
+        ValueError: if a value is outside its range, or if options contradict each other.
     """
 
     @beartype
@@ -178,31 +179,32 @@ class InfiniTransformer(SegmentTransformer):
         self.init_weights()
 
     def make_attention(self, index: int, **options: Any) -> InfiniAttention:
-        """Returns the attention of layer `index`, while the model is made. Override it to put another one there.
+        """Returns the attention of a layer. The constructor calls it. Override it to use another attention.
 
         Args:
-            index: the layer, counted from 0.
+            index: number of the layer, from 0.
             options: see `InfiniAttention`.
         """
         return InfiniAttention(self.dim, **options)
 
     def make_block(self, index: int, attention: InfiniAttention, **options: Any) -> ResidualBlock:
-        """Returns layer `index`, while the model is made. Override it to put another one there.
+        """Returns a layer. The constructor calls it. Override it to use another block.
 
         Args:
-            index: the layer, counted from 0.
-            attention: its attention.
+            index: number of the layer, from 0.
+            attention: the attention of the layer.
             options: ff_mult and ff_dropout, see `ResidualBlock`.
         """
         return ResidualBlock(self.dim, attention, **options, norm_eps=NORM_EPS)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Gives the parameters their start.
+        """Gives the parameters their initial values.
 
-        Embeddings and logits: normal, std 0.02. Linear layers: normal, std fan_in ** -0.5, but 0 where they write to
-        the residual stream, so that a block starts as the identity. Biases 0, decay biases `DECAY_BIAS`. Gates, gains,
-        memory transforms and what a subclass adds keep the start that their constructors give them.
+        Embeddings and logits are normal with std 0.02. Linear layers are normal with std fan_in ** -0.5, but those that
+        write to the residual stream are 0, so that each block starts as the identity. Biases are 0, and biases of
+        decays are `DECAY_BIAS`. Gates, gains and maps of the memory keep the values that their constructors gave them.
+        A linear layer that a subclass adds to a block is initialised like the others.
         """
         for name, parameter in self.named_parameters():
             if name.endswith('to_decay.bias'):
@@ -216,7 +218,8 @@ class InfiniTransformer(SegmentTransformer):
                 nn.init.normal_(parameter, std=0.02)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See `SegmentModel.param_groups`; a third group are the gates: `GATE_LR` times the learning rate, no decay."""
+        """See `SegmentModel.param_groups`. The gates are a third group, with `GATE_LR` times the learning rate and no
+        decay."""
         gates = [parameter for name, parameter in self.named_parameters() if name.endswith('.head_gates')]
         known = {id(gate) for gate in gates}
         groups = super().param_groups(lr, weight_decay)
@@ -226,7 +229,7 @@ class InfiniTransformer(SegmentTransformer):
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
-        """Returns the share 1 - sigmoid(gate) that the memory has in the output of each head, (depth, heads)."""
+        """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (depth, heads)."""
         gates = [gate.sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
         return 1 - torch.stack(gates)
 
@@ -240,23 +243,25 @@ class InfiniTransformer(SegmentTransformer):
         *,
         mask: Tensor | None = None,
     ) -> TransformerReturn:
-        """Reads one segment, or the next part of a segment that is open.
+        """Reads one segment, or the next part of a segment that was left open.
 
         Args:
-            x: ids (b, n) or embeddings (b, n, dim); all of it is new.
-            past_memories: one `Memories` a layer, of the segments that were closed. Default: None, a text starts.
-            cached_kv: what the last call returned: x goes on in the same segment. Default: None, x begins one.
-            return_new_memories: True closes the segment: its tokens are written into the memories. False leaves it open
-                (to read a segment part by part, as in decoding): nothing is written yet, the memories come back as they
-                were given, and the cache is what the next part of the segment needs. Default: False.
-            detach_memories: whether what is returned beside the logits carries no graph. Default: False.
-            mask: (b, n) bool, True = valid; not with a cache. Default: None, all positions are valid.
+            x: token ids (b, n) or embeddings (b, n, dim). All of them are new tokens.
+            past_memories: a `Memories` for each layer, which holds the segments that were closed. Default: None, a text
+                starts.
+            cached_kv: the cache that the last call returned. x then goes on in the same segment. Default: None, x
+                begins a segment.
+            return_new_memories: whether to close the segment. If True, its tokens are written to the memories. If
+                False, nothing is written yet: the memories are returned as they were given, with a cache to go on
+                inside the segment. Default: False.
+            detach_memories: whether the memories and the cache are returned without a graph. Default: False.
+            mask: (b, n) bool, True = valid. It cannot be combined with a cache. Default: None, all positions are valid.
 
         Returns:
-            A `TransformerReturn`.
+            A `TransformerReturn`: (logits, cached_kvs, past_memories).
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit the model or another argument.
         """
         x, state, mask = check_input(self, x, past_memories, mask=mask)
         if not x.shape[1]:
@@ -275,15 +280,17 @@ class InfiniTransformer(SegmentTransformer):
 
     @classmethod
     def from_peer_state_dict(cls, state_dict: dict[str, Tensor], **arguments: Any) -> InfiniTransformer:
-        """Returns the model of a checkpoint of infini-transformer-pytorch 0.2.1, with its weights, in their dtype.
+        """Returns a model with the weights of a checkpoint of infini-transformer-pytorch 0.2.1, in their dtype.
+
+        The shapes of the weights tell num_tokens, dim, depth, heads, dim_head, ff_mult and learned_delta_update.
+        Nothing in a checkpoint tells whether it was trained with use_mem_delta_rule: give that argument.
 
         Args:
             state_dict: the weights.
-            arguments: of this class, as far as the shapes do not tell them. They tell num_tokens, dim, depth, heads,
-                dim_head, ff_mult and learned_delta_update. use_mem_delta_rule leaves no trace in a checkpoint: give it.
+            arguments: further arguments of this class.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if the weights do not fit.
         """
         from infini_transformer_pytorch.peer import arguments_of, translated
 
@@ -296,12 +303,13 @@ class InfiniTransformer(SegmentTransformer):
         return model
 
     def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """See `SegmentModel.initial_state`: empty memories, one a layer."""
+        """See `SegmentModel.initial_state`. The state is an empty memory for each layer."""
         like = self.token_emb.weight.new_empty(batch_size, self.kv_heads, 0, self.dim_head)
         return tuple(empty_memories(like) for _ in self.layers)
 
     def largest_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """See `SegmentModel.largest_state`: the shapes of the initial state, without the memory that it takes."""
+        """See `SegmentModel.largest_state`. It has the shapes of the initial state, but takes up no memory for each
+        row."""
         one = empty_memories(self.token_emb.weight.new_empty(1, self.kv_heads, 0, self.dim_head))
         return tuple(Memories(*(part.expand(batch_size, *part.shape[1:]) for part in one)) for _ in self.layers)
 
@@ -315,16 +323,26 @@ class InfiniTransformer(SegmentTransformer):
         need_hidden: bool = True,
         write_scale: Tensor | None = None,
     ) -> tuple[Any, tuple[Memories, ...]]:
-        """Reads any number of segments, see `SegmentModel.advance`; with mem_read_from='above' one.
+        """Reads any number of segments, or one segment with mem_read_from='above'. See `SegmentModel.advance`.
 
         Args:
-            tokens, state, segment_length, mask, need_hidden: see `SegmentModel.advance`.
-            write_scale: how many times each segment is written, (b, segments), finite and not negative: a segment that
-                is read once can stand for many (virtual length, for training). Default: None, once.
+            tokens: token ids (b, n) or embeddings (b, n, dim).
+            state: the state at the border before the tokens. Default: None, the initial state.
+            segment_length: number of tokens of a segment; the last segment may be shorter. Default: None, all tokens
+                are one segment.
+            mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+            need_hidden: whether hidden states are needed. Default: True.
+            write_scale: how many times each segment is written to the memories, (b, segments), finite and not negative.
+                In training, one segment that is read once can thus stand for many ("virtual length"). Default: None,
+                once.
+
+        Returns:
+            The hidden states (b, n, dim), or None if need_hidden is False, and the state at the border after the
+            tokens.
 
         Raises:
-            ValueError: for several segments with mem_read_from='above', and for write_scale of another shape, or with
-                a rule or an option that it is not defined for.
+            ValueError: if there are several segments with mem_read_from='above', or if write_scale has a wrong shape or
+                does not work with the memory rule or the decay of the model.
         """
         length = min(segment_length or tokens.shape[1], tokens.shape[1])
         if not self.parallel_segments and tokens.shape[1] > length:
@@ -339,7 +357,7 @@ class InfiniTransformer(SegmentTransformer):
             return (self.token_emb.weight.new_zeros(tokens.shape[0], 0, self.dim) if need_hidden else None), copied(
                 state
             )
-        # all at once fills a GPU; a CPU is full with fewer segments, whose activations stay in its cache
+        # a GPU is fastest with all segments at once, a CPU with so few that their activations stay in its cache
         at_once = tokens.shape[1]
         if tokens.device.type == 'cpu':
             at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * length
@@ -365,16 +383,18 @@ class InfiniTransformer(SegmentTransformer):
         cached: list[CachedKV] | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
-        """Runs the layers over tokens (b, n), in segments of `length`.
+        """Runs the layers over tokens (b, n), in segments of `length` tokens.
 
-        Returns hidden states (b, n, dim), the memories after the last segment, and what each layer wrote.
+        Returns:
+            The hidden states (b, n, dim), or None if need_hidden is False, the memories after the last segment, and
+            what the tokens write in each layer.
         """
         batch, n = tokens.shape[:2]
         segments = -(-n // length)
         missing = segments * length - n
         key_mask = mask
         if missing:
-            # the end of the last segment: not written, and by causality not seen
+            # the last segment is padded at its end. The padding is not written, and no token before it can see it
             tokens = nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, missing))
             valid = tokens.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
             key_mask = nn.functional.pad(valid, (0, missing))
@@ -387,7 +407,7 @@ class InfiniTransformer(SegmentTransformer):
                 itself = torch.eye(length, dtype=torch.bool, device=x.device)
                 attn_mask = (key_mask.flatten(0, 1)[:, None, None] & torch.ones_like(itself).tril()) | itself
         rotations = self.rotations(length if cached is None else length + cached[0].kv.shape[3], x)
-        # with dropout, a pass with and one without hidden states must draw the same random numbers
+        # with dropout nothing is skipped, since both values of need_hidden must draw the same random numbers
         skip = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
         after, written = [], []
@@ -411,11 +431,11 @@ class InfiniTransformer(SegmentTransformer):
         return hidden, tuple(after), written
 
     def rotations(self, length: int, like: Tensor) -> Tensor:
-        """Returns the rotations of the positions of a segment, counted from its start, (length, dim_head / 2, 2).
+        """Returns the rotations of the positions of a segment, which count from its start, (length, dim_head / 2, 2).
 
         Args:
-            length: tokens of the segment.
-            like: a tensor of the device and dtype of the model.
+            length: number of tokens of the segment.
+            like: a tensor with the device and dtype of the model.
         """
         positions = torch.arange(length, device=like.device)
         return rotations_at(positions, self.dim_head, theta=self.rotary_theta, dtype=like.dtype)
@@ -425,11 +445,15 @@ class InfiniTransformer(SegmentTransformer):
         return InfiniCache(self, state, segment_length)
 
     def layer_recalled(self, index: int) -> int:
-        """Returns the layer from whose memories layer `index` recalls."""
+        """Returns the number of the layer from whose memories a layer recalls.
+
+        Args:
+            index: number of the layer that recalls, from 0.
+        """
         return min(index + 1, len(self.layers) - 1) if self.mem_read_from == 'above' else index
 
     def as_state(self, state: Any, batch_size: int) -> Any:
-        """See `SegmentModel.as_state`: lists, and pairs that are no `Memories`, are memories too."""
+        """See `SegmentModel.as_state`. The memories may also be in a list, and those of a layer may be a plain pair."""
         if not isinstance(state, (tuple, list)):
             return state
         return tuple(
@@ -437,12 +461,12 @@ class InfiniTransformer(SegmentTransformer):
         )
 
     def state_faults(self, state: State) -> list[tuple[str, Tensor]]:
-        """See `SegmentModel.state_faults`: also normalisers below 0, which no key can have made."""
+        """See `SegmentModel.state_faults`. It also finds normalisers below 0, which cannot result from any keys."""
         negative = torch.stack([(layer.k_norm < 0).any() for layer in state]).any()
         return [*super().state_faults(state), ('state holds a k_norm below 0', negative)]
 
     def per_segment_faults(self, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """See `SegmentModel.per_segment_faults`: a write_scale is a number, and not negative."""
+        """See `SegmentModel.per_segment_faults`. A write_scale must be a number that is not negative."""
         for name, value in values.items():
             if value.dtype == torch.bool or value.is_complex():
                 raise ValueError(f'{name} is {value.dtype}: give numbers, of an integer or floating point type')
@@ -450,7 +474,7 @@ class InfiniTransformer(SegmentTransformer):
         return super().per_segment_faults(values) + negative
 
     def _check_cache(self, cached_kv: list[CachedKV], x: Tensor, mask: Tensor | None) -> None:
-        """Raises ValueError for a cache that does not fit the model and the batch."""
+        """Raises ValueError if a cache does not fit the model and the batch."""
         if mask is not None:
             raise ValueError('mask with cached_kv: a cache holds valid tokens only; read padded rows in one call')
         if not isinstance(cached_kv, (list, tuple)):
@@ -468,7 +492,7 @@ class InfiniTransformer(SegmentTransformer):
         for layer, (cached, block) in enumerate(zip(cached_kv, self.layers, strict=True)):
             kv = torch.empty((), dtype=cached.kv.dtype, device=self.device)
             kv = kv.expand(2, x.shape[0], self.kv_heads, n, self.dim_head)
-            # what this layer would make of as many tokens
+            # what this layer computes for as many tokens, to compare shapes and dtypes
             strength, log_decay = block.attn.strength_and_decay(kv.new_zeros(x.shape[0], n, self.dim, dtype=self.dtype))
             wanted = {'kv': kv, 'strength': strength, 'log_decay': log_decay}
             for part, want in wanted.items():

@@ -1,24 +1,31 @@
-"""The compressive memory of Infini-attention (arXiv 2404.07143, equations 3 to 6), for all segments of a layer at once.
+"""The compressive memory of Infini-attention, for all segments of a layer at once.
 
-A memory is a matrix M (d, e) and a normaliser z (d) for each head. With phi = elu + 1, beta the strength of a token
-(1 if it is not learned) and gamma its decay (1 without), a segment with keys k and values v changes them to
+Equations 3 to 6 are those of arXiv 2404.07143 in its first version; the second version adds 4 to each number.
+
+The memory of a head is a matrix M (d, e) and a normaliser z (d). Let phi = elu + 1, let beta be the strength of a token
+(how much of it is written; 1 if it is not learned), and gamma its decay (the share of the memory that it keeps; 1 if it
+is not learned). A segment with keys k and values v changes M and z to
 
     linear    z' = G z + sum w beta phi(k)            M' = G M + sum w beta phi(k)^T v                           (eq 4)
     delta     z' as above                             M' = G M + sum w beta phi(k)^T (v - phi(k) M / phi(k) z)   (eq 5)
 
-where G is the product of the segment's decays, and w that of the decays after a token. `deltanet` (arXiv 2406.06484,
-2412.06464) writes token after token, with l2-normalised phi(k) and no normaliser:
+The sums go over the tokens of the segment. G is the product of the decays of all these tokens, and w is the product of
+the decays of the tokens after the one in the sum. The rule `deltanet` (arXiv 2406.06484, 2412.06464) writes token after
+token and has no normaliser. Its k_t is the l2-normalised phi of the key of token t:
 
     deltanet  M_t = gamma_t M_{t-1} + beta_t k_t^T (v_t - gamma_t k_t M_{t-1})
 
-A query recalls phi(q) M / phi(q) z (equation 3; deltanet: phi(q) M), which a gate mixes with the local attention
-(equation 6). `write`, `recall` and `mix` are these equations, in training and in decoding alike.
+A query recalls phi(q) M / phi(q) z (equation 3; for deltanet it is phi(q) M with l2-normalised phi(q)). A gate mixes
+what is recalled with the local attention (equation 6). The functions `write`, `recall` and `mix` are these equations.
+Parallel reading and generation both use them.
 
-z does not depend on M, so every rule is affine in M: what each segment erases, writes and keeps is known for all
-segments at once, and only a scan over d x d matrices is sequential (`affine_scan`). Everything here is computed in
-float32 at least, with autocast off. A masked key has phi(k) = 0 and decay 1: it writes, erases and forgets nothing.
+z does not depend on M, so every rule is affine in M. What each segment erases, writes and keeps can therefore be
+computed for all segments at once. Only a scan over matrices (d, e) goes from segment to segment (`affine_scan`).
+Everything is computed in float32 at least, with autocast off. A padded key has phi(k) = 0 and decay 1: it writes
+nothing, erases nothing, and keeps the whole memory.
 
-Letters: s segments, b batch, h query heads, g key/value heads, n tokens of a segment, d key and e value features.
+Letters: s segments, b rows of the batch, h query heads, g key/value heads, n tokens of a segment, d features of a key,
+e features of a value.
 """
 
 from __future__ import annotations
@@ -33,15 +40,17 @@ from torch import Tensor
 from segment_recurrence_pytorch.layers import no_autocast
 
 MEMORY_RULES = ('linear', 'delta', 'deltanet')
-DELTANET_CHUNK = 64  # tokens whose delta rule is solved as one triangular system
+DELTANET_CHUNK = 64  # tokens of a chunk, which deltanet solves as one triangular system
 
 
 class Memories(NamedTuple):
-    """The memory of one layer, in float32 at least. All zeros: nothing was ever written.
+    """The memory of one layer, in float32 at least. If all of it is zero, nothing was ever written.
 
     Attributes:
-        kv_mem: M, (b, g, d, e); inside a window (s, b, g, d, e), what enters each segment.
-        k_norm: z, (b, g, d); inside a window (s, b, g, d). For deltanet it is 1 once something was written.
+        kv_mem: the matrices M, (b, g, d, e). For the segments of a window it is (s, b, g, d, e): the memory that enters
+            each segment.
+        k_norm: the normalisers z, (b, g, d), or (s, b, g, d) for the segments of a window. With the rule deltanet it is
+            not a normaliser: it is 1 if anything was written, else 0.
     """
 
     kv_mem: Tensor
@@ -49,13 +58,13 @@ class Memories(NamedTuple):
 
 
 class Recallable(NamedTuple):
-    """Memories in the form in which queries recall from them; `FastweightMemory.recallable` makes it.
+    """Memories in the form in which queries recall from them. `FastweightMemory.recallable` makes it.
 
     Attributes:
-        kv_mem: M of all memories one behind the other, (.. b g, d, e).
-        k_norm: z as columns, (.. b g, d, 1).
+        kv_mem: the matrices M of all memories in one dimension, (... b g, d, e).
+        k_norm: the normalisers z as columns, (... b g, d, 1).
         written: whether anything was ever written, (..., b, h, 1) bool.
-        share: the share of the local attention by the learned gates of the heads, (..., b, h, 1).
+        share: the share of the local attention, from the learned gate of each head, (..., b, h, 1).
     """
 
     kv_mem: Tensor
@@ -65,15 +74,16 @@ class Recallable(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """What the tokens of s segments write.
+    """What the tokens of some segments write.
 
     Attributes:
-        keys: before rotation, (s, b, g, n, d).
+        keys: keys before rotation, (s, b, g, n, d).
         values: (s, b, g, n, e).
-        strength: beta, in (0, 1), (s, b, g, n). Default: None, 1 everywhere.
-        log_decay: log gamma, at most 0, (s, b, g, n). Default: None, nothing decays.
-        mask: (s, b, n) bool, True = valid. Default: None, all tokens are.
-        scale: how many times each segment counts, (s, b). Not for deltanet, and not with decay. Default: None, once.
+        strength: beta of each token, in [0, 1], (s, b, g, n). Default: None, 1 for all tokens.
+        log_decay: log gamma of each token, at most 0, (s, b, g, n). Default: None, 0 for all tokens.
+        mask: (s, b, n) bool, True = valid. Default: None, all positions are valid.
+        scale: how many times each segment is written, (s, b). Not for deltanet and not together with decay.
+            Default: None, once.
     """
 
     keys: Tensor
@@ -85,7 +95,13 @@ class Writes(NamedTuple):
 
 
 def phi(t: Tensor, rule: str) -> Tensor:
-    """Returns the features of queries or keys (..., d): elu + 1 in float32 at least, l2-normalised for deltanet."""
+    """Returns the feature map of queries or keys: elu + 1, in float32 at least, and l2-normalised for the rule
+    deltanet.
+
+    Args:
+        t: queries or keys (..., d).
+        rule: a name in `MEMORY_RULES`.
+    """
     t = F.elu(t.to(torch.promote_types(t.dtype, torch.float32))).add_(1)
     return F.normalize(t, dim=-1) if rule == 'deltanet' else t
 
@@ -93,16 +109,16 @@ def phi(t: Tensor, rule: str) -> Tensor:
 def write(
     writes: Writes, past: Memories, rule: str, *, strength_in_normaliser: bool = True
 ) -> tuple[Memories, Memories]:
-    """Writes the tokens of s segments (equations 4 and 5, or deltanet).
+    """Writes the tokens of s segments, one segment after the other (equation 4 or 5, or deltanet).
 
     Args:
         writes: what the tokens write.
-        past: the memories (b, ...) before the first segment.
-        rule: a name of `MEMORY_RULES`.
+        past: the memories before the first segment, (b, ...).
+        rule: a name in `MEMORY_RULES`.
         strength_in_normaliser: whether the strength of a token also scales what it adds to z. Default: True.
 
     Returns:
-        The memories that enter each segment (s, b, ...), and those after the last (b, ...).
+        The memories that enter each segment, (s, b, ...), and the memories after the last segment, (b, ...).
     """
     with no_autocast(writes.keys.device.type):
         writes = _prepared(writes, rule)
@@ -113,7 +129,7 @@ def write(
         if log_decay is not None:
             passed = log_decay.cumsum(-1)
             decay = passed[..., -1].exp()
-            # ratios of products as exp of differences: quotients of products give NaN
+            # exp of a difference of sums, and not a ratio of products: products can underflow to 0 / 0
             weighted = weighted * (passed[..., -1:] - passed).exp()[..., None]
         if writes.scale is not None:
             weighted = weighted * writes.scale[:, :, None, None, None]
@@ -129,53 +145,54 @@ def write(
             shares = torch.where(normaliser > 0, normaliser, 1).reciprocal() * (normaliser > 0)
             erase = weighted.mT @ (keys * shares)
         states = affine_scan(weighted.mT @ values, past.kv_mem, erase=erase, decay=decay)
-        # copies: a view of the last would keep the memories of all segments alive
+        # clones, since a view of the last memory would keep the memories of all segments alive
         return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
 
 
 def recall(queries: Tensor, memories: Recallable, rule: str) -> Tensor:
-    """Returns what queries recall, equation 3: (..., b, h, n, e). An empty memory gives 0.
+    """Returns what queries recall from memories (equation 3), (..., b, h, n, e). From an empty memory they recall 0.
 
     Args:
-        queries: before rotation, (..., b, h, n, d), h a multiple of g: consecutive query heads share a memory.
-        memories: what enters the segment of the queries.
-        rule: a name of `MEMORY_RULES`.
+        queries: queries before rotation, (..., b, h, n, d). h is a multiple of g, and consecutive query heads share a
+            memory.
+        memories: the memories that enter the segment of the queries.
+        rule: a name in `MEMORY_RULES`.
     """
     with no_autocast(queries.device.type):
         q = phi(queries, rule)
-        # the query heads of a memory, and their tokens, are rows of one product
+        # one product for each memory: its rows are all tokens of all query heads that share it
         q = q.reshape(len(memories.kv_mem), -1 if q.numel() else 0, q.shape[-1])
         values = torch.bmm(q, memories.kv_mem)
         if rule != 'deltanet':
             normaliser = torch.bmm(q, memories.k_norm)
-            values = values / (normaliser + (normaliser == 0))  # an empty memory: 0 / 1
+            values = values / (normaliser + (normaliser == 0))  # for an empty memory this is 0 / 1
         return values.reshape(*queries.shape[:-1], values.shape[-1])
 
 
 def local_share(gates: Tensor, written: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the share of the local attention, sigmoid(gates); all of it where nothing was ever written.
+    """Returns the share of the local attention, sigmoid(gates). It is 1 where nothing was ever written.
 
     Args:
-        gates: broadcast to (..., b, h, n).
+        gates: broadcastable to (..., b, h, n).
         written: whether anything was ever written, (..., b, h, 1) bool.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     return torch.where(written, gates.to(dtype).sigmoid(), 1)
 
 
 def mix(local: Tensor, recalled: Tensor, share: Tensor) -> Tensor:
-    """Returns the mix of local attention and memory, equation 6, (..., b, h, n, e) in the dtype of `local`.
+    """Returns share * local + (1 - share) * recalled (equation 6), (..., b, h, n, e), in the dtype of `local`.
 
     Args:
-        local: what the local attention gives, (..., b, h, n, e).
-        recalled: what `recall` gives, of the same shape.
-        share: of the local attention, broadcast to (..., b, h, n).
+        local: output of the local attention, (..., b, h, n, e).
+        recalled: what `recall` returned, (..., b, h, n, e).
+        share: the share of the local attention, broadcastable to (..., b, h, n).
     """
     return torch.lerp(recalled, local.to(recalled.dtype), share.unsqueeze(-1)).to(local.dtype)
 
 
 def _prepared(writes: Writes, rule: str) -> Writes:
-    """Returns feature-mapped keys, all in float32 at least, and nothing where the mask is False."""
+    """Returns the writes with feature-mapped keys, in float32 at least. Padded tokens get key 0 and log decay 0."""
     keys = phi(writes.keys, rule)
     strength, log_decay, scale = (
         None if t is None else t.to(keys.dtype) for t in (writes.strength, writes.log_decay, writes.scale)
@@ -188,18 +205,20 @@ def _prepared(writes: Writes, rule: str) -> Writes:
 
 
 def _normalisers(updates: Tensor, start: Tensor, decay: Tensor | None) -> Tensor:
-    """Returns the normalisers before the first segment and after each, (s + 1, b, g, d)."""
+    """Returns the normalisers before the first segment and after each segment, (s + 1, b, g, d)."""
     if decay is None:
         return torch.cat((start[None], updates)).cumsum(0)
     return affine_scan(updates[..., None], start[..., None], decay=decay)[..., 0]
 
 
 def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]:
-    """The delta rule token after token, solved in chunks (WY form): with u_t = beta_t (v_t - gamma_t k_t M_{t-1}),
+    """Writes with the rule deltanet. The tokens of a chunk are solved together (WY form).
 
-    (I + T) u = beta v - beta G_t k M,   T_ti = beta_t (G_t / G_i) k_t k_i  for i < t,   G_t = gamma_1 ... gamma_t
+    With u_t = beta_t (v_t - gamma_t k_t M_{t-1}), where M is the memory that enters the chunk,
 
-    so a chunk turns M into G_n M + sum (G_n / G_i) k_i^T u_i, which is affine in M.
+        (I + T) u = beta v - beta G_t k M,   T_ti = beta_t (G_t / G_i) k_t k_i  for i < t,   G_t = gamma_1 ... gamma_t
+
+    A chunk of n tokens turns M into G_n M + sum (G_n / G_i) k_i^T u_i. Since u is affine in M, so is this.
     """
     keys, values, strength, log_decay, mask, _ = writes
     strength = keys.new_ones(keys.shape[:-1]) if strength is None else strength
@@ -207,26 +226,26 @@ def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]
     size = min(n, DELTANET_CHUNK)
     chunks = -(-n // size)
     strength = strength[..., None]
-    # keys that pad the last chunk are 0: they write nothing
+    # the keys that fill up the last chunk are 0, so they write nothing
     k, v, beta = (
         rearrange(F.pad(t, (0, 0, 0, chunks * size - n)), 's b g (c n) d -> (s c) b g n d', c=chunks)
         for t in (keys, values, strength)
     )
-    erase_scale, decay, later = k, None, k
-    overlap = (beta * k) @ k.mT
+    T = (beta * k) @ k.mT
+    decayed_k, k_to_end, G_n = k, k, None  # G_t k_t and (G_n / G_t) k_t, which are k_t if nothing decays
     if log_decay is not None:
         padded = F.pad(log_decay, (0, chunks * size - n))
-        passed = rearrange(padded, 's b g (c n) -> (s c) b g n', c=chunks).cumsum(-1)[..., None]
-        between = (passed - passed.mT).masked_fill(torch.ones_like(overlap, dtype=torch.bool).triu(), 0)
-        overlap = overlap * between.exp()
-        decay = passed[..., -1, 0].exp()
-        erase_scale = k * passed.exp()
-        later = k * (passed[..., -1:, :] - passed).exp()
-    right = torch.cat((beta * v, beta * erase_scale), dim=-1)
-    # unitriangular: the ones on the diagonal are implied, and nothing on or above it is looked at
-    solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
-    added, erased = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
-    states = affine_scan(later.mT @ added, past.kv_mem, erase=later.mT @ erased, decay=decay)
+        log_G = rearrange(padded, 's b g (c n) -> (s c) b g n', c=chunks).cumsum(-1)[..., None]
+        below_diagonal = (log_G - log_G.mT).masked_fill(torch.ones_like(T, dtype=torch.bool).triu(), 0)
+        T = T * below_diagonal.exp()
+        decayed_k, k_to_end = k * log_G.exp(), k * (log_G[..., -1:, :] - log_G).exp()
+        G_n = log_G[..., -1, 0].exp()
+    # u = u_v - u_k M. With unitriangular=True, only the part of T below the diagonal is used, as I + T needs
+    u = torch.linalg.solve_triangular(
+        T, torch.cat((beta * v, beta * decayed_k), dim=-1), upper=False, unitriangular=True
+    )
+    u_v, u_k = u.split((v.shape[-1], k.shape[-1]), dim=-1)
+    states = affine_scan(k_to_end.mT @ u_v, past.kv_mem, erase=k_to_end.mT @ u_k, decay=G_n)
 
     valid = keys.new_ones(segments, keys.shape[1]) if mask is None else mask.any(-1).to(keys.dtype)
     valid = valid[..., None, None].expand(-1, -1, *past.k_norm.shape[1:])
@@ -236,20 +255,21 @@ def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]
 
 
 def affine_scan(write: Tensor, start: Tensor, *, erase: Tensor | None = None, decay: Tensor | None = None) -> Tensor:
-    """Computes M_i = decay_i M_{i-1} - erase_i M_{i-1} + write_i, the one part that is sequential in the segments.
+    """Computes M_i = decay_i M_{i-1} - erase_i M_{i-1} + write_i for segments i = 1 .. s, one after the other.
 
-    All of erase, write and decay are there when the scan starts, so it is two small operations a segment, out of sight
-    of autograd and of `torch.compile` (a custom operator with its own backward): a loop that either of them records
-    costs more than the arithmetic. `benchmarks/scan.py` measures it against the chunked and the associative form.
+    All of `write`, `erase` and `decay` are known when the scan starts, so a step is only two small operations. They run
+    inside one custom operator with a backward of its own. Autograd and `torch.compile` do not see the single steps:
+    recording each of them would cost more than the arithmetic. `benchmarks/scan.py` compares this loop with a chunked
+    and an associative scan.
 
     Args:
-        write: (s, b, g, d, e).
-        start: M_0, (b, g, d, e).
-        erase: (s, b, g, d, d). Default: None, 0.
-        decay: (s, b, g). Default: None, 1.
+        write: what each segment writes, (s, b, g, d, e).
+        start: the memory M_0 before the first segment, (b, g, d, e).
+        erase: what each segment erases, (s, b, g, d, d). Default: None, 0.
+        decay: the share of the memory that each segment keeps, (s, b, g). Default: None, 1.
 
     Returns:
-        (s + 1, b, g, d, e): the start, then the state after each segment. Differentiable once.
+        M_0 to M_s, (s + 1, b, g, d, e). It can be differentiated once.
     """
     return _scan(write, start, erase, decay)
 

@@ -1,4 +1,5 @@
-"""Checkpoints of infini-transformer-pytorch 0.2.1: its names, and its sign of the learned strength."""
+"""Checkpoints of infini-transformer-pytorch 0.2.1: the names of their weights, and the sign of their learned
+strength."""
 
 from __future__ import annotations
 
@@ -18,11 +19,18 @@ NAMES = [
     (r'to_logits\.(weight|bias)', r'logits.\1'),
     (r'(token_emb\.weight)', r'\1'),
 ]
-COMPUTED = re.compile(r'layers\.\d+\.0\.rotary_emb\.\w+')  # the rotary frequencies
+COMPUTED = re.compile(r'layers\.\d+\.0\.rotary_emb\.\w+')  # rotary frequencies, which are computed here
 
 
 def translated(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by our names. ValueError for a name that such a checkpoint does not have."""
+    """Returns the weights of such a checkpoint under the names that they have in this library.
+
+    Args:
+        state_dict: the weights of the checkpoint.
+
+    Raises:
+        ValueError: if a name is not one of such a checkpoint.
+    """
     weights = {}
     for name, tensor in state_dict.items():
         if COMPUTED.fullmatch(name):
@@ -30,13 +38,20 @@ def translated(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         ours = next((re.sub(old, new, name) for old, new in NAMES if re.fullmatch(old, name)), None)
         if ours is None:
             raise ValueError(f'{name} is no weight of infini-transformer-pytorch 0.2.1')
-        # it learns the share that is not stored: sigmoid(-x) = 1 - sigmoid(x)
+        # the published model learns the share that is not written: sigmoid(-x) = 1 - sigmoid(x)
         weights[ours] = -tensor if ours.endswith('to_strength.weight') else tensor
     return weights
 
 
 def arguments_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor arguments that the shapes tell."""
+    """Returns the constructor arguments that can be told from the shapes of the weights.
+
+    Args:
+        state_dict: the weights of the checkpoint.
+
+    Raises:
+        ValueError: if a weight that such a checkpoint has is missing.
+    """
     try:
         num_tokens, dim = state_dict['token_emb.weight'].shape
         heads = state_dict['layers.0.0.fastweight_mem.head_gates'].shape[0]
@@ -51,7 +66,7 @@ def arguments_of(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         'depth': depth,
         'heads': heads,
         'dim_head': inner // heads,
-        # the smallest multiple whose int(mult * dim * 2 / 3) is this width
+        # the smallest ff_mult that gives this number of inner features, int(ff_mult * dim * 2 / 3)
         'ff_mult': next(mult for mult in (ff_inner * 1.5 / dim, (ff_inner + 0.5) * 1.5 / dim)
                         if int(mult * dim * 2 / 3) == ff_inner),
         'learned_delta_update': 'layers.0.0.to_learned_delta_update_weights.0.weight' in state_dict,

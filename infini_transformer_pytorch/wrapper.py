@@ -1,4 +1,7 @@
-"""The calls that users of the published package know, over `SegmentWrapper`."""
+"""The wrapper of the Infini-Transformer, with the calls of infini-transformer-pytorch, on top of `SegmentWrapper`.
+
+Letters: b rows of the batch, n tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,20 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
 class InfiniTransformerWrapper(SegmentWrapper):
-    """Trains an `InfiniTransformer` on sequences of any length, and generates from it.
+    """Trains an `InfiniTransformer` on sequences of any length, and generates with it.
 
     Args:
         model: the model.
-        segment_length: tokens of a segment. Default: 512.
-        detach_mems_every_num_segments: the published name of backprop_segments. Default: None, gradients are exact,
-            through the whole sequence.
-        ignore_index: ids and labels with this value, and with -100, are padding. Default: -1, as published.
-        segments_per_pass, backprop_segments, recompute: see `SegmentWrapper`.
+        segment_length: number of tokens of a segment. Default: 512.
+        detach_mems_every_num_segments: the published name of backprop_segments. Default: None.
+        ignore_index: labels with this value, or with -100, do not count in the loss. In a call without labels, token
+            ids with these values are padding. Default: -1, as published.
+        segments_per_pass: see `SegmentWrapper`. Default: None.
+        backprop_segments: see `SegmentWrapper`. Default: None, gradients are exact, through the whole sequence.
+        recompute: see `SegmentWrapper`. Default: False.
 
     Raises:
-        ValueError: for values outside their range, and for two different values of one option.
+        ValueError: if a value is outside its range, or if an option is given under both names with different values.
     """
 
     model: InfiniTransformer
@@ -75,26 +80,27 @@ class InfiniTransformerWrapper(SegmentWrapper):
         return_memories: bool = False,
         backward_fn: Callable | None = None,
     ) -> Any:
-        """Computes the loss of a sequence, and on request its gradients.
+        """Computes the loss of a sequence, and its gradients if backward is True.
 
         Args:
-            seq: ids (b, n) or embeddings (b, n, dim), any n.
-            segment_length: instead of the wrapper's. Default: None.
-            backward: whether to run backward inside this call, in training mode, with one window of segments held at a
-                time. Default: False.
-            grad_accum_scale: with backward=True, the gradients are multiplied by it (1 / accumulation steps); the loss
-                that is returned is not. Default: 1.
-            past_memories: what a call returned as memories: the next piece of a text starts with the last token of the
-                piece before. Default: None, texts start.
-            labels, mask: see `SegmentWrapper.loss`.
-            return_memories: whether to return the memories to go on with, too. Default: False.
-            backward_fn: see `SegmentWrapper.loss`; only with backward=True. Default: None.
+            seq: token ids (b, n) or embeddings (b, n, dim), of any length n.
+            segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
+            backward: whether to run backward inside this call, in training mode, while one window of segments is held
+                at a time. Default: False.
+            grad_accum_scale: factor of the gradients, for example 1 / (number of accumulation steps). It needs
+                backward=True. The loss that is returned is not scaled. Default: 1.
+            past_memories: the memories that the last call returned, to go on with the same texts. A piece then has to
+                start with the last token of the piece before. Default: None, new texts start.
+            labels: target ids (b, n), see `SegmentWrapper.loss`. Default: None, the targets are the next tokens.
+            mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+            return_memories: whether to return the memories, too, to go on with the same texts. Default: False.
+            backward_fn: see `SegmentWrapper.loss`. It needs backward=True. Default: None.
 
         Returns:
-            The mean loss () in nats, without a graph if backward is True; or (loss, memories).
+            The mean loss () in nats, without a graph if backward is True. If return_memories is True: (loss, memories).
 
         Raises:
-            ValueError: before anything is changed, for what does not fit.
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         check_finite(grad_accum_scale=grad_accum_scale)
         if not backward and grad_accum_scale != 1:
@@ -134,23 +140,25 @@ class InfiniTransformerWrapper(SegmentWrapper):
         """Generates new tokens after a prompt.
 
         Args:
-            seq_len: tokens of prompt and new tokens together, as published. Give it or max_new_tokens.
-            prompt: ids (b, n), or a list of rows. Default: None, rows begin with start_token, which counts as the
-                prompt, unless past_memories is a `Cursor`.
-            max_new_tokens: how many new tokens.
-            batch_size: without a prompt: how many rows. Default: None, one.
-            filter_fn: called with logits and filter_kwargs, returns logits. Default: None, `sampling.top_p`, unless
-                top_k, top_p or min_p is given.
+            seq_len: number of tokens of the prompt and the new tokens together, as published. Give either seq_len or
+                max_new_tokens.
+            prompt: token ids (b, n), or a list of rows (n_i,). Default: None: generation goes on from a `Cursor` in
+                past_memories, or else from start_token, which then is the prompt.
+            max_new_tokens: number of new tokens of each row.
+            batch_size: number of rows, if there is no prompt and no cursor. Default: None, one row.
+            filter_fn: a function that gets logits (b, v) and filter_kwargs, and returns logits (b, v). Default: None,
+                `sampling.top_p`, unless top_k, top_p or min_p is given.
             filter_kwargs: further arguments of filter_fn. Default: None.
-            exclude_prompt: False puts the prompt (b, n) in front of the new tokens. Default: True.
-            past_memories: what a call returned, or a `Cursor`. Default: None, texts start.
-            options: see `SegmentWrapper.generate_tokens`.
+            exclude_prompt: whether only the new tokens are returned. If False, the prompt (b, n) stands in front of
+                them. Default: True.
+            past_memories: the memories that a call returned, or a `Cursor`. Default: None, new texts start.
+            options: the other arguments of `SegmentWrapper.generate_tokens`.
 
         Returns:
-            The new tokens (b, seq_len - n), and the cursor too if return_cursor is True.
+            The new tokens (b, seq_len - n), and the cursor if return_cursor is True.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit, or if logits are NaN or infinite.
         """
         if prompt is None and not isinstance(past_memories, Cursor):
             check_count('batch_size', batch_size)

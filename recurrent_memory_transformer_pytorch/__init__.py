@@ -1,4 +1,4 @@
-"""The Recurrent Memory Transformer (arXiv 2207.06881, 2304.11062): memory tokens carried between segments."""
+"""The Recurrent Memory Transformer (arXiv 2207.06881, 2304.11062): it carries memory tokens from segment to segment."""
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from recurrent_memory_transformer_pytorch.state import PastMemories, RMTState, XLMemory

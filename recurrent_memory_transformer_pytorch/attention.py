@@ -1,18 +1,21 @@
-"""Attention over [XL | read | text | write] without a mask tensor.
+"""Attention over the keys [XL | read | text | write], without a mask tensor.
 
-Each kind of row sees a prefix of the keys, so the queries are split by kind, and every call is either full or causal:
-that runs on kernels that take no mask. Only padding needs a mask, and then one masked call.
+The rows of a segment are its positions inside the model: the read rows, the text and the write rows. XL are the keys of
+earlier text. Rows of one kind attend to one range of keys. The queries are therefore split by kind, and each call of
+attention is either full or causal, so it can run on the fast kernels, which take no mask. Only padding needs a mask
+tensor; then there is one call for all rows.
 
-Who sees what, by the option memory_mask (text always sees XL, read, and the text up to itself):
+What the rows see depends on the option memory_mask. Text rows always see XL, all read rows, and text rows up to
+themselves.
 
-    memory_mask   read rows see       write rows see
-    'causal'      read up to itself   XL, read, text, write up to itself    (authors' Hugging Face code)
-    'block'       all of read         everything                            (authors' LM-RMT code)
-    'mixed'       all of read         XL, read, text, write up to itself
+    memory_mask   a read row sees          a write row sees                          source
+    'causal'      read rows up to itself   XL, read, text, write rows up to itself   authors' Hugging Face code
+    'block'       all read rows            all keys                                  authors' LM-RMT code
+    'mixed'       all read rows            XL, read, text, write rows up to itself
 
-In an encoder (causal=False) every row sees everything.
+In an encoder (causal=False), every row sees everything.
 
-Letters: b batch, n rows, h query heads, g key/value heads, d features of a head.
+Letters: b rows of the batch, n rows of a segment, h query heads, g key/value heads, d features of a head.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from segment_recurrence_pytorch.layers import HeadNorm, attend, rotate, rotation
 
 
 class Layout(NamedTuple):
-    """How many keys of each kind there are; the rows of a segment are [read | text | write].
+    """The number of keys of each kind, and who sees whom. The rows of a segment are [read | text | write].
 
     Attributes:
-        xl, read, text, write: numbers of keys.
-        pattern: who sees whom: the memory_mask of a causal model, or 'encoder'.
+        xl: number of XL keys.
+        read: number of read rows.
+        text: number of text rows.
+        write: number of write rows.
+        pattern: the option memory_mask of a causal model, or 'encoder'.
     """
 
     xl: int
@@ -42,7 +48,15 @@ class Layout(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call without a mask: rows [start, stop) attend to keys [key_start, key_stop) of [XL | read | text | write]."""
+    """A call of attention that needs no mask.
+
+    Attributes:
+        start: its first query row, counted in [read | text | write].
+        stop: the row after its last query row.
+        key_start: its first key, counted in [XL | read | text | write].
+        key_stop: the key after its last one.
+        causal: whether the call is causal.
+    """
 
     start: int
     stop: int
@@ -52,7 +66,12 @@ class Call(NamedTuple):
 
 
 def attention_calls(layout: Layout, first_row: int = 0) -> list[Call]:
-    """Returns the calls without a mask that together compute the rows from `first_row` on."""
+    """Returns the calls of attention without a mask that together compute the needed rows.
+
+    Args:
+        layout: the numbers of keys, and who sees whom.
+        first_row: the first row that is needed; all rows after it are needed too. Default: 0.
+    """
     xl, read, text, write, pattern = layout
     rows = read + text + write
     keys = xl + rows
@@ -73,14 +92,14 @@ def attention_calls(layout: Layout, first_row: int = 0) -> list[Call]:
 
 
 def attention_mask(layout: Layout, *, xl_valid: Tensor, text_valid: Tensor) -> Tensor:
-    """Returns the same as one mask that also hides what is not valid, (b, 1, rows, keys) bool.
+    """Returns a mask that says the same as `attention_calls` and also hides padding, (b, 1, rows, keys) bool.
 
-    A padded position sees itself, so that no row is without a key.
+    A padded position sees itself, so that every row sees at least one key.
 
     Args:
         layout: the numbers of keys, and who sees whom.
-        xl_valid: (b, xl) bool, which XL memories are valid.
-        text_valid: (b, text) bool, which text positions are valid.
+        xl_valid: which XL memories are valid, (b, xl) bool.
+        text_valid: which text positions are valid, (b, text) bool.
     """
     xl, read, text, write, _ = layout
     rows = read + text + write
@@ -95,11 +114,12 @@ def attention_mask(layout: Layout, *, xl_valid: Tensor, text_valid: Tensor) -> T
 
 
 class Positions(NamedTuple):
-    """Rotary positions: memory stands at 0, where nothing turns, text at `first` + i, XL memories just before it.
+    """Rotary positions of all keys: read and write rows are at 0, where nothing is rotated, the i-th text position is
+    at `first` + i, and XL memories are just before the text.
 
     Attributes:
-        dim_head: features of a head.
-        theta: the base of the rotations.
+        dim_head: features of a head d.
+        theta: base of the frequencies.
         first: the position of the first text token.
     """
 
@@ -108,31 +128,37 @@ class Positions(NamedTuple):
     first: int
 
     def text(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Returns the rotations of text positions, (stop - start, d / 2, 2); XL memories stand at negative ones.
+        """Returns the rotations of a range of text positions, (stop - start, d / 2, 2).
 
         Args:
-            start: the first position, counted from the first text token.
-            stop: the position after the last.
-            like: a tensor of the device, and of the dtype that will be rotated.
+            start: the first position, counted from the first text token of the segment. XL memories have negative
+                positions.
+            stop: the position after the last one.
+            like: a tensor with the device and dtype of what will be rotated.
         """
         positions = torch.arange(start, stop, device=like.device) + self.first
         return rotations_at(positions, self.dim_head, theta=self.theta, dtype=like.dtype)
 
     def all(self, layout: Layout, like: Tensor) -> Tensor:
-        """Returns the rotations of all keys of a layout, (xl + rows, d / 2, 2)."""
+        """Returns the rotations of all keys of a layout, (xl + rows, d / 2, 2).
+
+        Args:
+            layout: the numbers of keys.
+            like: a tensor with the device and dtype of what will be rotated.
+        """
         text = self.text(-layout.xl, layout.text, like)
         memory = text.new_tensor((1.0, 0.0)).expand(layout.read, *text.shape[1:])
         return torch.cat((text[: layout.xl], memory, text[layout.xl :], memory))
 
 
 class Surroundings(NamedTuple):
-    """What the rows that a layer is given attend to: the rest of their segment, or a cache of it.
+    """What the rows of a layer may attend to: the rest of their segment, or a cache of it.
 
     Attributes:
-        attend: called with the layer's attention, queries (b, h, rows, d) of the rows whose output is needed, and keys
-            and values (b, g, n, d) of all rows that the layer was given, none of them rotated. Returns what the queries
-            see, (b, h, rows, d).
-        first_row: the first row whose output is needed; those after it are needed too. Default: 0.
+        attend: a function that is called with the layer's attention, the queries (b, h, rows, d) of the rows whose
+            output is needed, and the keys and values (b, g, n, d) of all rows that the layer gets. None of them are
+            rotated. It returns the outputs (b, h, rows, d).
+        first_row: the first row whose output is needed; the output of all rows after it is needed too. Default: 0.
     """
 
     attend: Callable[[Attention, Tensor, Tensor, Tensor], Tensor]
@@ -140,15 +166,15 @@ class Surroundings(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values, and optionally a norm on queries and keys.
+    """Multi-head attention with grouped keys and values.
 
     Args:
         dim: features of a row.
-        heads: query heads.
-        kv_heads: key/value heads, a divisor of `heads`.
-        dim_head: features of a head.
-        dropout: probability that an attention weight is dropped while training.
-        qk_norm: whether queries and keys pass an RMS norm with a learned gain.
+        heads: number of query heads h.
+        kv_heads: number of key/value heads g, a divisor of `heads`.
+        dim_head: features of a head d.
+        dropout: probability that an attention weight is dropped during training.
+        qk_norm: whether queries and keys go through an RMS norm with a learned gain.
     """
 
     def __init__(self, dim: int, *, heads: int, kv_heads: int, dim_head: int, dropout: float, qk_norm: bool):
@@ -162,13 +188,23 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(dim_head, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
-        """Returns the outputs of the rows from `surroundings.first_row` on, for normed rows x (b, n, dim)."""
+        """Returns the outputs of the rows from `surroundings.first_row` on, (b, n - first_row, dim).
+
+        Args:
+            x: rows after the norm of the layer, (b, n, dim).
+            surroundings: what the rows may attend to.
+        """
         q, k, v = self.project(x, surroundings.first_row)
         out = surroundings.attend(self, q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
     def project(self, x: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries (b, h, n - first_row, d), and keys and values (b, g, n, d), of normed rows x (b, n, dim)."""
+        """Returns queries (b, h, n - first_row, d), keys (b, g, n, d) and values (b, g, n, d).
+
+        Args:
+            x: rows after the norm of the layer, (b, n, dim).
+            first_row: the first row that needs a query. Default: 0.
+        """
         q = self.to_q(x[:, first_row:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.to_kv(x).unflatten(-1, (2, -1, q.shape[-1])).permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
@@ -176,26 +212,30 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, backend: str
     ) -> Tensor:
-        """One call of `layers.attend`, in training and in decoding alike, with this layer's dropout."""
+        """Calls `layers.attend` with the dropout of this layer. Whole segments and generation both use it."""
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, causal=causal, mask=mask, dropout=dropout, backend=backend)
 
 
 class SegmentRows:
-    """All rows of a segment, [read | text | write]: what they attend to in one layer.
+    """The surroundings of all rows of a segment, [read | text | write], in one layer.
 
-    After `attend` was called it holds the keys and values of the text.
+    After a call of `attend`, the attributes `keys` and `values` are set.
 
     Args:
         layout: the numbers of keys, and who sees whom.
-        xl: keys, not rotated, and values of the XL memories, (b, g, xl, d) each; None: there are none.
-        rotations: of all keys, (xl + rows, d / 2, 2); None: nothing is rotated.
-        mask: see `attention_mask`; None: everything is valid.
+        xl: keys before rotation and values of the XL memories, (b, g, xl, d) each. None: there are none.
+        rotations: the rotations of all keys, (xl + rows, d / 2, 2). None: nothing is rotated.
+        mask: the mask from `attention_mask`. None: all positions are valid.
         backend: the name of an attention backend.
+
+    Attributes:
+        keys: keys of the text before rotation, (b, g, text, d).
+        values: values of the text, (b, g, text, d).
     """
 
-    keys: Tensor  # of the text, not rotated, (b, g, text, d)
-    values: Tensor  # of the text, (b, g, text, d)
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self,
@@ -213,7 +253,7 @@ class SegmentRows:
         self.backend = backend
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Surroundings`; the queries are those of the last rows."""
+        """See `Surroundings.attend`. The queries are those of the last rows."""
         layout, first_row = self.layout, k.shape[2] - q.shape[2]
         text = slice(layout.read, layout.read + layout.text)
         self.keys, self.values = k[:, :, text], v[:, :, text]
@@ -234,5 +274,5 @@ class SegmentRows:
             )
             for start, stop, key_start, key_stop, causal in attention_calls(layout, first_row)
         ]
-        # no row may be needed: with no memory tokens, when only the state is asked for
+        # `outs` is empty if no row is needed: in the last layer, without memory tokens, if only the state is needed
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0] if outs else q

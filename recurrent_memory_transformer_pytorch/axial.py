@@ -1,14 +1,16 @@
-"""Axial attention: each memory slot looks down the axis of its own past.
+"""Axial attention: each memory slot attends to the values that it had before earlier segments.
 
-A slot is overwritten at the end of every segment. Before a segment reads its memory, slot i of the newest memory
-attends to slot i of the memories that entered the segments before it, so that what a slot once held is still there:
+A slot is one of the m memory tokens. It gets a new value at the end of every segment. With axial attention, information
+that a slot held earlier stays within reach. Let x_1 .. x_T be the values of a slot that entered the last segments, x_T
+being the newest. The value that goes into the read rows is
 
-    q = W_q norm(x_T),    k_t = W_k norm(x_t) + position_t,    v_t = W_v norm(x_t),    t = 1 .. T, x_T the newest
-    read = x_T + W_o softmax(q k / sqrt(d)) v,    beside a learned null key and value
+    q = W_q norm(x_T),    k_t = W_k norm(x_t) + position_t,    v_t = W_v norm(x_t),    t = 1 .. T
+    value = x_T + W_o softmax(q k / sqrt(d)) v
 
-The position enters after the projection; slots do not see each other. W_o starts at 0, so nothing changes at first.
+with a learned null key and null value beside those of t = 1 .. T. Positions are added after the projection. Slots do
+not see each other. W_o starts at 0, so at first the value is x_T.
 
-Letters: b batch, t past memories, m memory tokens, h heads, d features of a head.
+Letters: b rows of the batch, t past memories, m memory tokens, h heads, d features of a head.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ from segment_recurrence_pytorch.layers import NORM_EPS, attend
 
 
 class AxialAttention(nn.Module):
-    """Attention of each memory slot over its newest value and its `length - 1` values before it.
+    """Attention of each memory slot to its newest value and to its `length - 1` values before that one.
 
-    It has no dropout, and always runs on the backend 'sdpa': one query a slot, with a mask.
+    It has no dropout. It always runs on the backend 'sdpa', since every call has a mask, and only one query for each
+    slot.
 
     Args:
         dim: features of a memory token.
-        heads: attention heads.
-        dim_head: features of a head.
-        length: how many values of a slot are seen, the newest one included.
+        heads: number of attention heads h.
+        dim_head: features of a head d.
+        length: number of values of a slot that are seen, with the newest one.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, length: int):
@@ -43,7 +46,7 @@ class AxialAttention(nn.Module):
         self.null_kv = nn.Parameter(torch.empty(2, heads, 1, dim_head))
 
     def forward(self, memory: Tensor, past: PastMemories) -> Tensor:
-        """Returns the memory that a segment reads, (b, m, dim).
+        """Returns the memory that goes into the read rows, (b, m, dim).
 
         Args:
             memory: the newest memory (b, m, dim).
@@ -52,13 +55,13 @@ class AxialAttention(nn.Module):
         batch, m, dim = memory.shape
         heads, d = self.positions.shape[1:]
         series = torch.cat((past.memories.to(memory.dtype), memory[:, None]), dim=1)
-        normed = self.norm(series).transpose(1, 2).flatten(0, 1)  # every slot is a row of its own
+        normed = self.norm(series).transpose(1, 2).flatten(0, 1)  # (b m, t + 1, dim): each slot is a row of the batch
         q = self.to_q(normed[:, -1:]).unflatten(-1, (heads, d)).transpose(1, 2)
         k, v = self.to_kv(normed).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4)
         k = k + self.positions.transpose(0, 1).to(k.dtype)
         null_k, null_v = self.null_kv.to(k.dtype)[:, None].expand(-1, len(k), -1, -1, -1)
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-        valid = F.pad(past.valid(), (1, 1), value=True)  # null and newest
+        valid = F.pad(past.valid(), (1, 1), value=True)  # the null key and the newest value are always valid
         mask = valid[:, None, None].repeat_interleave(m, dim=0)
         out = attend(q, k, v, mask=mask, backend='sdpa')
         return memory + self.to_out(out.flatten(1)).view(batch, m, dim)

@@ -1,10 +1,11 @@
-"""Decoding inside a segment: text rows one after the other over cached keys, memory rows at the borders.
+"""Generation inside a segment: the text rows come one after the other, the read and write rows only at the borders.
 
-By causality a text row sees neither write rows nor later text, and read rows see read rows only. So the read rows are
-computed once, when a segment opens, the write rows once, when it closes, and each text row costs one position. All
-three go through the model's own blocks; what differs is what they attend to.
+Text rows see neither write rows nor later text, and read rows see only read rows. The read rows are therefore computed
+once, when a segment opens, and the write rows once, when it closes. A new text token costs the work of one position.
+All rows go through the model's own blocks, with the cache as their surroundings.
 
-Letters: b batch, h query heads, g key/value heads, l XL positions, m memory tokens, n text positions, d features.
+Letters: b rows of the batch, h query heads, g key/value heads, l XL positions, m memory tokens, n tokens, d features of
+a head.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
 
 
 class RMTCache(SegmentCache):
-    """Keys and values of [XL | read | text] of each layer, the keys rotated.
+    """The open segment of a Recurrent Memory Transformer: keys and values of [XL | read | text] in each layer.
+
+    Args:
+        model: the model.
+        state: the state that enters the segment.
+        segment_length: the largest number of tokens that the segment can hold.
 
     Attributes:
-        keys, values: one buffer (b, g, l + m + length + 1, d) a layer.
-        raw_keys: the text's keys before rotation, of which XL memories are made; empty without them.
-        rotations: those of the XL and of the text positions; None without rotary positions.
+        keys: a buffer for each layer, (b, g, l + m + length + 1, d), with keys after rotation.
+        values: a buffer for each layer, (b, g, l + m + length + 1, d).
+        raw_keys: a buffer for each layer with the keys of the text before rotation, which become XL memories. An empty
+            list if the model has no XL memories.
+        rotations: the rotations of the XL positions and those of the text positions. None without rotary positions.
     """
 
     state: RMTState
@@ -58,7 +66,7 @@ class RMTCache(SegmentCache):
             self.enter(model)
 
     def make_ragged(self) -> None:
-        """See `OpenSegment.make_ragged`; XL memories get their full size and counts."""
+        """See `OpenSegment.make_ragged`. XL memories are padded to their largest number, and get counts."""
         xl = self.state.xl
         aligned = self.aligned is not None
         super().make_ragged()
@@ -76,7 +84,7 @@ class RMTCache(SegmentCache):
             self.prefix_valid[:, : xl.length] = xl.valid()
 
     def enter(self, model: RecurrentMemoryTransformer) -> None:
-        """See `OpenSegment.enter`: fills the keys and values of [XL | read] from the state."""
+        """See `OpenSegment.enter`. It fills in the keys and values of XL and of the read rows, from the state."""
         xl = self.state.xl
         if xl is not None:
             self._set_valid()
@@ -91,12 +99,12 @@ class RMTCache(SegmentCache):
         x = model.read_rows(model.memory_to_read(self.state))
         last = len(model.layers) - 1
         for index, block in enumerate(model.layers):
-            # nobody reads the last layer's read rows: their keys and values are put, and no row comes out
+            # the outputs of the read rows in the last layer are never used: only their keys and values are stored
             first_row = x.shape[1] if index == last else 0
             x = block(x, Surroundings(partial(self._attend_read, model, index), first_row))
 
     def read(self, model: RecurrentMemoryTransformer, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
-        """See `OpenSegment.read`: the text rows."""
+        """See `OpenSegment.read`. It runs the text rows."""
         x = model.embed(tokens)
         if model.pos_emb is not None:
             x = x + self.positions_of(model.pos_emb.weight, slots)
@@ -107,7 +115,7 @@ class RMTCache(SegmentCache):
         return model.norm(x)
 
     def state_after(self, model: RecurrentMemoryTransformer, rows: Tensor | None) -> RMTState:
-        """See `OpenSegment.state_after`: the write rows, and the text as XL memories."""
+        """See `OpenSegment.state_after`. It runs the write rows, and appends the text to the XL memories."""
         memory = model.memory_to_read(self.state)
         x = memory
         if model.num_memory_tokens:
@@ -131,7 +139,7 @@ class RMTCache(SegmentCache):
     def _attend_read(
         self, model: RecurrentMemoryTransformer, index: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Read rows see read rows; their keys and values are put in front of the text."""
+        """The attention of the read rows: they see read rows. Their keys and values are stored in front of the text."""
         at = slice(self.xl_mem_len, self.prefix)
         self.keys[index][:, :, at] = k
         self.values[index][:, :, at] = v
@@ -151,7 +159,8 @@ class RMTCache(SegmentCache):
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
-        """Text rows see XL, read, and the text up to themselves; their keys and values are put behind it."""
+        """The attention of text rows: they see XL, read rows, and the text up to themselves. Their keys and values are
+        stored."""
         if self.raw_keys:
             self.put(self.raw_keys[index], k, slots)
         if rotations is not None:
@@ -171,7 +180,8 @@ class RMTCache(SegmentCache):
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
-        """Write rows see all of the segment and each other; nothing of them is put."""
+        """The attention of the write rows: they see the whole segment and each other. Their keys and values are not
+        stored."""
         if self.aligned is not None:
             seen = slice(self.first_key, self.prefix + self.aligned)
         else:
@@ -182,7 +192,8 @@ class RMTCache(SegmentCache):
         return attention.attend(q, keys, values, causal=causal, mask=mask, backend=model.backend)
 
     def _mask_of_write_rows(self, model: RecurrentMemoryTransformer) -> Tensor | None:
-        """Returns which keys of [XL | read | text | write] the write rows see, (b, 1, m, keys); None: aligned rows."""
+        """Returns which keys of [XL | read | text | write] the write rows see, (b, 1, m, keys) bool. None for aligned
+        rows."""
         if self.aligned is not None:
             return None
         m = model.num_memory_tokens

@@ -1,18 +1,20 @@
 """The Recurrent Memory Transformer (arXiv 2207.06881, 2304.11062).
 
-A segment is read as [read memory | text | write memory]. What the last layer writes at the end of a segment is read at
-the start of the next one. The state is that memory (b, m, dim), and optionally the detached keys and values of the last
-text positions (XL, arXiv 1901.02860) and the memories before it (`axial`).
+A segment goes through the layers as the rows [read rows | text | write rows]. The memory goes into the read rows. What
+the last layer returns for the write rows is the next memory: it goes into the read rows of the next segment. The state
+is this memory (b, m, dim). On request it also holds the keys and values of the last text positions, without a graph
+(XL, arXiv 1901.02860), and the memories that entered earlier segments (see `axial`).
 
     model = RecurrentMemoryTransformer(num_tokens=256, num_memory_tokens=16, dim=256, depth=4, seq_len=128)
     logits, memory = model(x)            # x (b, n <= 128)
     logits, memory = model(x, memory)
 
-What a researcher may want to replace is one method, which training and decoding share: `memory_to_read`, `read_rows`
-and `write_rows` make what enters the memory rows, `next_memory` makes the memory that is carried on, and
-`make_attention` and `make_block` make the layers.
+A researcher can change one thing by overriding one method, which training and generation share. `memory_to_read`,
+`read_rows` and `write_rows` make what goes into the read and write rows, `next_memory` makes the memory that is carried
+on, and `make_attention` and `make_block` make the layers.
 
-Letters: b batch, n text positions, m memory tokens, l XL positions, g key/value heads, d features of a head.
+Letters: b rows of the batch, n text positions, m memory tokens, l XL positions, g key/value heads, d features of a
+head.
 """
 
 from __future__ import annotations
@@ -53,45 +55,48 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         dim: features of a token and of a memory token.
         num_tokens: size of the vocabulary.
         depth: number of layers.
-        num_memory_tokens: number m of memory tokens. 0 is the plain segment transformer.
+        num_memory_tokens: number m of memory tokens. With 0 it is a plain transformer that carries nothing, except XL
+            memories if they are on.
         seq_len: the longest segment, in tokens.
-        causal: whether no position sees a later one. False is an encoder, in which every row sees every row.
-            Default: True.
-        dim_head: features of an attention head. Default: 64.
-        heads: attention heads. Default: 8.
-        kv_heads: key/value heads, a divisor of `heads` (grouped queries, arXiv 2305.13245). Default: None, `heads`.
+        causal: whether no position sees a later position. With False it is an encoder, in which every row sees every
+            row. Default: True.
+        dim_head: features of a head. Default: 64.
+        heads: number of query heads. Default: 8.
+        kv_heads: number of key/value heads, a divisor of `heads` (grouped queries, arXiv 2305.13245). Default: None,
+            `heads`.
         ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
-        attn_dropout: probability that an attention weight is dropped while training. Default: 0.
-        ff_dropout: probability that an inner feature of the feed-forward is dropped while training. Default: 0.
-        use_flash_attn: True: the attention backend is 'auto', the fastest that computes the same thing here; False: it
-            is 'sdpa'. `attention_backend` tells which one runs. Default: False.
-        ignore_index: a label that is not counted, beside -100. Default: -1.
-        abs_pos_emb: whether text gets a learned embedding of its position inside the segment. Default: True.
-        rotary_pos_emb: whether queries and keys are rotated by position: memory stands at 0, text at
-            first_text_position + i, XL memories just before the text. Angles are in float32 in any model.
-            Default: False.
-        rotary_theta: the base of the rotations. Default: 32768, as published.
-        first_text_position: the rotary position of the first text token. Default: 10000, far from the memory, as
-            published.
-        use_xl_memories: whether text also attends to the last `xl_mem_len` earlier text positions, through which no
-            gradient passes. Default: False.
-        xl_mem_len: how many of them; may be more than a segment; 0 turns them off. Default: None, `seq_len`.
-        enhanced_xl_recurrence: whether layer i attends to what layer i + 1 kept (arXiv 2012.15688), and the last layer
-            to its own. Default: False.
-        memory_mask: who sees whom among the memory tokens, 'block', 'causal' or 'mixed': see `attention`.
-            Default: None, which is 'block' unless memory_not_causal says otherwise.
-        memory_not_causal: the published name: True is 'block', False is 'causal'. Default: None.
-        write_init: what enters the write rows: 'learned' tokens, the 'previous' memory (as in the paper), or their
-            'sum'. Default: 'sum'; of the three it keeps the gradient through many segments best.
-        qk_norm: whether queries and keys pass an RMS norm with a learned gain. Default: False.
-        tie_embeddings: whether logits use the weight of the token embedding. Default: False.
-        axial_mem_len: each memory slot attends to its last axial_mem_len values before it is read, see `axial`; 0 turns
-            that off. Default: 0.
-        memory_noise: standard deviation of Gaussian noise that is added, while training, to the memory of every state
-            that is given. Default: 0.
+        attn_dropout: probability that an attention weight is dropped during training. Default: 0.
+        ff_dropout: probability that an inner feature of the feed-forward is dropped during training. Default: 0.
+        use_flash_attn: whether the attention backend is 'auto', which is the fastest one that can compute the call,
+            instead of 'sdpa'. The property `attention_backend` tells which one runs. Default: False.
+        ignore_index: a label that does not count in the loss, besides -100. Default: -1.
+        abs_pos_emb: whether text tokens get a learned embedding of their position in the segment. Default: True.
+        rotary_pos_emb: whether queries and keys are rotated by their position. Read and write rows are at position 0,
+            the i-th text token is at first_text_position + i, and XL memories are just before the text. The angles are
+            computed in float32 at least. Default: False.
+        rotary_theta: base of the frequencies of the rotary positions. Default: 32768, as published.
+        first_text_position: rotary position of the first text token. Default: 10000, as published, far from the memory.
+        use_xl_memories: whether text and write rows also attend to earlier text positions, through which no gradient
+            passes. Default: False.
+        xl_mem_len: number of these positions, the last ones before the segment. It may be more than a segment; 0 turns
+            them off. Default: None, `seq_len`.
+        enhanced_xl_recurrence: whether layer i attends to the XL memories of layer i + 1 (arXiv 2012.15688). The last
+            layer attends to its own. Default: False.
+        memory_mask: who sees whom among the read rows and among the write rows: 'block', 'causal' or 'mixed'. See the
+            table in `attention`. Default: None, 'causal' if memory_not_causal is False, else 'block'.
+        memory_not_causal: the published name: True means 'block', False means 'causal'. Default: None.
+        write_init: what goes into the write rows: 'learned', learned tokens; 'previous', the memory that goes into the
+            read rows (as in the paper); 'sum', the sum of both. Default: 'sum', which keeps the gradient through many
+            segments best.
+        qk_norm: whether queries and keys go through an RMS norm with a learned gain. Default: False.
+        tie_embeddings: whether the logits use the weight of the token embedding. Default: False.
+        axial_mem_len: number of its last values to which each memory slot attends before the memory goes into the read
+            rows. See `axial`. Default: 0, no axial attention.
+        memory_noise: standard deviation of Gaussian noise that is added, during training, to the memory of each given
+            state. Default: 0.
 
     Raises:
-        ValueError: for values outside their range, and for options that contradict each other.
+        ValueError: if a value is outside its range, or if options contradict each other.
     """
 
     parallel_segments = False
@@ -200,31 +205,33 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         self.init_weights()
 
     def make_attention(self, index: int, **options: Any) -> Attention:
-        """Returns the attention of layer `index`, while the model is made. Override it to put another one there.
+        """Returns the attention of a layer. The constructor calls it. Override it to use another attention.
 
         Args:
-            index: the layer, counted from 0.
+            index: number of the layer, from 0.
             options: heads, kv_heads, dim_head, dropout and qk_norm, see `Attention`.
         """
         return Attention(self.dim, **options)
 
     def make_block(self, index: int, attention: Attention, **options: Any) -> ResidualBlock:
-        """Returns layer `index`, while the model is made. Override it to put another one there.
+        """Returns a layer. The constructor calls it. Override it to use another block.
 
         Args:
-            index: the layer, counted from 0.
-            attention: its attention.
+            index: number of the layer, from 0.
+            attention: the attention of the layer.
             options: ff_mult and ff_dropout, see `ResidualBlock`.
         """
         return ResidualBlock(self.dim, attention, **options)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Gives the parameters of this class their start; those that a subclass adds keep the one that they have.
+        """Gives the parameters their initial values.
 
-        Embeddings, memory tokens (distinct rows: equal ones would stay equal) and logits: normal, std 0.02. Linear
-        layers: normal, std fan_in ** -0.5, but 0 where they write to the residual stream: a block starts as the
-        identity, so that the small embeddings are not drowned. Biases 0, norm gains 1.
+        Embeddings, memory tokens and logits are normal with std 0.02. (Memory tokens must differ: equal ones would stay
+        equal.) Linear layers are normal with std fan_in ** -0.5, but those that write to the residual stream are 0.
+        Each block thus starts as the identity, and does not drown the small embeddings. Biases are 0 and norm gains are
+        1. A matrix that a subclass adds inside a block is a linear layer of this kind; its other parameters keep the
+        values that they have.
         """
         memory = ('initial_memory', 'read_memory_emb', 'memory_tokens', 'axial.positions', 'axial.null_kv')
         for name, parameter in self.named_parameters():
@@ -239,7 +246,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
                 nn.init.normal_(parameter, std=0.02)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """See `SegmentModel.decays`: the matrices of the blocks and of axial attention."""
+        """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""
         return super().decays(name, parameter) or (parameter.ndim == 2 and name.startswith('axial.'))
 
     def forward(
@@ -255,21 +262,22 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         """Reads one segment.
 
         Args:
-            x: ids (b, n) or embeddings (b, n, dim), n at most seq_len.
-            read_memories: what the last call returned; a tensor may also be (m, dim). Default: None, a text starts.
+            x: token ids (b, n) or embeddings (b, n, dim), n at most seq_len.
+            read_memories: the memories that the last call returned. A tensor may also be (m, dim), the same for all
+                rows. Default: None, a text starts.
             mask: (b, n) bool, True = valid. Default: None, all positions are valid.
-            labels: (b, n), aligned: labels[:, i] is the target of logits[:, i]. Default: None.
-            mask_out_read_memories: whether to read the segment as if there were no memory yet, whatever is given.
+            labels: target ids (b, n). labels[:, i] is the target of logits[:, i]. Default: None.
+            mask_out_read_memories: whether to ignore read_memories and to read the segment as the first one of a text.
                 Default: False.
             return_embeddings: whether to return hidden states instead of logits. Default: False.
 
         Returns:
-            Two values. The first: logits (b, n, num_tokens), or hidden states (b, n, dim), or, if labels are given, the
-            mean loss () in nats. The second: the memories to give to the next call, a tensor (b, m, dim) where that is
-            the whole state, else an `RMTState`.
+            Two values. The first one is the logits (b, n, num_tokens); or the hidden states (b, n, dim) if
+            return_embeddings is True; or the mean loss () in nats if labels are given. The second one is the memories
+            to give to the next call: a tensor (b, m, dim) if this is the whole state, else an `RMTState`.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit the model or another argument.
         """
         if labels is not None and return_embeddings:
             raise ValueError('labels give a loss, return_embeddings=True embeddings: ask for one of them')
@@ -289,7 +297,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return mean_loss(target_nll(logits, targets).sum(), (targets != IGNORE).sum()), memories
 
     def initial_state(self, batch_size: int) -> RMTState:
-        """See `SegmentModel.initial_state`: the learned first memory, no XL memories, no past ones."""
+        """See `SegmentModel.initial_state`. The state holds the learned first memory, and no XL memories or past
+        memories."""
         if self.num_memory_tokens:
             memory = self.initial_memory.expand(batch_size, -1, -1).clone()
         else:
@@ -312,7 +321,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         mask: Tensor | None = None,
         need_hidden: bool = True,
     ) -> tuple[Any, RMTState]:
-        """Reads one segment, see `SegmentModel.advance`."""
+        """Reads one segment. See `SegmentModel.advance`."""
         batch, n = tokens.shape[:2]
         m = self.num_memory_tokens
         if segment_length is not None and n > segment_length:
@@ -331,14 +340,15 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         if m:
             x = torch.cat((self.read_rows(memory), x, self.write_rows(memory)), dim=1)
 
-        # what they attend to
+        # what the rows attend to
         xl = state.xl
         layout = Layout(0 if xl is None else xl.length, m, n, m, self.memory_mask if self.causal else 'encoder')
         rotations = None if self.positions is None else self.positions.all(layout, x)
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
-        # Nobody reads the last layer's read rows, nor, when only the state is needed, its text rows. With dropout those
-        # are computed all the same: a pass with and one without hidden states must draw the same random numbers.
+        # In the last layer, the outputs of the read rows are never used, and those of the text rows are only
+        # used as hidden states. With dropout the text rows are always computed, since both values of need_hidden must
+        # draw the same random numbers.
         skip_text = not need_hidden and not (self.training and self.has_dropout)
         last = len(self.layers) - 1
         kept = []
@@ -349,7 +359,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             kept.append((rows.keys, rows.values))
         x = self.norm(x)
 
-        # a copy: a slice would keep the text's hidden states alive as long as the memory
+        # a clone, since a slice would keep the hidden states of the text alive as long as the memory
         written = x[:, x.shape[1] - m :].clone()
         after = RMTState(
             self.next_memory(written, memory).to(state.memory.dtype),
@@ -364,27 +374,40 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return (x[:, :n] if need_hidden else None), after
 
     def memory_to_read(self, state: RMTState) -> Tensor:
-        """Returns the memory (b, m, dim) that a segment reads of a state: after axial attention, if there is any."""
+        """Returns the memory that goes into the read rows, (b, m, dim). Axial attention, if the model has it, is
+        applied here.
+
+        Args:
+            state: the state that enters the segment.
+        """
         memory = state.memory.to(self.dtype)
         return memory if self.axial is None else self.axial(memory, state.past)
 
     def read_rows(self, memory: Tensor) -> Tensor:
-        """Returns what enters the read rows, (b, m, dim), of the memory (b, m, dim) that is read."""
+        """Returns what goes into the read rows, (b, m, dim). The default adds a learned embedding to the memory.
+
+        Args:
+            memory: what `memory_to_read` returned, (b, m, dim).
+        """
         return memory + self.read_memory_emb
 
     def write_rows(self, memory: Tensor) -> Tensor:
-        """Returns what enters the write rows, (b, m, dim), of the memory (b, m, dim) that is read."""
+        """Returns what goes into the write rows, (b, m, dim). The default follows the option `write_init`.
+
+        Args:
+            memory: what `memory_to_read` returned, (b, m, dim).
+        """
         if self.write_init == 'previous':
             return memory
         tokens = self.memory_tokens.expand(len(memory), -1, -1)
         return tokens if self.write_init == 'learned' else tokens + memory
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
-        """Returns the memory (b, m, dim) that the next segment gets. By default: what was written.
+        """Returns the memory that is carried to the next segment, (b, m, dim). The default returns `written`.
 
         Args:
-            written: what the last layer and the final norm made of the write rows, (b, m, dim).
-            memory: the memory that this segment read, (b, m, dim).
+            written: the write rows after the last layer and the final norm, (b, m, dim).
+            memory: what `memory_to_read` returned for this segment, (b, m, dim).
         """
         return written
 
@@ -393,13 +416,13 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return RMTCache(self, state, segment_length)
 
     def where(self, rows: Tensor, chosen: RMTState, other: RMTState) -> RMTState:
-        """See `SegmentModel.where`. From then on the rows differ in the number of their XL memories."""
+        """See `SegmentModel.where`. In the result, each row can have its own number of XL memories."""
         if chosen.xl is not None and other.xl is not None:
             chosen, other = (state._replace(xl=state.xl.counted()) for state in (chosen, other) if state.xl is not None)
         return where_rows(rows, chosen, other)
 
     def largest_state(self, batch_size: int) -> RMTState:
-        """See `SegmentModel.largest_state`: with xl_mem_len XL memories."""
+        """See `SegmentModel.largest_state`. It has xl_mem_len XL memories."""
         state = self.initial_state(batch_size)
         if state.xl is None:
             return state
@@ -408,7 +431,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return state._replace(xl=XLMemory(entries, entries, None))
 
     def check_state(self, state: Any, batch_size: int) -> None:
-        """See `SegmentModel.check_state`. The counts of XL memories may be None, and keys are as many as values."""
+        """See `SegmentModel.check_state`. Counts of XL memories may be None, and there must be as many XL keys as
+        values."""
         xl = state.xl if isinstance(state, RMTState) else None
         if isinstance(xl, XLMemory):
             if xl.counts is not None:
@@ -419,7 +443,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             raise ValueError(f'the state has XL keys {tuple(xl.keys.shape)} and values {tuple(xl.values.shape)}')
 
     def state_faults(self, state: RMTState) -> list[tuple[str, Tensor]]:
-        """See `SegmentModel.state_faults`: also counts that are out of range."""
+        """See `SegmentModel.state_faults`. It also finds counts that are out of range."""
         faults = super().state_faults(state)
         lengths = {'xl': 0 if state.xl is None else state.xl.length, 'past': max(0, self.axial_mem_len - 1)}
         for name, part in (('xl', state.xl), ('past', state.past)):
@@ -429,7 +453,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return faults
 
     def as_state(self, memories: Any, batch_size: int) -> Any:
-        """See `SegmentModel.as_state`: a tensor (b, m, dim) or (m, dim) is a memory, without a past."""
+        """See `SegmentModel.as_state`. A tensor (b, m, dim) or (m, dim) becomes a state with this memory, without XL
+        memories or past memories."""
         if not isinstance(memories, Tensor):
             return memories
         if memories.ndim == 2:
@@ -437,11 +462,12 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return self.initial_state(batch_size)._replace(memory=memories)
 
     def as_memories(self, state: RMTState) -> Any:
-        """Returns what `forward` returns of a state: the tensor (b, m, dim) where that is all of it."""
+        """Returns a state in the form in which `forward` returns it: the memory (b, m, dim) alone if this is the whole
+        state."""
         return state.memory if state.xl is None and state.past is None else state
 
     def xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
-        """Returns, for each layer, the keys and values (b, g, l, d) of the XL memories that it attends to."""
+        """Returns, for each layer, the keys and values (b, g, l, d) of the XL memories to which it attends, or None."""
         if xl is None or not xl.length:
             return [None] * len(self.layers)
         pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))

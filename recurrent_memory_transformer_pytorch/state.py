@@ -1,6 +1,7 @@
-"""What the Recurrent Memory Transformer carries from one segment to the next.
+"""The state of the Recurrent Memory Transformer: what it carries from one segment to the next.
 
-Letters: b batch, m memory tokens, l XL positions, t past memories, g key/value heads, d features of a head.
+Letters: b rows of the batch, n tokens, m memory tokens, l XL positions, t past memories, g key/value heads, d features
+of a head.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor
 
 
 class XLMemory(NamedTuple):
-    """Detached keys (before rotation) and values of the last text positions, the newest last.
+    """XL memories: the keys and values of the last text positions, without a graph. The newest position comes last.
 
     Attributes:
-        keys: (b, depth, g, l, d).
+        keys: keys before rotation, (b, depth, g, l, d).
         values: (b, depth, g, l, d).
-        counts: (b,), how many entries of a row are valid: the newest ones. None: all l, in every row.
+        counts: number of valid positions of each row, (b,). They are the newest ones. None: all l, in every row.
     """
 
     keys: Tensor
@@ -27,35 +28,43 @@ class XLMemory(NamedTuple):
 
     @property
     def shorter_along(self) -> dict[str, int]:
-        """The axis along which a field may be shorter than in the largest state, see `SegmentModel.largest_state`."""
+        """The axis along which each field may be shorter than in the largest state. See
+        `SegmentModel.largest_state`."""
         return {'keys': 3, 'values': 3}
 
     @property
     def length(self) -> int:
-        """The number of entries, valid or not."""
+        """The number l of positions, valid or not."""
         return self.keys.shape[3]
 
     def counted(self) -> XLMemory:
-        """Returns the same with a tensor as counts, which rows of different length need."""
+        """Returns the same XL memories with a tensor as `counts`, which is needed if rows have different numbers of
+        positions."""
         if self.counts is not None:
             return self
         batch = self.keys.shape[0]
         return self._replace(counts=torch.full((batch,), self.length, device=self.keys.device))
 
     def padded(self, length: int) -> XLMemory:
-        """Returns the same with `length` entries, those in front not valid. `counts` must be a tensor."""
+        """Returns the same XL memories with more positions, which are added in front and are not valid.
+
+        Args:
+            length: the new number of positions. `counts` must be a tensor.
+        """
         missing = length - self.length
         keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (self.keys, self.values))
         return XLMemory(keys, values, self.counts)
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None, max_length: int) -> XLMemory:
-        """Returns the memory with the text of a segment behind it, of which the last entries are kept.
+        """Returns the XL memories after a segment: its text positions are appended, and only the newest positions are
+        kept.
 
         Args:
-            keys: of the text, (b, depth, g, n, d).
-            values: of the text, (b, depth, g, n, d).
-            mask: (b, n) bool; padded positions are left out, and valid ones move up to close the gap. None: all valid.
-            max_length: how many entries are kept.
+            keys: keys of the text before rotation, (b, depth, g, n, d).
+            values: values of the text, (b, depth, g, n, d).
+            mask: (b, n) bool, True = valid. Padded positions are left out, without a gap. None: all positions are
+                valid.
+            max_length: largest number of positions to keep.
         """
         if mask is None and self.counts is None:
             # cut before joining: a slice of the joined tensor would keep all of it alive
@@ -67,7 +76,7 @@ class XLMemory(NamedTuple):
             return XLMemory(new[0], new[1], None)
         text_valid = keys.new_ones(keys.shape[0], keys.shape[3], dtype=torch.bool) if mask is None else mask
         valid = torch.cat((self.valid(), text_valid), dim=1)
-        # a stable sort moves what is not valid to the front and keeps the order of the rest
+        # a stable sort moves the positions that are not valid to the front, and keeps the order of the others
         order = valid.int().argsort(dim=1, stable=True)[:, -max_length:]
         kept = valid.gather(1, order)
         index = order[:, None, None, :, None]
@@ -79,7 +88,7 @@ class XLMemory(NamedTuple):
         return XLMemory(new[0], new[1], kept.sum(dim=1))
 
     def valid(self) -> Tensor:
-        """Returns which entries are valid, (b, l) bool."""
+        """Returns which positions are valid, (b, l) bool."""
         batch, device = self.keys.shape[0], self.keys.device
         if self.counts is None:
             return torch.ones(batch, self.length, dtype=torch.bool, device=device)
@@ -87,25 +96,29 @@ class XLMemory(NamedTuple):
 
 
 class PastMemories(NamedTuple):
-    """The memories that entered the segments before, the newest last, in a buffer of fixed size: for `axial`.
+    """The memories that entered the segments before, for axial attention (see `axial`). The newest memory comes last.
 
     Attributes:
-        memories: (b, t, m, dim).
-        counts: (b,), how many entries of a row are valid: the newest ones.
+        memories: (b, t, m, dim). The number t is always axial_mem_len - 1.
+        counts: number of valid memories of each row, (b,). They are the newest ones.
     """
 
     memories: Tensor
     counts: Tensor
 
     def append(self, memory: Tensor) -> PastMemories:
-        """Returns the past with a memory (b, m, dim) behind it, and without its oldest entry."""
+        """Returns the past memories with a memory added at the end. The oldest one is dropped.
+
+        Args:
+            memory: (b, m, dim).
+        """
         length = self.memories.shape[1]
         # cut before joining: a slice of the joined tensor would keep all of it alive
         memories = torch.cat((self.memories[:, 1:], memory[:, None]), dim=1) if length else self.memories.clone()
         return PastMemories(memories, (self.counts + 1).clamp_max(length))
 
     def valid(self) -> Tensor:
-        """Returns which entries are valid, (b, t) bool."""
+        """Returns which memories are valid, (b, t) bool."""
         return _newest(self.counts, self.memories.shape[1])
 
 
@@ -114,8 +127,8 @@ class RMTState(NamedTuple):
 
     Attributes:
         memory: the memory tokens (b, m, dim).
-        xl: the XL memories, None if the model has none.
-        past: the memories before, None if the model has no axial attention.
+        xl: the XL memories. None if the model has none.
+        past: the memories that entered the segments before. None if the model has no axial attention.
     """
 
     memory: Tensor
@@ -124,5 +137,5 @@ class RMTState(NamedTuple):
 
 
 def _newest(counts: Tensor, length: int) -> Tensor:
-    """Returns which entries are the last counts[i] of row i, (b, length) bool."""
+    """Returns a mask (b, length) that is True for the last counts[i] entries of row i."""
     return torch.arange(length, device=counts.device) >= length - counts[:, None]

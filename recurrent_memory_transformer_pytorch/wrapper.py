@@ -1,4 +1,8 @@
-"""The calls that users of the published package know, over `SegmentWrapper`."""
+"""The wrapper of the Recurrent Memory Transformer, with the calls of recurrent-memory-transformer-pytorch, on top of
+`SegmentWrapper`.
+
+Letters: b rows of the batch, n tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,19 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
 
 class RecurrentMemoryTransformerWrapper(SegmentWrapper):
-    """Trains a `RecurrentMemoryTransformer` on sequences of any length, and generates from it.
+    """Trains a `RecurrentMemoryTransformer` on sequences of any length, and generates with it.
 
     Args:
         transformer: the model.
         truncate_at_step: the published name of backprop_segments. Default: None.
-        segment_length, segments_per_pass, backprop_segments, recompute, align: see `SegmentWrapper`.
+        segment_length: see `SegmentWrapper`. Default: None, the seq_len of the model.
+        segments_per_pass: see `SegmentWrapper`. Default: None, one segment.
+        backprop_segments: see `SegmentWrapper`. Default: None, gradients are exact, through the whole sequence.
+        recompute: see `SegmentWrapper`. Default: False.
+        align: see `SegmentWrapper`. Default: 'left'.
 
     Raises:
-        ValueError: for values outside their range, and for two different values of one option.
+        ValueError: if a value is outside its range, or if an option is given under both names with different values.
     """
 
     model: RecurrentMemoryTransformer
@@ -54,7 +62,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
 
     @property
     def transformer(self) -> RecurrentMemoryTransformer:
-        """The model, by its published name."""
+        """The model, under its published name."""
         return self.model
 
     @beartype
@@ -72,27 +80,32 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         return_memories: bool = False,
         backward_fn: Callable | None = None,
     ) -> Any:
-        """Reads sequences, and returns logits or a loss; with memory replay it also runs backward.
+        """Reads sequences and returns logits or a loss. With memory replay it also runs backward.
 
         Args:
-            x: ids (b, n) or embeddings (b, n, dim), any n.
-            memories: what the last call returned. Default: None, texts start.
-            mask, labels: see `SegmentWrapper.loss`.
-            return_loss: whether to return the loss instead of logits; labels ask for it too. Default: False.
-            truncate_at_step: instead of the wrapper's backprop_segments, for this call. Default: None.
-            memory_replay_backprop: whether to run backward inside this call, with one segment held at a time.
+            x: token ids (b, n) or embeddings (b, n, dim), of any length n.
+            memories: the memories that the last call returned, to go on with the same texts. Default: None, new texts
+                start.
+            mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+            labels: target ids (b, n), see `SegmentWrapper.loss`. With labels, a loss is returned. Default: None.
+            return_loss: whether to return the loss instead of the logits. Without labels, the targets are the next
+                tokens. Default: False.
+            truncate_at_step: replaces the wrapper's backprop_segments in this call. Default: None, the wrapper's value.
+            memory_replay_backprop: whether to run backward inside this call, by memory replay, while one window is held
+                at a time. Default: False.
+            mrbp_loss_weight: factor of the loss and its gradients, for example 1 / (number of accumulation steps). It
+                needs memory_replay_backprop=True. Default: 1.
+            return_memories: whether to return the memories, too. It only matters with memory_replay_backprop=True.
                 Default: False.
-            mrbp_loss_weight: with memory replay, the loss and its gradients are multiplied by it
-                (1 / accumulation steps). Default: 1.
-            return_memories: with memory replay, whether to return the memories beside the loss. Default: False.
-            backward_fn: see `SegmentWrapper.loss`; only with memory replay. Default: None.
+            backward_fn: see `SegmentWrapper.loss`. It needs memory_replay_backprop=True. Default: None.
 
         Returns:
-            (logits (b, n, num_tokens), memories), or (loss (), memories). With memory replay the loss alone, without a
-            graph, or (loss, memories) if return_memories is True.
+            (logits (b, n, num_tokens), memories), or (loss (), memories) with return_loss or labels. With memory replay
+            it is only the loss, without a graph, or (loss, memories) if return_memories is True. Losses are means in
+            nats.
 
         Raises:
-            ValueError: before anything is changed, for what does not fit.
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         check_finite(mrbp_loss_weight=mrbp_loss_weight)
         if memory_replay_backprop:
@@ -131,20 +144,21 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         """Generates new tokens after a prompt.
 
         Args:
-            prime: the prompt: ids (b, n), or a list of rows. Default: None, for a `Cursor` as memories, or with
-                batch_size.
-            length: tokens of prime and new tokens together, as published. Give it or max_new_tokens.
-            max_new_tokens: how many new tokens.
-            memories: what a call returned, or a `Cursor`. Default: None, texts start.
-            filter_thres: samples from the ceil((1 - filter_thres) * num_tokens) most likely tokens. Default: 0.9,
-                unless top_k, top_p, min_p or filter_fn is given.
-            options: see `SegmentWrapper.generate_tokens`.
+            prime: the prompt: token ids (b, n), or a list of rows (n_i,). Default: None, which needs a `Cursor` as
+                memories, or batch_size.
+            length: number of tokens of the prompt and the new tokens together, as published. Give either length or
+                max_new_tokens.
+            max_new_tokens: number of new tokens of each row.
+            memories: the memories that a call returned, or a `Cursor`. Default: None, new texts start.
+            filter_thres: the next token is drawn from the ceil((1 - filter_thres) * num_tokens) most likely ones, in
+                [0, 1]. Default: None, 0.9 unless top_k, top_p, min_p or filter_fn is given.
+            options: the other arguments of `SegmentWrapper.generate_tokens`.
 
         Returns:
-            The new tokens (b, length - n), and the cursor too if return_cursor is True.
+            The new tokens (b, length - n), and the cursor if return_cursor is True.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit, or if logits are NaN or infinite.
         """
         if filter_thres is None and not has_filter(options):
             filter_thres = 0.9
@@ -159,6 +173,6 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
 
     @beartype
     def reset(self, state: Any, rows: Tensor) -> Any:
-        """See `SegmentWrapper.reset`; takes and returns memories as `forward` returns them, too."""
+        """See `SegmentWrapper.reset`. It takes and returns memories in the form in which `forward` returns them."""
         after = super().reset(state, rows)
         return after.memory if isinstance(state, Tensor) and not isinstance(after, Tensor) else after

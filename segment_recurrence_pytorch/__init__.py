@@ -1,4 +1,4 @@
-"""What segment-recurrent transformers share: contract, wrapper, back-propagation through segments, attention."""
+"""The part of the library that both models share: the model contract, the wrapper, generation and attention."""
 
 from segment_recurrence_pytorch.generation import Cursor, Stream
 from segment_recurrence_pytorch.layers import attend, choose_backend, record_attention

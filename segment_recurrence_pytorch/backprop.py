@@ -1,24 +1,37 @@
-"""Back-propagation through segments, for any model that keeps the contract and any state.
+"""Back-propagation through segments, for any `SegmentModel`.
 
-A sequence is read in windows of one or more segments, in order; the gradient comes back through the state.
+A sequence is cut into segments, and its segments into windows. The windows are read in order. There are three ways to
+send the gradient back through the states between them:
 
-    one graph    the caller's `loss.backward()` walks one graph over all windows, whose activations are all kept
-    recompute    `loss.backward()` computes each window again: until then only the states at the borders are kept
-    replay       the call runs backward itself, last window first (memory replay back-propagation, arXiv 2010.06891)
+    one graph    The caller's `loss.backward()` goes through one graph over all windows. All activations are kept.
+    recompute    The same, but activations are not kept: `loss.backward()` computes each window again. Until then only
+                 the states at the borders of the windows are kept.
+    replay       The call itself runs backward, window by window, the last one first. This is memory replay
+                 back-propagation (arXiv 2010.06891).
 
-All three give the same gradients. Two windows of replay:
+All three give the same gradients. Replay of two windows:
 
-    first pass, without a graph:     state 0 --> [window 0] --> state 1           (the states are kept)
+    1. Windows before the last are read without a graph. Only the states between windows are kept.
 
-    then the last window, with one:  state 1 --> [window 1] --> loss 1
-                                        |
-                                     d loss 1 / d state 1     (all that is kept of window 1)
-                                        |
-    then the window before it:       state 0 --> [window 0] --> loss 0 and state 1
-                                     backward from both: from loss 0 with 1, from state 1 with d loss 1 / d state 1
+           state 0 ---> [window 0] ---> state 1
 
-Truncation cuts the state entering a window from the graph. All random numbers (dropout, noise) are drawn as one forward
-pass would draw them.
+    2. The last window is read with a graph. Backward from its loss adds to the gradients of the parameters, and gives
+       the gradient of state 1. This gradient is kept, and the graph is freed.
+
+           state 1 ---> [window 1] ---> loss 1
+           d loss 1 / d state 1 <------ backward
+
+    3. The window before is read again, with a graph. One backward starts from both of its results: from loss 0 with
+       gradient 1, and from state 1 with the gradient that step 2 found.
+
+           state 0 ---> [window 0] ---> loss 0     gradient 1
+                                   ---> state 1    gradient d loss 1 / d state 1
+
+With more windows, step 3 is repeated down to the first one. Truncation cuts the state that enters a window from the
+graph, so no gradient goes further back. In all three ways, random numbers (dropout, noise) are drawn as in one forward
+pass over all windows.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -34,19 +47,20 @@ from segment_recurrence_pytorch.loss import target_nll
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
 
-# tokens of a window, for models that read segments in parallel: more cost memory and gain no speed
+# tokens of a window, for models that read segments in parallel: larger windows need more memory and are not faster
 WINDOW_TOKENS = 8192
 BackwardFn = Callable[[Tensor], Any]
 
 
 class Window(NamedTuple):
-    """Columns [start, stop) of a sequence, which are read at once.
+    """A range of columns of a sequence that is read at once, as one or more segments.
 
     Attributes:
-        start, stop: the columns.
-        segment_length: columns of a segment; the last segment may be shorter.
+        start: first column of the window.
+        stop: the column after its last one.
+        segment_length: number of columns of a segment; the last segment may be shorter.
         truncate: whether the state that enters the window is cut from the graph.
-        segments: which segments of the sequence the window holds.
+        segments: the segments of the window, as a slice of the segments of the sequence.
     """
 
     start: int
@@ -57,13 +71,13 @@ class Window(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The columns of one call.
+    """The tensors of one call, or of one window of it.
 
     Attributes:
-        tokens: ids (b, n) or embeddings (b, n, dim).
-        targets: (b, n), with `loss.IGNORE` where nothing is asked; (b, 0) where only logits are wanted.
-        mask: (b, n) bool, or None if every position is valid.
-        per_segment: further arguments of `advance` by name, one value for each row and segment, (b, segments).
+        tokens: token ids (b, n) or embeddings (b, n, dim).
+        targets: target ids (b, n), `loss.IGNORE` where nothing is asked. (b, 0) if only logits are wanted.
+        mask: (b, n) bool, True = valid. None: all positions are valid.
+        per_segment: further arguments of `advance` by name, (b, segments) each. Default: None, there are none.
     """
 
     tokens: Tensor
@@ -72,7 +86,7 @@ class Batch(NamedTuple):
     per_segment: dict[str, Tensor] | None = None
 
     def columns(self, window: Window) -> Batch:
-        """Returns the columns of one window."""
+        """Returns the part of the batch that belongs to one window."""
         at = slice(window.start, window.stop)
         mask = None if self.mask is None else self.mask[:, at]
         per_segment = {name: value[:, window.segments] for name, value in (self.per_segment or {}).items()}
@@ -87,16 +101,19 @@ def plan_windows(
     segments_per_pass: int | None = 1,
     backprop_segments: int | None = None,
 ) -> list[Window]:
-    """Cuts columns into segments, and those into windows.
+    """Cuts a number of columns into segments, and the segments into windows.
 
     Args:
         length: number of columns.
-        segment_length: columns of a segment.
-        align: where a segment that is shorter comes: 'left', last; 'right', first, and then it is a window of its own.
-            Default: 'left'.
-        segments_per_pass: segments of a window; None: as many as possible. Default: 1.
-        backprop_segments: the state entering segment i is cut from the graph if i > 0 and i % backprop_segments == 0,
-            and no window crosses such a border. Default: None, nothing is cut.
+        segment_length: number of columns of a segment.
+        align: which segment is shorter than the others, if the length is not a multiple of segment_length: 'left', the
+            last one; 'right', the first one, which is then a window of its own. Default: 'left'.
+        segments_per_pass: number of segments of a window. None: as many as possible. Default: 1.
+        backprop_segments: with the value k, the state that enters segment i is cut from the graph if i > 0 and i % k ==
+            0. No window crosses such a border. Default: None, nothing is cut.
+
+    Returns:
+        The windows, in order. There are none if length is 0.
     """
     first = length % segment_length if align == 'right' else 0
     borders = [0] if length else []
@@ -117,8 +134,15 @@ def plan_windows(
 
 
 def segments_at_once(model: SegmentModel, segment_length: int) -> int:
-    """Returns how many segments a window holds by default: about `WINDOW_TOKENS` tokens for a model that reads segments
-    in parallel, else one segment."""
+    """Returns the default number of segments of a window.
+
+    For a model that reads segments in parallel, a window holds about `WINDOW_TOKENS` tokens. For other models it is one
+    segment.
+
+    Args:
+        model: the model.
+        segment_length: number of tokens of a segment.
+    """
     return max(1, WINDOW_TOKENS // segment_length) if model.parallel_segments else 1
 
 
@@ -131,14 +155,19 @@ def read_window(
     need_hidden: bool = True,
     per_segment: dict[str, Tensor] | None = None,
 ) -> tuple[Any, State]:
-    """Reads the segments of one window: at once where the model can, else one after the other.
+    """Reads the segments of one window: all at once if the model can do so, else one after the other.
 
     Args:
-        model, tokens, state, mask, segment_length, need_hidden: see `SegmentModel.advance`.
+        model: the model.
+        tokens: token ids (b, n) or embeddings (b, n, dim) of the window.
+        state: the state that enters the window, or None.
+        mask: (b, n) bool, True = valid. None: all positions are valid.
+        segment_length: number of tokens of a segment.
+        need_hidden: whether hidden states are needed. Default: True.
         per_segment: further arguments of `advance` by name, (b, segments) each. Default: None.
 
     Returns:
-        What `advance` returns.
+        The hidden states (b, n, dim), or None if need_hidden is False, and the state after the window.
     """
     more: dict[str, Any] = per_segment or {}
     if model.parallel_segments or tokens.shape[1] <= segment_length:
@@ -163,14 +192,20 @@ def read_windows(
     need_hidden: bool = True,
     segments_per_pass: int | None = None,
 ) -> Iterator[tuple[slice, Any, State]]:
-    """Reads tokens (b, n), one window after the other.
+    """Reads tokens of any length, one window after the other.
 
     Args:
-        model, tokens, state, segment_length, mask, need_hidden: see `SegmentModel.advance`.
-        segments_per_pass: segments of a window. Default: None, `segments_at_once`.
+        model: the model.
+        tokens: token ids (b, n) or embeddings (b, n, dim).
+        state: the state before the tokens, or None.
+        segment_length: number of tokens of a segment.
+        mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+        need_hidden: whether hidden states are needed. Default: True.
+        segments_per_pass: number of segments of a window. Default: None, the number that `segments_at_once` returns.
 
     Yields:
-        The columns of a window, its hidden states (None if need_hidden is False), and the state after it.
+        For each window: its columns as a slice, its hidden states (None if need_hidden is False), and the state after
+        it.
     """
     segments = segments_per_pass or segments_at_once(model, segment_length)
     for window in plan_windows(tokens.shape[1], segment_length, segments_per_pass=segments):
@@ -183,7 +218,15 @@ def read_windows(
 def window_nll(
     model: SegmentModel, batch: Batch, state: State, segment_length: int, per_token: bool = False
 ) -> tuple[Tensor, State]:
-    """Returns the negative log likelihood of a window's targets, summed () or per token (b, n), and the next state."""
+    """Reads a window and returns the negative log likelihood of its targets, and the state after it.
+
+    Args:
+        model: the model.
+        batch: the part of the batch that belongs to the window.
+        state: the state that enters the window, or None.
+        segment_length: number of tokens of a segment.
+        per_token: whether to return a value for each token (b, n) instead of the sum (). Default: False.
+    """
     hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length, per_segment=batch.per_segment)
     nll = target_nll(model.to_logits(hidden), batch.targets)
     return (nll if per_token else nll.sum()), state
@@ -198,15 +241,16 @@ def sequence_nll(
     per_token: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, State]:
-    """Computes the negative log likelihood of all windows as one graph, for the caller's `backward`.
+    """Computes the negative log likelihood of all windows, with one graph for the caller's `backward`.
 
     Args:
         model: the model.
-        batch: the columns.
+        batch: the tensors of the call.
         windows: what `plan_windows` returned.
         state: the state before the first window, or None.
-        per_token: whether to return (b, n) instead of the sum (). Default: False.
-        recompute: whether `backward` computes each window again instead of keeping its activations. Default: False.
+        per_token: whether to return a value for each token (b, n) instead of the sum (). Default: False.
+        recompute: whether `backward` computes the activations of each window again, instead of keeping them.
+            Default: False.
 
     Returns:
         The negative log likelihood in nats, and the state after the last window.
@@ -230,7 +274,13 @@ def sequence_nll(
 
 
 def own_state(model: SegmentModel, batch: Batch, state: State) -> State:
-    """Returns a state that shares memory with nobody, where nothing is read: the initial one if none is given."""
+    """Returns the state after a call that reads nothing. It shares memory with no other tensor.
+
+    Args:
+        model: the model.
+        batch: the tensors of the call.
+        state: the state before the call. None: the initial state is returned.
+    """
     return model.initial_state(batch.tokens.shape[0]) if state is None else copied(state)
 
 
@@ -243,22 +293,24 @@ def replay(
     scale: Tensor,
     backward_fn: BackwardFn | None = None,
 ) -> tuple[Tensor, State]:
-    """Runs backward on scale * (summed negative log likelihood), with one window held at a time.
+    """Runs backward on scale * (summed negative log likelihood), while it holds the graph of one window at a time.
 
     Args:
         model: the model.
-        batch: the columns.
+        batch: the tensors of the call.
         windows: what `plan_windows` returned.
-        state: the state before the first window, or None. It is a constant, and is not changed.
-        scale: () factor of the loss.
-        backward_fn: called once a window with a scalar, instead of `Tensor.backward`; it may scale it. Default: None.
+        state: the state before the first window, or None. It is a constant: it gets no gradient and is not changed.
+        scale: factor of the loss, ().
+        backward_fn: a function that is called for each window instead of `Tensor.backward`. It gets a scalar tensor,
+            and may scale it before it runs backward. Default: None, `Tensor.backward`.
 
     Returns:
-        The summed negative log likelihood in nats and the state after the last window, both without a graph.
+        The summed negative log likelihood in nats (not scaled), and the state after the last window, both without a
+        graph.
     """
     backward_fn = backward_fn or Tensor.backward
     given = batch.tokens
-    if given.requires_grad:  # embeddings that someone computed: their graph is walked once, at the end
+    if given.requires_grad:  # embeddings with a graph of their own: backward goes through it once, at the end
         batch = batch._replace(tokens=given.detach().requires_grad_())
     total = _zero_loss(model)
     if not windows:
@@ -276,7 +328,7 @@ def replay(
 def _replay_block(
     model: SegmentModel, batch: Batch, windows: list[Window], state: State, scale: Tensor, backward_fn: BackwardFn
 ) -> tuple[Tensor, State]:
-    """Replays windows between which nothing is cut; the drawing at the top of this file."""
+    """Replays a run of windows that has no truncation inside. The drawing at the top of this file shows the steps."""
     entering, random_states = [state], [_random_state(model)]
     with torch.no_grad():
         for window in windows[:-1]:
@@ -284,7 +336,7 @@ def _replay_block(
             _, state = read_window(model, tokens, state, mask, window.segment_length, False, more)
             entering.append(state)
             random_states.append(_random_state(model))
-    # autocast would hand the weights that it cast without a graph to the pass that needs one
+    # autocast caches the weights that it casts; those from the pass without a graph would get no gradient
     torch.clear_autocast_cache()
 
     losses: list[Tensor] = []
@@ -302,10 +354,10 @@ def _replay_block(
                     after = detach(next_state), _random_state(model)
                 losses.append(loss.detach())
                 joined = _joined(loss * scale, next_state, gradients)
-                # what is trained may have no influence here: only on a state that nobody reads, say
+                # the loss of this window may depend on no trained parameter: backward would then raise an error
                 backward_fn(joined if joined.requires_grad else touch_parameters(model, joined))
             gradients = [leaf.grad for leaf in leaves(state)]
-    finally:  # also if backward_fn raises: the random numbers go on as after one forward pass
+    finally:  # even if backward_fn raises an error, the random state is that after one forward pass
         if after is not None:
             _set_random_state(after[1])
     assert after is not None
@@ -313,10 +365,12 @@ def _replay_block(
 
 
 class _Join(torch.autograd.Function):
-    """The loss of a window, whose backward also starts from the next state, with the gradient that it already has.
+    """Joins the two starts of a window's backward: its loss, and the state after it with the gradient that is known for
+    it.
 
-    So there is one backward a window. If backward_fn scales the loss, the gradient of the next state is not scaled
-    again: it comes from the loss of a later window, which was scaled when it was its turn.
+    The result is the loss. Its backward also sends the known gradient into the state, so there is one backward for each
+    window. If backward_fn scales the loss, the known gradient is not scaled a second time: it comes from the losses of
+    later windows, which backward_fn has scaled already.
     """
 
     @staticmethod
@@ -361,14 +415,22 @@ class _Touch(torch.autograd.Function):
 
 
 def touch_parameters(model: SegmentModel, loss: Tensor) -> Tensor:
-    """Returns the same loss, whose backward gives every trainable parameter a gradient: zeros without influence."""
+    """Returns the same loss, whose backward gives a gradient to every trainable parameter.
+
+    A parameter that had no influence on the loss gets zeros, where PyTorch would leave its gradient None.
+
+    Args:
+        model: the model.
+        loss: a loss of any shape.
+    """
     if not torch.is_grad_enabled():
         return loss
     return _Touch.apply(loss, *[p for p in model.parameters() if p.requires_grad])
 
 
 def fill_gradients(model: SegmentModel) -> None:
-    """Gives every trainable parameter that has no gradient zeros: what `touch_parameters` does, after backward."""
+    """Gives zeros as gradient to every trainable parameter that has none. It does after backward what
+    `touch_parameters` does within it."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,16 +1,17 @@
-"""The open segment of a model that decodes: what was read of it so far, and where each row of the batch stands in it.
+"""Open segments: the segment that generation is in the middle of, for all rows of a batch.
 
-    OpenSegment     what generation asks of an open segment, and where each row stands in it
-    RereadSegment   keeps the tokens and reads them again for every new one: what every model has by default
-    SegmentCache    keeps the keys and values of a transformer's layers: one position of work for a new token
+    OpenSegment     the base class: what generation calls, and how far the open segment of each row has got
+    RereadSegment   keeps the tokens and reads all of them again for every new token; the default of every model
+    SegmentCache    keeps the keys and values of a transformer's layers; a new token costs the work of one position
 
 An open segment is not a value: `extend` and `close` change it in place.
 
-While all rows stand at the same position, known to the host, the rows are aligned: what is attended to is a slice, and
-no mask is needed. Rows that stand at different positions, and compiled steps, whose shapes must not change, use the
-whole buffers and a mask.
+As long as the open segments of all rows have the same number of tokens, and the host knows this number, the rows are
+called aligned. Attention then uses a slice of the buffers, without a mask. When rows differ, or when steps are compiled
+and shapes must not change, attention uses the whole buffers and a mask.
 
-Letters: b batch, g key/value heads, p keys in front of the text, n text positions, d features of a head.
+Letters: b rows of the batch, h query heads, g key/value heads, p keys in front of the text, n tokens, d features of a
+head.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class Slots(NamedTuple):
-    """Where the next tokens go in a segment.
+    """Where the next tokens go in the open segment.
 
     Attributes:
-        tokens: how many columns of tokens there are.
-        start: the position of the first one, the same in all rows; None if rows differ.
-        columns: the position of each token, (b, n), if rows differ. A token that its row does not append has the
-            position after the last one, where nobody looks.
+        tokens: number n of columns of tokens.
+        start: the position of the first column in the segment, the same in all rows. None if the rows are not aligned.
+        columns: the position of each token, (b, n), if the rows are not aligned; else None. A token that is only
+            padding of its row gets the position after the end of the segment, which nothing ever attends to.
     """
 
     tokens: int
@@ -43,37 +44,45 @@ class Slots(NamedTuple):
 
 
 class OpenSegment(ABC):
-    """What generation asks of the segment that a model has open in each row.
+    """The base class of open segments, one for each row of the batch.
+
+    Args:
+        state: the state at the border where the open segment of each row begins.
+        batch: number of rows b.
+        length: the largest number of tokens that a segment can hold.
+        device: the device of the positions.
 
     Attributes:
-        state: the state at the border where the segment of each row began.
-        length: the most tokens that a segment holds.
-        aligned: how many tokens the segment holds, if that is the same in every row; else None, and `positions` (b,)
-            says it for each row.
-        static: whether shapes and addresses never change, which compiled steps need.
+        aligned: number of tokens in the open segment, if it is the same in every row. None if rows are not aligned.
+        positions: number of tokens in the open segment of each row, (b,). It is only kept while rows are not aligned.
+        static: whether all shapes and addresses stay as they are, which compiled steps need.
     """
 
     aligned: int | None = 0
     static = False
 
     def __init__(self, state: State, *, batch: int, length: int, device: torch.device):
-        self.state, self.batch, self.length = state, batch, length
+        self.state = state
+        self.batch = batch
+        self.length = length
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def extend(self, model: Any, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Reads the next tokens of the open segments, without a graph.
+        """Reads tokens and appends them to the open segments, without a graph.
 
         Args:
             model: the model that opened the segment.
-            tokens: ids (b, n).
-            lengths: (b,), row i appends its first lengths[i] tokens, at most n. Default: None, all n.
+            tokens: token ids (b, n).
+            lengths: number of tokens that each row appends, (b,), at most n. The other columns of a row are padding.
+                Default: None, all n.
 
         Returns:
-            The hidden states (b, n, dim) that `advance` gives at these positions.
+            The hidden states (b, n, dim), as `advance` computes them for the same positions.
 
         Raises:
-            ValueError: if aligned rows would hold more than `length` tokens. Where rows differ, no value is looked at.
+            ValueError: if aligned rows would hold more than `length` tokens. Rows that are not aligned are not checked,
+                since that would wait for the device.
         """
         slots = self.slots(tokens.shape[1], lengths)
         hidden = self.read(model, tokens, slots, lengths)
@@ -85,13 +94,13 @@ class OpenSegment(ABC):
 
     @torch.no_grad()
     def close(self, model: Any, rows: Tensor | None = None) -> None:
-        """Ends the segments of some rows, which go over to the state that `advance` returns, and to a new segment.
+        """Closes the open segments of some rows: their state moves to the next border, and a new segment opens.
 
-        A segment without a token is not closed.
+        A row whose open segment holds no token stays as it is.
 
         Args:
             model: the model that opened the segment.
-            rows: (b,) bool. Default: None, all rows.
+            rows: (b,) bool, True for the rows to close. Default: None, all rows.
         """
         if rows is not None:
             self.make_ragged()
@@ -108,17 +117,45 @@ class OpenSegment(ABC):
 
     @abstractmethod
     def read(self, model: Any, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
-        """Reads tokens (b, n), puts what later ones need into `slots`, and returns the hidden states (b, n, dim)."""
+        """Reads tokens, and stores what later tokens need from them.
+
+        Args:
+            model: the model that opened the segment.
+            tokens: token ids (b, n).
+            slots: where the tokens go.
+            lengths: number of tokens that each row appends, (b,). None: all n.
+
+        Returns:
+            The hidden states (b, n, dim).
+        """
 
     @abstractmethod
     def state_after(self, model: Any, rows: Tensor | None) -> State:
-        """Returns the state after the open segment in those rows (b,) (None: in all), and as it is in the others."""
+        """Returns the state after the open segment.
 
-    def enter(self, model: Any) -> None:  # noqa: B027  nothing to prepare is the usual case
-        """Prepares what is read of the state, after each border. By default: nothing."""
+        Args:
+            model: the model that opened the segment.
+            rows: (b,) bool, True for the rows that close. The others keep the state that they have. None: all rows
+                close.
+        """
+
+    def enter(self, model: Any) -> None:  # noqa: B027  most segments have nothing to prepare
+        """Prepares what depends only on the state. It is called after each border. The default does nothing.
+
+        Args:
+            model: the model that opened the segment.
+        """
 
     def slots(self, count: int, lengths: Tensor | None) -> Slots:
-        """Returns where `count` columns of tokens go, of which row i appends lengths[i] (None: all)."""
+        """Returns where the next tokens go.
+
+        Args:
+            count: number n of columns of tokens.
+            lengths: number of tokens that each row appends, (b,). None: all n.
+
+        Raises:
+            ValueError: if aligned rows would hold more than `length` tokens.
+        """
         if self.aligned is not None and lengths is None:
             if self.aligned + count > self.length:
                 raise ValueError(
@@ -133,26 +170,30 @@ class OpenSegment(ABC):
         return Slots(count, None, index.clamp_max(self.length))
 
     def text_valid(self) -> Tensor:
-        """Returns which text positions hold a token, (b, length) bool. For rows that are not aligned."""
+        """Returns which text positions hold a token, (b, length) bool. Only for rows that are not aligned."""
         return torch.arange(self.length, device=self.positions.device) < self.positions[:, None]
 
     def make_ragged(self) -> None:
-        """From now on each row has a position of its own."""
+        """Ends the alignment of the rows: from now on, each row has a position of its own."""
         if self.aligned is not None:
             self.positions.fill_(self.aligned)
             self.aligned = None
 
     def make_static(self) -> None:
-        """From now on no shape changes and every tensor stays where it is: steps can be compiled, and replayed."""
+        """Fixes all shapes and addresses from now on, so that steps can be compiled and replayed as CUDA graphs."""
         self.make_ragged()
         self.state = map_state(torch.clone, self.state)
         self.static = True
-        if self.positions.is_cuda:  # graphs that are replayed may change what does not move
+        if self.positions.is_cuda:  # a replayed CUDA graph may change these tensors in place, since they do not move
             for tensor in leaves(vars(self)):
                 torch._dynamo.mark_static_address(tensor)
 
     def set_state(self, state: State) -> None:
-        """Takes the state at a new border: as it is, or copied into place where addresses must stay."""
+        """Sets the state at a new border. It is copied into the tensors of the old one if addresses must stay.
+
+        Args:
+            state: the new state.
+        """
         if not self.static:
             self.state = state
             return
@@ -160,21 +201,26 @@ class OpenSegment(ABC):
             old.copy_(new)
 
     def state_now(self) -> State:
-        """Returns the state at each row's border, as a value that later steps do not change."""
+        """Returns the state at the last border of each row, as a value that later steps do not change."""
         return map_state(torch.clone, self.state) if self.static else self.state
 
 
 class RereadSegment(OpenSegment):
-    """Keeps the tokens of the open segment and reads them again for every new one, and once more to close it.
+    """An open segment that keeps its tokens, and reads all of them again for every new token and to close the segment.
 
-    It needs nothing of a model but `advance`, so it is exact for every causal model. A new token costs as much as
-    reading the segment.
+    It needs only `advance` of the model, so it is exact for every causal model. A new token costs as much as reading
+    the whole segment.
+
+    Args:
+        model: a causal model.
+        state: the state at the border where the segment begins.
+        segment_length: the largest number of tokens that the segment can hold.
     """
 
     def __init__(self, model: SegmentModel, state: State, segment_length: int):
         batch = leaves(state)[0].shape[0]
         super().__init__(state, batch=batch, length=segment_length, device=model.device)
-        # the last column takes what a row does not append
+        # the last column takes the padding of rows that append fewer tokens than others
         self.tokens = torch.zeros(batch, segment_length + 1, dtype=torch.long, device=model.device)
 
     def read(self, model: SegmentModel, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
@@ -193,7 +239,8 @@ class RereadSegment(OpenSegment):
         return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
     def state_after(self, model: SegmentModel, rows: Tensor | None) -> State:
-        """See `OpenSegment.state_after`. A row that does not close has no valid token, and so keeps its state."""
+        """See `OpenSegment.state_after`. A row that does not close is given no valid token, so `advance` keeps its
+        state."""
         if rows is None:
             return model.advance(self.tokens[:, : self.aligned], self.state, need_hidden=False)[1]
         mask = self.text_valid() & rows[:, None]
@@ -201,13 +248,25 @@ class RereadSegment(OpenSegment):
 
 
 class SegmentCache(OpenSegment):
-    """Keys and values of a transformer's layers, in buffers of one segment; a model's own cache adds what it needs.
+    """An open segment that keeps the keys and values of a transformer's layers. A model's own cache extends it.
 
-    Each buffer has p + length + 1 slots: p keys in front of the text, the text, and a last slot that takes what a row
-    does not append.
+    Each buffer has p + length + 1 slots: p for keys in front of the text, `length` for the text, and a last one, which
+    takes the padding of rows that append fewer tokens than others.
+
+    Args:
+        state: the state at the border where the segment begins.
+        batch: number of rows b.
+        prefix: number p of keys in front of the text.
+        length: the largest number of tokens that the segment can hold.
+        device: the device of the buffers.
+
+    Attributes:
+        first_key: the first slot that holds a key, while rows are aligned. The slots before it are empty.
+        prefix_valid: which of the keys in front of the text may be attended to, (b, p) bool. Used while rows are not
+            aligned.
     """
 
-    first_key = 0  # while rows are aligned, the keys before it are empty
+    first_key = 0
 
     def __init__(self, state: State, *, batch: int, prefix: int, length: int, device: torch.device):
         super().__init__(state, batch=batch, length=length, device=device)
@@ -216,11 +275,23 @@ class SegmentCache(OpenSegment):
         self.prefix_valid = torch.ones(batch, prefix, dtype=torch.bool, device=device)
 
     def buffers(self, layers: int, *shape: int, dtype: torch.dtype) -> list[Tensor]:
-        """Returns one buffer (b, *shape) for each layer. Zeros, since what a mask hides must be finite."""
+        """Returns one buffer (b, *shape) for each layer.
+
+        It is filled with zeros: a slot that the mask hides must still be finite.
+
+        Args:
+            layers: number of layers.
+            shape: shape of a buffer after the batch.
+            dtype: dtype of the buffers.
+        """
         return [torch.zeros(self.batch, *shape, dtype=dtype, device=self.positions.device) for _ in range(layers)]
 
     def mask(self, slots: Slots) -> Tensor | None:
-        """Returns which keys the next tokens may attend to, (b, 1, n, p + length + 1) bool; None for aligned rows."""
+        """Returns which keys the next tokens may attend to, (b, 1, n, p + length + 1) bool. None for aligned rows.
+
+        Args:
+            slots: where the tokens went.
+        """
         if slots.columns is None:
             return None
         text = torch.arange(self.length + 1, device=slots.columns.device)
@@ -229,15 +300,19 @@ class SegmentCache(OpenSegment):
 
     def attend(self, attention: Any, q: Tensor, keys: Tensor, values: Tensor, slots: Slots, mask: Tensor | None, *,
                backend: str) -> Tensor:  # fmt: skip
-        """Returns what new queries see, (b, h, n, d).
+        """Computes the attention of the next tokens to the cached keys and values.
 
         Args:
-            attention: the layer's attention, whose `attend` computes it.
+            attention: the layer's attention, whose method `attend` is called.
             q: queries of the next tokens (b, h, n, d).
-            keys, values: buffers (b, g, p + length + 1, d) that hold the keys and values of these tokens too.
+            keys: buffer (b, g, p + length + 1, d), which already holds the keys of the next tokens.
+            values: buffer (b, g, p + length + 1, d), which already holds the values of the next tokens.
             slots: where the tokens went.
-            mask: what `mask` returned.
+            mask: what the method `mask` returned.
             backend: the name of an attention backend.
+
+        Returns:
+            The outputs (b, h, n, d).
         """
         if slots.start is not None:
             seen = slice(self.first_key, self.prefix + slots.start + slots.tokens)
@@ -246,22 +321,39 @@ class SegmentCache(OpenSegment):
         return attention.attend(q, keys, values, causal=causal, mask=mask, backend=backend)
 
     def put(self, buffer: Tensor, new: Tensor, slots: Slots, prefix: int = 0) -> None:
-        """Stores `new` (b, g, n, ...) in the slots of a buffer (b, g, prefix + length + 1, ...)."""
+        """Stores something of the next tokens in a buffer.
+
+        Args:
+            buffer: (b, g, prefix + length + 1, ...).
+            new: what to store, (b, g, n, ...).
+            slots: where the tokens go.
+            prefix: number of slots of this buffer in front of the text. Default: 0.
+        """
         if slots.start is not None:
             start = prefix + slots.start
             buffer[:, :, start : start + slots.tokens] = new
         elif slots.columns is not None:
-            # of the ways to say it, the one that a compiler does in place
+            # written in this way, since a compiler then stores it in place
             buffer[self.rows, :, slots.columns + prefix] = new.transpose(1, 2).to(buffer.dtype)
 
     def positions_of(self, table: Tensor, slots: Slots) -> Tensor:
-        """Returns rows of a table (positions, ...) for the next tokens, (n, ...); where rows differ, (b, n, ...)."""
+        """Returns the rows of a table that belong to the next tokens: (n, ...), or (b, n, ...) if rows are not aligned.
+
+        Args:
+            table: one row for each position in a segment, (length, ...).
+            slots: where the tokens go.
+        """
         if slots.start is not None:
             return table[slots.start : slots.start + slots.tokens]
         assert slots.columns is not None
         return table[slots.columns.clamp_max(self.length - 1)]
 
     def rotations_of(self, rotations: Tensor, slots: Slots) -> Tensor:
-        """Returns the rotations (positions, d / 2, 2) of the next tokens, as `layers.rotate` takes them."""
+        """Returns the rotations of the next tokens, in a shape that `layers.rotate` takes.
+
+        Args:
+            rotations: of all positions of a segment, (length, d / 2, 2).
+            slots: where the tokens go.
+        """
         chosen = self.positions_of(rotations, slots)
         return chosen if slots.columns is None else chosen[:, None]

@@ -1,7 +1,7 @@
-"""Weights, training states and cursors on disk.
+"""Saves and loads weights, training states and cursors.
 
-A file is written beside its place and then moved, so there is never half a file. A file says which model made it, and
-goes back only into such a model.
+A file is written under another name and then moved to its place, so a file is never half written. It says which model
+made it, and can only be loaded into such a model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ from segment_recurrence_pytorch.state import from_list, leaves, to_list
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a path to write to; when the `with` block ends well, that file takes the place of `path`.
+    """Gives a temporary path to write to. If the `with` block ends without an error, that file replaces `path`.
+
+    Args:
+        path: the file to write or to replace.
+
+    Yields:
+        The temporary path, in the same folder.
 
     Raises:
-        ValueError: if the folder of `path` is not there, and if `path` is a folder itself.
+        ValueError: if the folder of `path` does not exist, or if `path` is a folder itself.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,11 +52,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes a model's weights as safetensors; for a `SegmentModel`, or a wrapper of one, with the name of the model's
-    class and its arguments.
+    """Writes a model's weights as safetensors.
+
+    If the model is a `SegmentModel` or a wrapper of one, the file also holds the name of its class and its arguments.
+
+    Args:
+        model: the model.
+        path: the file to write.
 
     Raises:
-        ValueError: if the folder is not there, and for a model on the meta device.
+        ValueError: if the folder does not exist, or if the model is on the meta device.
     """
     check_has_weights(model)
     with replacing(path) as part:
@@ -59,11 +70,17 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads what `save_weights` wrote. A file that does not say which model made it is taken by its shapes.
+    """Loads the weights that `save_weights` wrote.
+
+    A file that does not say which model made it is accepted if the names and shapes of its weights fit.
+
+    Args:
+        model: the model that gets the weights.
+        path: the file.
 
     Raises:
-        ValueError: with the model as it was, for a damaged file, and for the weights of a model of another class, with
-            other arguments, or of other shapes.
+        ValueError: if the file is damaged, or was made by a model of another class, with other arguments or of other
+            shapes. The model then keeps the weights that it had.
     """
     name, made_by = type(model).__name__, _made_by(model)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -82,11 +99,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
-    """Writes a place in a text (the state, and the tokens since its border) as safetensors, with the fingerprint of
-    the model that read it.
+    """Writes a cursor as safetensors, with the fingerprint of the model that read its text.
+
+    Args:
+        cursor: the cursor.
+        path: the file to write.
+        model: the model that read the text.
 
     Raises:
-        ValueError: for a cursor that is not the model's, and if the folder is not there.
+        ValueError: if the cursor does not fit the model, or if the folder does not exist.
     """
     _check_model(model)
     cursor = _checked(cursor, model)
@@ -100,11 +121,15 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
 
 
 def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
-    """Returns what `save_cursor` wrote, on the model's device.
+    """Returns the cursor that `save_cursor` wrote, on the device of the model.
+
+    Args:
+        path: the file.
+        model: the model that will go on from the cursor.
 
     Raises:
-        ValueError: for a damaged file, and for a cursor of another model: of another class, with other arguments, or
-            with other weights.
+        ValueError: if the file is damaged, or was made by a model of another class, with other arguments or with other
+            weights.
     """
     _check_model(model)
     try:
@@ -128,7 +153,8 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
 
 
 def _made_by(module: nn.Module) -> dict[str, Any] | None:
-    """Returns what a file of weights says of the model in it; None for a module that is no model and no wrapper."""
+    """Returns what a file of weights says about its model. None if the module is neither a `SegmentModel` nor a wrapper
+    of one."""
     model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
     if not isinstance(model, SegmentModel):
         return None
@@ -136,18 +162,18 @@ def _made_by(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _check_model(model: Any) -> None:
-    """Raises ValueError for what is no model with weights."""
+    """Raises ValueError if the object is not a `SegmentModel`, or if it has no weights."""
     if not isinstance(model, SegmentModel):
-        raise ValueError(f'the model is a {type(model).__name__}: give a SegmentModel, of a wrapper its .model')
+        raise ValueError(f'the model is a {type(model).__name__}: give a SegmentModel; a wrapper has it as .model')
     check_has_weights(model)
 
 
 def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
-    """Raises ValueError if a file was made by a model of another class or with other arguments."""
+    """Raises ValueError if a file was made by a model of another class, or with other arguments."""
     if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
         raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
     if saved['class'] != now['class']:
-        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: it means nothing here')
+        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: load it into such a model')
     for name in sorted(set(saved['arguments']) | set(now['arguments'])):
         have, want = saved['arguments'].get(name), now['arguments'].get(name)
         if have != want:
@@ -155,7 +181,8 @@ def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
 
 
 def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:
-    """Returns the cursor with its state in the form that the model takes. ValueError if it is not the model's."""
+    """Returns the cursor with its state in the form that the model takes. Raises ValueError if it does not fit the
+    model."""
     if not isinstance(cursor, Cursor):
         raise ValueError(f'the cursor is a {type(cursor).__name__}: give what `read`, `generate` or a stream returned')
     tokens, lengths = cursor.tokens, cursor.lengths
@@ -183,10 +210,15 @@ def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:
 
 
 def save_training_state(state: dict[str, Any], path: str | Path) -> None:
-    """Writes optimizer state, counters, random and stream states: a dict of tensors and plain values.
+    """Writes what a training run needs to go on, such as optimizer state, counters, random states and positions in the
+    data.
+
+    Args:
+        state: a dict of tensors and plain values.
+        path: the file to write.
 
     Raises:
-        ValueError: if the folder is not there, and for a value that cannot be written.
+        ValueError: if the folder does not exist, or if a value cannot be written.
     """
     with replacing(path) as part:
         try:
@@ -198,10 +230,13 @@ def save_training_state(state: dict[str, Any], path: str | Path) -> None:
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Returns what `save_training_state` wrote, on the CPU.
 
+    Args:
+        path: the file.
+
     Raises:
-        ValueError: for a file that is missing or damaged.
+        ValueError: if the file is missing or damaged.
     """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a file of another kind can end in any error of the unpickler
+    except Exception as error:  # the unpickler can raise any error for a file of another kind
         raise ValueError(f'{path} is no training state that can be resumed: {error}') from error

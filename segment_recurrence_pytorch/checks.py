@@ -1,7 +1,10 @@
-"""What is checked where a user's call comes in, before anything is changed.
+"""Checks of what a user passes in. They run before anything is changed.
 
-Every error is a ValueError that says the value, the limit and the fix. Shapes and dtypes cost nothing to check. Values
-(ids out of range, NaN) are looked at together, which costs one synchronisation with the device a call.
+Every error is a ValueError that says the value, the limit and the fix. Shapes and dtypes are checked without looking at
+values. The checks of values (ids out of range, NaN) are fetched from the device together, so that each call waits for
+the device once.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -22,35 +25,35 @@ if TYPE_CHECKING:
 
 
 def check_positive(**values: float) -> None:
-    """Raises ValueError, with the name, for a value that is not a finite number above 0."""
+    """Raises ValueError, with the name, if a value is not a finite number above 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 < value < inf):
             raise ValueError(f'{name} is {value!r}: give a finite number above 0')
 
 
 def check_not_negative(**values: float) -> None:
-    """Raises ValueError, with the name, for a value that is not a finite number of at least 0."""
+    """Raises ValueError, with the name, if a value is not a finite number of at least 0."""
     for name, value in values.items():
         if not (is_number(value) and 0 <= value < inf):
             raise ValueError(f'{name} is {value!r}: give 0, or a finite number above it')
 
 
 def check_finite(**values: float) -> None:
-    """Raises ValueError, with the name, for a value that is NaN or infinite."""
+    """Raises ValueError, with the name, if a value is not a finite number."""
     for name, value in values.items():
         if not (is_number(value) and -inf < value < inf):
             raise ValueError(f'{name} is {value!r}: give a finite number')
 
 
 def check_probability(**values: float) -> None:
-    """Raises ValueError, with the name, for a value that is no dropout probability, in [0, 1)."""
+    """Raises ValueError, with the name, if a value is not a dropout probability, in [0, 1)."""
     for name, value in values.items():
         if not (is_number(value) and 0 <= value < 1):
             raise ValueError(f'{name} is {value!r}: a dropout probability must be in [0, 1)')
 
 
 def check_whole(**values: Any) -> None:
-    """Raises ValueError, with the name, for a value that is not a whole number of at least 1."""
+    """Raises ValueError, with the name, if a value is not a whole number of at least 1."""
     for name, value in values.items():
         if not (is_whole(value) and value >= 1):
             raise ValueError(f'{name} is {value!r}: give a whole number from 1 on')
@@ -63,30 +66,30 @@ def check_count(name: str, value: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, and not a bool."""
+    """Returns whether a value is a whole number. A bool is not one."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, and not a bool."""
+    """Returns whether a value is a real number. A bool is not one."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_has_weights(model: nn.Module) -> None:
-    """Raises ValueError for a model on the meta device."""
+    """Raises ValueError if the model is on the meta device, where it has no weights."""
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_meta:
         raise ValueError('the model is on the meta device, where it has no weights: make it on a device, or load them')
 
 
 def check_like(name: str, have: Any, want: Tensor, shorter_along: int | None = None) -> None:
-    """Raises ValueError unless a part of a state is a tensor of the wanted shape, dtype and device.
+    """Raises ValueError unless a part of a state is a tensor of the expected shape, dtype and device.
 
     Args:
-        name: what the error calls the part.
+        name: what the error message calls the part.
         have: the given part.
-        want: a tensor that fits the model and the batch.
-        shorter_along: an axis along which `have` may be shorter than `want`. Default: None, no axis.
+        want: a tensor of the expected shape, dtype and device.
+        shorter_along: an axis along which `have` may be shorter than `want`. Default: None, there is no such axis.
     """
     if not isinstance(have, Tensor):
         raise ValueError(f'{name} is a {type(have).__name__}: give a tensor, as the last call returned it')
@@ -104,16 +107,18 @@ def check_like(name: str, have: Any, want: Tensor, shorter_along: int | None = N
 
 
 def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: int | None = None) -> None:
-    """Raises ValueError unless two states have the same tree, and tensors of the same shape, dtype and device.
+    """Raises ValueError unless two states have the same tree, with tensors of the same shapes, dtypes and devices.
 
-    A NamedTuple may say that some of its tensors may be shorter than in `want`: its property `shorter_along` then maps
-    the name of the field to the axis, as in `recurrent_memory_transformer_pytorch.XLMemory`.
+    A NamedTuple can allow that some of its tensors are shorter than in `want`. Its property `shorter_along` is then a
+    dict from the name of a field to the axis along which that field may be shorter. An example is
+    `recurrent_memory_transformer_pytorch.XLMemory`.
 
     Args:
         have: the state that a caller gave.
-        want: a state that fits the model and the batch, in its largest size.
-        name: what an error calls the state. Default: 'state'.
-        shorter_along: the axis along which `have` may be shorter, where both are tensors. Default: None, no axis.
+        want: a state that fits the model and the batch, with the largest shapes.
+        name: what the error message calls the state. Default: 'state'.
+        shorter_along: if both states are tensors, the axis along which `have` may be shorter. Default: None, there is
+            no such axis.
     """
     if isinstance(want, Tensor):
         check_like(name, have, want, shorter_along)
@@ -143,7 +148,8 @@ def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: i
 
 
 def not_finite(state: State) -> list[tuple[str, Tensor]]:
-    """Returns, for each tensor of floating point in a state, a message and the flag () bool that says if it applies."""
+    """Returns a check for each floating point tensor of a state: an error message, and a flag () bool, True if it
+    applies."""
     found = []
     for path, leaf in tree_flatten_with_path(state)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -152,7 +158,11 @@ def not_finite(state: State) -> list[tuple[str, Tensor]]:
 
 
 def check_faults(faults: list[tuple[str, Tensor]]) -> None:
-    """Raises ValueError with the first message whose flag () bool is True. One synchronisation."""
+    """Raises ValueError with the first message whose flag is True. It waits for the device once.
+
+    Args:
+        faults: pairs of an error message and a flag () bool.
+    """
     if not faults:
         return
     for (message, _), is_wrong in zip(faults, torch.stack([flag for _, flag in faults]).tolist(), strict=True):
@@ -161,7 +171,14 @@ def check_faults(faults: list[tuple[str, Tensor]]) -> None:
 
 
 def outside_inference(value: Any) -> Any:
-    """Returns a tensor, or a tree of them, that autograd accepts: those of `torch.inference_mode()` are copied."""
+    """Returns the same tensor or tree of tensors, with copies of the tensors that were made under
+    `torch.inference_mode()`.
+
+    Autograd refuses such tensors, and accepts their copies. Inside inference mode nothing is copied.
+
+    Args:
+        value: a tensor or a tree of tensors.
+    """
     if torch.compiler.is_compiling():
         return value
     return map_state(lambda t: t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t, value)
@@ -178,25 +195,26 @@ def check_input(
     padding_ids: tuple[int, ...] = (),
     max_length: int | None = None,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """Checks a call's input against the model, and brings it into the form that the model takes.
+    """Checks the input of a call, and converts it into the form that the model takes.
 
-    While `torch.compile` traces a call, no value is looked at, and `padding_ids` are not looked for.
+    While `torch.compile` traces a call, no value is checked, and ids in `padding_ids` are not treated as padding.
 
     Args:
         model: the model that will read the input.
-        x: ids (b, n), or embeddings (b, n, dim).
-        state: what the caller gave as a state, in any form that `model.as_state` takes. Default: None.
+        x: token ids (b, n) or embeddings (b, n, dim).
+        state: a state in any form that `model.as_state` takes. Default: None, the initial state.
         mask: (b, n) bool, True = valid. Default: None, all positions are valid.
-        labels: targets (b, n). Default: None.
-        ignore_index: a label that is not counted, beside `IGNORE`. Default: None.
+        labels: target ids (b, n). Default: None.
+        ignore_index: a label that does not count, besides `IGNORE`. Default: None, there is no other such label.
         padding_ids: ids that mean padding. Default: none.
-        max_length: the largest n. Default: None, any.
+        max_length: the largest n. Default: None, there is no limit.
 
     Returns:
-        x, with ids as int64 and padded positions as 0; the state; and the mask, None if every position is valid.
+        x, with ids as int64 and 0 at padded positions; the state as the model takes it; and the mask, which is None if
+        every position is valid.
 
     Raises:
-        ValueError: for what does not fit.
+        ValueError: if the input does not fit the model.
     """
     x, state, mask, labels = outside_inference((x, state, mask, labels))
     _check_shapes(model, x, mask=mask, labels=labels, max_length=max_length)
@@ -257,9 +275,9 @@ def _check_shapes(
 def _check_values(
     model: SegmentModel, x: Tensor, state: State, labels: Tensor | None, ignore_index: int | None, valid: Tensor | None
 ) -> bool:
-    """Raises ValueError for a wrong value, and tells whether a position is padding. One synchronisation."""
+    """Raises ValueError if a value is wrong. Returns whether any position is padding. It waits for the device once."""
     flags = [x.new_zeros((), dtype=torch.bool) if valid is None else ~valid.all()]
-    faults: list[tuple[str, Tensor | None]] = []  # a message, and the ids to show with it
+    faults: list[tuple[str, Tensor | None]] = []  # an error message, and the ids whose range it shows
     if x.is_floating_point():
         faults.append(('an embedding is NaN or infinite', None))
         flags.append(~x.isfinite().all())

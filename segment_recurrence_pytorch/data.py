@@ -1,7 +1,9 @@
-"""Bytes to train on: enwik8 where there is one, else the source of Python's standard library, which is always there.
+"""Bytes to train on: enwik8 if it is there, else the source of Python's standard library, which every user has.
 
-Documents stay whole: a stream reads them in order, and tells where a text starts, so that a state is carried through a
-document and never across its end.
+Each row of a batch goes through whole documents in order, and is told where a document begins. A state can therefore be
+carried through a document, and never across its end.
+
+Letters: b rows of the batch, n bytes.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from segment_recurrence_pytorch.checks import check_whole, is_whole
 from segment_recurrence_pytorch.loss import IGNORE
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'
-ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # of the 100,000,000 bytes inside
-# generated tables, a tenth of the bytes and little to learn
-# what would be read as raw bytes, and is not text
+ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # of the 100,000,000 bytes in the .zip
+# endings of packed files, which are refused: their raw bytes are no text
 PACKED = ('.7z', '.br', '.lz4', '.lzma', '.rar', '.tar', '.tbz2', '.tgz', '.txz', '.z', '.zst')
+# 'encodings' holds generated tables: a tenth of the bytes, with little to learn from them
 LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 
 
@@ -40,9 +42,11 @@ class Corpus(NamedTuple):
     """Bytes to train on.
 
     Attributes:
-        name: what the corpus is, for people.
-        sha256: of all its bytes in order.
-        train, valid, test: documents, uint8 tensors (n_i,).
+        name: a description for people.
+        sha256: the sha256 of all bytes in order.
+        train: training documents, uint8 tensors (n_i,).
+        valid: validation documents, uint8 tensors (n_i,).
+        test: test documents, uint8 tensors (n_i,).
     """
 
     name: str
@@ -53,17 +57,19 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', download: bool = False) -> Corpus:
-    """Returns a corpus: a file, else enwik8 in a folder, else enwik8 from its home, else Python's standard library.
+    """Returns a corpus from the first of these sources that exists.
 
-    One file is split 90 / 5 / 5 by position, many files by a hash of their names.
+    The sources are the file `path`, enwik8 in a folder, enwik8 from its web page if download is True, and the source of
+    Python's standard library. A single file is split by position into 90 % training, 5 % validation and 5 % test. The
+    standard library is split in about the same shares, by a hash of the names of its files.
 
     Args:
-        path: a file that `read_bytes` reads. Default: None, look further.
-        folder: where enwik8, enwik8.gz or enwik8.zip may be. Default: 'data'.
-        download: whether to fetch enwik8 into the folder, if it is not there. Default: False.
+        path: a file that `read_bytes` can unpack. If it is given, no other source is tried. Default: None.
+        folder: a folder that may hold enwik8, enwik8.gz or enwik8.zip. Default: 'data'.
+        download: whether to download enwik8 into the folder if it is not there. Default: False.
 
     Raises:
-        ValueError: for a file that is missing, empty or damaged.
+        ValueError: if a file is missing, empty or damaged, or if the download fails.
     """
     if path is not None:
         return _split_file(read_bytes(path), str(path))
@@ -76,10 +82,13 @@ def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', 
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the content of a file, unpacked if its name ends in .gz, .bz2, .xz or .zip (with one member).
+    """Returns the content of a file. Files whose names end in .gz, .bz2, .xz or .zip are unpacked.
+
+    Args:
+        path: the file. A .zip must hold exactly one file.
 
     Raises:
-        ValueError: if the file is missing, empty or damaged, or packed in another way.
+        ValueError: if the file is missing, empty, damaged, or packed in another way.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -89,7 +98,7 @@ def read_bytes(path: str | Path) -> bytes:
         if ending == '.gz':
             content = gzip.decompress(path.read_bytes())
         elif ending == '.bz2':
-            with bz2.open(path) as file:  # bz2.decompress tells a file that is cut short as a ValueError
+            with bz2.open(path) as file:  # bz2.decompress raises ValueError, not EOFError, if a file is cut short
                 content = file.read()
         elif ending == '.xz':
             content = lzma.decompress(path.read_bytes())
@@ -111,15 +120,15 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK8_SHA1) -> bytes:
-    """Fetches enwik8.zip into a folder, with a progress bar, and returns its bytes.
+    """Downloads enwik8.zip into a folder, with a progress bar, and returns the bytes of enwik8.
 
     Args:
-        folder: where to put it; made if it is not there.
-        url: where it is. Default: its home.
-        sha1: of the bytes inside; a file with another one is not kept. Default: that of enwik8.
+        folder: the folder. It is made if it does not exist.
+        url: where to download it. Default: its official address.
+        sha1: the expected sha1 of the bytes. A file with another one is not kept. Default: that of enwik8.
 
     Raises:
-        ValueError: if it cannot be fetched or is not what it should be.
+        ValueError: if the download fails, or if the file is not the expected one.
     """
     target = Path(folder) / 'enwik8.zip'
     try:
@@ -147,7 +156,8 @@ def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK
 
 
 def python_source(root: str | Path | None = None) -> Corpus:
-    """Returns the .py files of Python's standard library, without tests and encoding tables, about 12 MB.
+    """Returns the .py files of Python's standard library as a corpus, about 12 MB. Tests and encoding tables are left
+    out.
 
     Args:
         root: another folder with .py files. Default: None, the standard library.
@@ -187,12 +197,12 @@ def _as_tensor(content: bytes) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """What `Streams` yields: the next piece of each row's text.
+    """The next piece of each row's text, which `Streams` yields.
 
     Attributes:
-        tokens: (b, length + 1) int64; the last token of a piece is the first of the next; `loss.IGNORE` where a row has
-            no more text.
-        starts: (b,) bool, True where a new text begins.
+        tokens: (b, length + 1) int64. The last token of a piece is the first token of the next one. A piece holds
+            tokens of one document; after the end of the document it is filled up with `loss.IGNORE`.
+        starts: (b,) bool, True where a document begins with this piece.
     """
 
     tokens: Tensor
@@ -200,20 +210,21 @@ class Piece(NamedTuple):
 
 
 class Streams:
-    """Rows that each read their share of some documents in order, a piece at a time.
+    """An iterator over pieces of documents: each row of a batch goes through its own share of the documents, in order.
 
-    The last token of a piece is the first of the next: it is a target, then an input. The documents, one behind the
-    other, are cut into equal shares, one for each row.
+    All documents, one after the other, are cut into shares of equal length, one for each row. A piece is one token
+    longer than what the model reads of it, since its last token is only a target. The next piece starts with that
+    token.
 
     Args:
         documents: uint8 tensors (n_i,).
-        batch_size: number of rows.
-        length: tokens of a piece, without the one that the next piece repeats.
-        loop: whether a row that is at its end begins again; else it yields only `loss.IGNORE`, and iteration stops when
-            all rows are at their end.
+        batch_size: number of rows b.
+        length: number of tokens that the model reads of a piece.
+        loop: whether a row starts again at the end of its share. If False, a row that has ended yields only
+            `loss.IGNORE`, and the iterator ends when all rows have ended.
 
     Raises:
-        ValueError: if there are too few bytes for one piece of each row, and for values outside their range.
+        ValueError: if a value is outside its range, or if there are too few bytes for one piece in each row.
     """
 
     def __init__(self, documents: list[Tensor], batch_size: int, length: int, *, loop: bool):
@@ -227,12 +238,13 @@ class Streams:
                 f'{total} bytes are less than one batch of {batch_size} x {length + 1}: '
                 'give a larger corpus, or a smaller batch'
             )
-        self.length, self.loop = length, loop
+        self.length = length
+        self.loop = loop
         borders = [total * row // batch_size for row in range(batch_size + 1)]
         self.rows = [_share(documents, start, stop) for start, stop in pairwise(borders)]
         if not any(self.rows):
             raise ValueError(f'{len(documents)} documents of one byte or none: there is nothing to predict in them')
-        self.position = [(0, 0)] * batch_size  # fragment of the row, offset in it
+        self.position = [(0, 0)] * batch_size  # of each row: index of its document, offset in that document
 
     def __iter__(self) -> Streams:
         return self
@@ -257,14 +269,18 @@ class Streams:
         return Piece(tokens, starts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where each row is, for `load_state_dict`."""
+        """Returns the position of each row, for `load_state_dict`."""
         return {'position': list(self.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken, with the same documents and batch size.
+        """Goes back to the positions that `state_dict` returned. The documents and the batch size must be the same.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
-            ValueError: with the streams as they were, for a state of other documents or of another batch size.
+            ValueError: if the state belongs to other documents or another batch size. The positions then stay as they
+                are.
         """
         given = state.get('position') if isinstance(state, dict) else None
         position = [tuple(each) for each in given] if isinstance(given, (list, tuple)) else []
@@ -274,7 +290,8 @@ class Streams:
 
 
 def _is_place(place: tuple[Any, ...], row: list[Tensor]) -> bool:
-    """Whether a place, (fragment, offset in it), is one of a row: where a piece begins, or the end."""
+    """Returns whether (index of a document in the row, offset in it) is a position where a piece can begin, or the end
+    of the row."""
     if len(place) != 2 or not all(is_whole(number) and number >= 0 for number in place):
         return False
     index, offset = place
@@ -282,8 +299,11 @@ def _is_place(place: tuple[Any, ...], row: list[Tensor]) -> bool:
 
 
 def _share(documents: list[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Returns the fragments of documents between two positions in all of them, one behind the other, without fragments
-    of a single token, in which there is nothing to predict."""
+    """Returns one row's share of the documents, as parts of documents.
+
+    The share goes from position `start` to `stop` of all documents put together. Parts of a single token are left out,
+    since they hold nothing to predict.
+    """
     fragments, begin = [], 0
     for document in documents:
         piece = document[max(0, start - begin) : max(0, stop - begin)]
@@ -294,11 +314,14 @@ def _share(documents: list[Tensor], start: int, stop: int) -> list[Tensor]:
 
 
 def baselines(train: list[Tensor], valid: list[Tensor]) -> dict[str, float]:
-    """Returns bits per byte of the validation bytes, to compare a model with: by the byte frequencies of the training
-    bytes ('unigram'), and compressed on their own by 'zlib' and 'xz'.
+    """Returns simple scores to compare a model with, in bits per byte of the validation bytes.
+
+    'unigram' predicts each byte by its frequency in the training bytes. 'zlib' and 'xz' compress the validation bytes
+    alone.
 
     Args:
-        train, valid: documents, uint8 tensors (n_i,).
+        train: training documents, uint8 tensors (n_i,).
+        valid: validation documents, uint8 tensors (n_i,).
     """
     counts = torch.stack([torch.bincount(document, minlength=256) for document in train]).sum(0) + 1
     bits = -(counts.double() / counts.sum()).log2()

@@ -1,10 +1,13 @@
-"""Exact generation, for any model that keeps the contract.
+"""Exact generation, for any causal `SegmentModel`.
 
-A prompt is read in whole segments, at the speed of an evaluation without logits; the tokens that are left open a
-segment. Each new token then extends the open segment. A full segment is closed, and its memory written, when the token
-after its last one arrives.
+The prompt is read in whole segments, without logits. Its last 1 to segment_length tokens go into an open segment. Each
+new token is then appended to the open segment. A full segment is closed, which gives the next state, only when another
+token has to be read after it.
 
-With a cache of the model's own (`cache.SegmentCache`) a new token costs one position of work, at any length of text.
+With a cache of the model's own (`cache.SegmentCache`), a new token costs the work of one position, however long the
+text is.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -27,17 +30,17 @@ from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import State, copied, detach, map_state
 
-CHECK_EVERY = 32  # tokens between two looks at the values on a GPU
+CHECK_EVERY = 32  # tokens between two checks of the values on a GPU
 
 
 class Cursor(NamedTuple):
-    """A place in the text of each row, from which reading and generation go on. Reopening it costs at most one segment.
+    """A place in the text of each row, from which the model can go on. To go on, it reads at most one segment again.
 
     Attributes:
-        state: the state at the last border of each row; None is the initial state.
-        tokens: the tokens since that border, (b, n), from the left. They are not part of the state: whoever goes on
-            reads them first, the newest one included.
-        lengths: (b,), how many of the tokens are the row's; what follows them in a row means nothing.
+        state: the state at the last border that each row has passed. None means the initial state.
+        tokens: ids of the tokens after that border, (b, n). Each row starts at column 0. The state does not contain
+            these tokens: they are read, or read again, when the cursor is continued. The newest token is one of them.
+        lengths: number of these tokens in each row, (b,). The columns after them mean nothing.
     """
 
     state: State
@@ -45,10 +48,13 @@ class Cursor(NamedTuple):
     lengths: Tensor
 
     def fork(self, copies: int) -> Cursor:
-        """Returns a cursor with each row `copies` times, one after the other: many continuations of one text.
+        """Returns a cursor with `copies` copies of each row, one after the other, to continue one text in several ways.
+
+        Args:
+            copies: number of copies of each row.
 
         Raises:
-            ValueError: for a number of copies that is not a whole number from 1 on.
+            ValueError: if copies is not a whole number of at least 1.
         """
         check_whole(copies=copies)
         return map_state(lambda t: t.repeat_interleave(copies, dim=0), self)
@@ -57,10 +63,10 @@ class Cursor(NamedTuple):
         """Returns a cursor with some of the rows.
 
         Args:
-            index: row numbers (k,), or bool (b,), True for the rows to take.
+            index: row numbers (k,), or a bool tensor (b,), True for the rows to take.
 
         Raises:
-            ValueError: for an index of another kind, and for rows that the cursor does not have.
+            ValueError: if the index has another form, or names rows that the cursor does not have.
         """
         count = len(self.tokens)
         if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point() or index.is_complex():
@@ -77,21 +83,38 @@ class Cursor(NamedTuple):
 class Stream:
     """An iterator over new tokens (b,), one for each row. `SegmentWrapper.stream` makes it.
 
-    A row that has come to eos_token_id is finished: it goes on with that token, and its cursor stays where it finished.
-    The model is in evaluation mode while a token is computed, not in between.
+    A row is finished when eos_token_id was drawn in it. The stream then returns eos_token_id for this row again and
+    again, and the cursor of the row does not move any more. The model is in evaluation mode only while a token is
+    computed.
 
-    Three counters tell where a row stands, here after 'c a t _ s a' in segments of 4, with 'a' drawn just now:
+    Three counters tell where a row stands. Here the row has the text 'c a t _ s a', the segments have 4 tokens, and the
+    token 'a' was just drawn:
 
-        border          border
-          | c  a  t  _  | s  a
-                          ^  the newest token 'a' was drawn, and the model did not read it yet
-          _in_cache       1  tokens of the open segment that the model has read: 's'
-          _in_cursor      2  tokens since the border that belong to the row's text: 's a'
-          _column         1  the same number as _in_cache, on the device, so that nothing waits for it
+          border          border
+          | c   a   t   _ | s   a
+                                ^  the newest token: it was drawn, but the model has not read it yet
 
-    The newest token is read when the next logits are needed. If the open segment is full by then, it is closed first,
-    and the newest token opens the next one: _in_cache falls to 0, _in_cursor to 1. In a finished row _in_cursor stays,
-    while the cache goes on with the rows that are not finished.
+          _in_cache    1   tokens of the open segment that the model has read: 's'
+          _in_cursor   2   tokens after the last border, read or not: 's a'. The cursor returns them.
+          _column      1   the column of the newest token in the open segment. It equals _in_cache, but is a tensor
+                           on the device: using it never waits for the device.
+
+    The newest token is read when the next logits are needed. If the open segment is full by then, it is closed first.
+    The newest token becomes the first one of the next segment: _in_cache and _column fall to 0 and _in_cursor to 1.
+    Then the token is read, and _in_cache and _column grow by 1. In a finished row _in_cursor stays as it is, while the
+    other two counters go on as in the rows that are not finished.
+
+    Args:
+        model: a causal model.
+        cursor: where the stream begins, with at least one token in every row.
+        segment_length: number of tokens of a segment.
+        sampler: chooses the new tokens.
+        max_new_tokens: number of new tokens of each row. Default: None, the stream has no end.
+        eos_token_id: see `SegmentWrapper.stream`. Default: None, no row ends.
+        compile: see `SegmentWrapper.stream`. Default: False.
+        check_every: number of tokens between two checks of the values. A check waits for the device. Default: 1.
+        segments_per_pass: number of segments of a window, when the tokens of the cursor are read. Default: None, the
+            number that `backprop.segments_at_once` returns.
     """
 
     def __init__(
@@ -114,8 +137,8 @@ class Stream:
         self.segment_length = segment_length
         self.check_every = check_every
         self.produced = 0
-        self._checked = 0  # new tokens whose logits were looked at
-        self._unchecked: list[Tensor] = []  # the largest logits of those that were not
+        self._checked = 0  # number of new tokens whose logits were checked
+        self._unchecked: list[Tensor] = []  # the largest logit of each row, of every new token that was not checked yet
         self._start = cursor.lengths.tolist()
         device = model.device.type
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -135,7 +158,7 @@ class Stream:
             self._column = lengths.clone()
             self._newest = rest[:, -1]
             self._done = torch.zeros_like(lengths, dtype=torch.bool)
-            self._state = self._cache.state_now()  # that of a finished row stays, while the cache goes on
+            self._state = self._cache.state_now()  # for the cursor: in finished rows it stays, while the cache goes on
             self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
         steps: tuple[Callable, Callable] = _step, _close
         if compile:
@@ -155,8 +178,10 @@ class Stream:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """The `with` block in which tokens are computed: without gradients, in evaluation mode, and under the autocast
-        that the stream began with."""
+        """Returns the `with` block in which tokens are computed.
+
+        Inside, the model is in evaluation mode, gradients are off, and autocast is as it was when the stream was made.
+        """
         autocast = torch.autocast(*self._autocast)
         with evaluating(self.model), torch.inference_mode(False), torch.no_grad(), autocast:
             yield
@@ -175,28 +200,31 @@ class Stream:
         self._take(token)
         self._logits = None
         self.produced += 1
-        return self._newest.clone()  # the caller's own
+        return self._newest.clone()  # a copy, which the caller may change
 
     def unguarded(self) -> Iterator[Tensor]:
-        """Returns an iterator over the same tokens, for use inside one `with stream.guarded()`, which `next` opens for
-        every token."""
+        """Returns an iterator over the same tokens, to be used inside `with stream.guarded()`.
+
+        `next(stream)` enters that block for every single token. This iterator saves the time that this takes.
+        """
         while (token := self._advance()) is not None:
             yield token
 
     @property
     def cursor(self) -> Cursor:
-        """Where each row stands. It goes back into `generate`, `stream` and `read`, with more prompt or without."""
+        """Where each row stands now, as a `Cursor`. `generate`, `stream` and `read` can go on from it, with or without
+        a prompt."""
         state = self._cache.state_now() if self.eos is None else self._state
         longest = int(self._in_cursor.max())
         return map_state(torch.clone, Cursor(state, self._tokens[:, :longest], self._in_cursor))
 
     @property
     def finished(self) -> Tensor:
-        """Which rows have come to eos_token_id, (b,) bool."""
+        """Which rows are finished, (b,) bool."""
         return self._done.clone()
 
     def _next_logits(self) -> Tensor:
-        """Reads the newest token of each row, after closing the segments that are full, and returns its logits."""
+        """Closes the segments that are full, reads the newest token of each row, and returns the logits after it."""
         full = [count == self.segment_length for count in self._in_cache]
         if any(full):
             rows = torch.tensor(full, device=self.model.device)
@@ -212,7 +240,7 @@ class Stream:
         return logits
 
     def _take(self, token: Tensor) -> None:
-        """Adds the chosen tokens (b,) to the cursor, but not in rows that were finished before."""
+        """Appends the drawn tokens (b,) to the cursor, except in rows that were finished before."""
         if self.eos is not None:
             token = token.masked_fill(self._done, self.eos)
             self._put(token, ~self._done)
@@ -226,14 +254,14 @@ class Stream:
             self._done = self._done | (token == self.eos)
 
     def _put(self, token: Tensor, rows: Tensor) -> None:
-        """Puts tokens (b,) where they are in their segments, in those rows."""
+        """Writes tokens (b,) into the current column of the cursor, in the rows where `rows` (b,) is True."""
         column = self._column[:, None]
         old = self._tokens.gather(1, column)
         self._tokens.scatter_(1, column, torch.where(rows[:, None], token[:, None], old))
         self._in_cursor = torch.where(rows, self._column + 1, self._in_cursor)
 
     def _check(self) -> None:
-        """Raises ValueError if logits since the last look were NaN or infinite. Waits for the device."""
+        """Raises ValueError if logits since the last check are NaN or infinite. It waits for the device."""
         if not self._unchecked:
             return
         bad = (~torch.stack(self._unchecked).isfinite()).tolist()
@@ -251,22 +279,24 @@ class Stream:
 def read_segments(
     model: SegmentModel, cursor: Cursor, segment_length: int, segments_per_pass: int | None = None
 ) -> tuple[State, Tensor, Tensor]:
-    """Reads the tokens of a cursor but the last 1 to segment_length of each row, which stay open.
+    """Reads whole segments of the tokens of a cursor. The last 1 to segment_length tokens of each row stay unread.
 
     Args:
         model: the model.
-        cursor: a place, with at least one token in every row.
-        segment_length: tokens of a segment.
-        segments_per_pass: how many segments are read at once. Default: None, see `backprop.segments_at_once`.
+        cursor: a cursor with at least one token in every row.
+        segment_length: number of tokens of a segment.
+        segments_per_pass: number of segments of a window. Default: None, the number that `backprop.segments_at_once`
+            returns.
 
     Returns:
-        The state at the last borders, the tokens since, (b, n) from the left, and how many each row has, (b,).
+        The three parts of the new cursor: the state at the last border of each row, the ids of the unread tokens (b,
+        n), and their number in each row (b,).
     """
     state, tokens, lengths = cursor
     whole = (lengths - 1) // segment_length
     shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
     further = torch.arange(shortest, longest, device=tokens.device) < (whole * segment_length)[:, None]
-    # no mask as far as all rows go
+    # the part that all rows have needs no mask
     for part, mask in ((tokens[:, :shortest], None), (tokens[:, shortest:longest], further)):
         windows = read_windows(
             model, part, state, segment_length, mask=mask, need_hidden=False, segments_per_pass=segments_per_pass
@@ -281,16 +311,17 @@ def read_segments(
 
 
 def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> Cursor:
-    """Returns the cursor of a state, or of a cursor, followed by a prompt.
+    """Returns the cursor of a state and a prompt. If a cursor is given as state, the prompt follows the tokens of that
+    cursor.
 
     Args:
-        prompt: ids (b, n), or a list of b tensors (n_i,), or None.
-        prompt_lengths: (b,), how many tokens of each row of a prompt (b, n) count; None: all.
+        prompt: token ids (b, n), or a list of b tensors (n_i,), or None.
+        prompt_lengths: number of tokens of each row in a prompt (b, n), (b,). None: all n tokens.
         state: a state, a `Cursor`, or None.
-        device: where the cursor will be.
+        device: the device of the result.
 
     Raises:
-        ValueError: for what does not fit, and if a row would hold no token.
+        ValueError: if an argument does not fit, or if a row would have no token.
     """
     rows: list[Tensor] | None = None
     if prompt is None and prompt_lengths is not None:
@@ -324,7 +355,7 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
         counts = _counts(state.lengths, state.tokens, 'the lengths of the cursor')
         before = [row[:count] for row, count in zip(_moved(state.tokens, device), counts, strict=True)]
         if rows is not None and len(rows) != len(before):
-            raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` makes copies')
+            raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` copies its rows')
         rows = before if rows is None else [torch.cat(pair) for pair in zip(before, rows, strict=True)]
         state = state.state
     if not rows or not all(map(len, rows)):
@@ -336,16 +367,18 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
 
 
 def new_token_count(name: str, length: int | None, max_new_tokens: int | None, prompt: Any) -> int:
-    """Returns how many tokens to add: max_new_tokens, or what a published length, which counts the prompt, asks for.
+    """Returns the number of new tokens.
+
+    The caller gives either this number, or a total length that includes the prompt, as the published packages do.
 
     Args:
-        name: the published name of `length`, for errors.
-        length: tokens of the prompt and new tokens together, or None.
-        max_new_tokens: new tokens, or None.
+        name: the published name of `length`, for error messages.
+        length: number of tokens of the prompt and new tokens together, or None.
+        max_new_tokens: number of new tokens, or None.
         prompt: the prompt.
 
     Raises:
-        ValueError: unless exactly one of them is given, and if `length` is given without a prompt (b, n).
+        ValueError: unless exactly one of the two is given. If `length` is given and the prompt is not a tensor (b, n).
     """
     if (length is None) == (max_new_tokens is None):
         raise ValueError(f'{name} is {length} and max_new_tokens is {max_new_tokens}: give one of them')
@@ -361,7 +394,7 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
 
 _evaluations: dict[
     nn.Module, int
-] = {}  # modules in evaluation mode for now, and how many `evaluating` blocks hold them
+] = {}  # modules that were in training mode, and the number of `evaluating` blocks that they are in
 _evaluations_lock = threading.Lock()
 
 
@@ -369,8 +402,11 @@ _evaluations_lock = threading.Lock()
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Puts a module into evaluation mode inside the `with` block.
 
-    Afterwards every submodule is back in the mode that it was in; if blocks overlap, in other threads too, after the
-    last of them.
+    Afterwards every submodule is in the mode in which it was before. Blocks may overlap, also in several threads: the
+    modes come back when the last of them ends.
+
+    Args:
+        module: the module.
     """
     with _evaluations_lock:
         held = [each for each in module.modules() if each.training or each in _evaluations]
@@ -389,12 +425,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _are_ids(tokens: Tensor) -> bool:
-    """Whether a tensor can hold token ids."""
+    """Returns whether the dtype of a tensor is one that can hold token ids."""
     return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
 
 
 def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """Returns token ids on a device. ValueError for those on the meta device, which are no ids."""
+    """Returns token ids on a device. Raises ValueError if they are on the meta device and so have no values."""
     if tokens.is_meta:
         raise ValueError('the prompt or cursor is on the meta device, where it has no values: give token ids')
     return tokens.to(device)
@@ -413,7 +449,7 @@ def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
 
 
 def _occurrences(cursor: Cursor, num_tokens: int) -> Tensor:
-    """Returns which tokens a cursor holds, (b, num_tokens) bool."""
+    """Returns which token ids occur in each row of a cursor, (b, num_tokens) bool."""
     _, tokens, lengths = cursor
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     counts = torch.zeros(len(tokens), num_tokens, dtype=torch.long, device=tokens.device)
@@ -430,9 +466,9 @@ def _close(model: SegmentModel, cache: OpenSegment, rows: Tensor | None) -> None
 
 @lru_cache(maxsize=32)
 def _compiled(device_type: str, shape: str) -> tuple[Callable, Callable]:
-    """Returns `_step` and `_close` compiled for a model and its shapes; on CUDA they are replayed as graphs."""
+    """Returns `_step` and `_close`, compiled for one model and its shapes. On CUDA they run as CUDA graphs."""
     mode = 'reduce-overhead' if device_type == 'cuda' else None
-    # code objects of their own: the compiler keeps a few variants a code object, and then refuses
+    # each gets its own code object: the compiler compiles only a few variants of one code object
     step, close = (
         torch.compile(FunctionType(fn.__code__.replace(), fn.__globals__), fullgraph=True, dynamic=False, mode=mode)
         for fn in (_step, _close)

@@ -1,17 +1,17 @@
-"""What the transformers of this library are built of: attention, rotary positions, feed-forward, the residual block,
+"""The parts that the transformers of this library share: attention, rotary positions, feed-forward, the residual block,
 and the frame of a model around its blocks.
 
-`attend` computes softmax attention by a named backend, and never falls back in silence:
+`attend` computes softmax attention on a named backend. It never changes to another backend silently:
 
-    sdpa     torch's scaled_dot_product_attention; takes everything
-    flash2   the `flash-attn` package (FlashAttention-2): CUDA, half types, no mask tensor
-    naive    einsum and softmax: what the others are tested against
-    auto     flash2 where it can compute this call, else sdpa
+    sdpa     torch's scaled_dot_product_attention, which can compute every call
+    flash2   the `flash-attn` package (FlashAttention-2), for CUDA and half types, without a mask tensor
+    naive    einsum and softmax, which the other backends are tested against
+    auto     flash2 where it can compute the call, else sdpa
 
-FlashAttention-3 and 4 come through sdpa, by the user's own process-wide act
-(`torch.nn.attention.activate_flash_attention_impl`).
+FlashAttention-3 and 4 work through sdpa. The user turns them on for the whole process with
+`torch.nn.attention.activate_flash_attention_impl`.
 
-Letters: b batch, h query heads, g key/value heads, i queries, j keys, n positions, d features of a head.
+Letters: b rows of the batch, h query heads, g key/value heads, i queries, j keys, n positions, d features of a head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
 
 
 class AttentionCall(NamedTuple):
-    """One call of `attend`: the backend that ran, the numbers of queries and keys, and what it was asked for."""
+    """A record of one call of `attend`.
+
+    Attributes:
+        backend: name of the backend that ran.
+        num_queries: number of queries i.
+        num_keys: number of keys j.
+        causal: the argument `causal` of the call.
+        masked: whether the call had a mask tensor.
+    """
 
     backend: str
     num_queries: int
@@ -56,21 +64,21 @@ def attend(
     """Computes softmax attention.
 
     Args:
-        q: queries (b, h, i, d), h a multiple of g.
+        q: queries (b, h, i, d), where h is a multiple of g.
         k: keys (b, g, j, d).
         v: values (b, g, j, d).
-        causal: the queries are the last i of the j positions, and none sees a later one (the causal rule is aligned to
-            the lower right). Default: False.
-        mask: bool, broadcastable to (b, h, i, j), True = may attend. It says everything, so it does not go with
-            `causal`. Default: None, every query sees every key.
+        causal: whether attention is causal. The queries are then the last i of the j positions, and no query sees a
+            later position. Default: False.
+        mask: bool, broadcastable to (b, h, i, j), True = may attend. With a mask, causal must be False. Default: None,
+            every query sees every key.
         dropout: probability that an attention weight is dropped. Default: 0.
-        backend: a name of `BACKENDS`. Default: 'auto'.
+        backend: a name in `BACKENDS`. Default: 'auto'.
 
     Returns:
-        (b, h, i, d).
+        The outputs (b, h, i, d).
 
     Raises:
-        ValueError: if the named backend cannot compute this call.
+        ValueError: if the arguments contradict each other, or if the named backend cannot compute this call.
     """
     if causal and mask is not None:
         raise ValueError('attend takes causal=True or a mask, not both: put the causal rule into the mask')
@@ -87,17 +95,17 @@ def attend(
 def choose_backend(
     backend: str, *, device: torch.device, dtype: torch.dtype, masked: bool = False, dim_head: int = 64
 ) -> str:
-    """Returns the name of the backend that `attend` runs for such inputs.
+    """Returns the name of the backend that `attend` runs for the given kind of input.
 
     Args:
-        backend: a name of `BACKENDS`.
-        device: where queries, keys and values are.
-        dtype: their dtype.
+        backend: a name in `BACKENDS`.
+        device: device of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         masked: whether there is a mask tensor. Default: False.
         dim_head: features of a head. Default: 64.
 
     Raises:
-        ValueError: with the reason, if the backend that was named cannot run here.
+        ValueError: if the named backend is unknown or cannot run here. The message says why.
     """
     if backend == 'auto':
         return 'sdpa' if _flash2_refusal(device, dtype, masked, dim_head) else 'flash2'
@@ -112,7 +120,8 @@ def choose_backend(
 
 @contextmanager
 def record_attention() -> Iterator[list[AttentionCall]]:
-    """Lists the calls of `attend` that are made inside the `with` block."""
+    """Returns a `with` block that gives a list, to which every call of `attend` inside the block is added as
+    `AttentionCall`."""
     calls: list[AttentionCall] = []
     _recorders.append(calls)
     try:
@@ -139,7 +148,7 @@ def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_
 
 @cache
 def _flash_attn_func() -> Callable | None:
-    # find_spec would also find flash-attn-4, which lacks this function
+    # importlib's find_spec('flash_attn') would also succeed for flash-attn-4, which does not have this function
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -148,8 +157,9 @@ def _flash_attn_func() -> Callable | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
-    # is_causal is aligned to the upper left. The CPU's kernel takes a mask at no cost; elsewhere queries in front,
-    # computed and dropped, make the problem square, and it stays on the kernels that take no mask
+    # With fewer queries than keys, is_causal would align the first query with the first key: we need the last with the
+    # last. On a CPU a mask says so at no cost. On a GPU the fast kernels take no mask: there, queries are added in
+    # front, which makes queries and keys equally many, and their outputs are dropped
     prefix = k.shape[-2] - q.shape[-2] if causal else 0
     if prefix and q.device.type == 'cpu':
         mask, causal = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(prefix), False
@@ -164,7 +174,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dr
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
     flash_attn_func = _flash_attn_func()
-    assert flash_attn_func is not None  # choose_backend saw to it
+    assert flash_attn_func is not None  # choose_backend has checked this
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return flash_attn_func(q, k, v, dropout_p=dropout, causal=causal).transpose(1, 2)
 
@@ -189,21 +199,26 @@ NORM_EPS = 1e-6
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:
-    """Turns autocast off inside the `with` block; costs nothing where it is off already."""
+    """Returns a `with` block in which autocast is off. It costs nothing if autocast is off already.
+
+    Args:
+        device_type: type of the device, for example 'cuda'.
+    """
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def rotations_at(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
-    """Returns the rotations of rotary positions (arXiv 2104.09864), cosine and sine: (n, dim_head / 2, 2).
+    """Returns the rotations of rotary positions (arXiv 2104.09864), as cosine and sine, (n, dim_head / 2, 2).
 
-    They are in float32 at least: at position 10,000, half types cannot tell neighbours apart. Nothing is stored on a
-    module, so `.half()` cannot round the frequencies.
+    They are computed in float32 at least, since at position 10,000 half types give neighbours the same angle. No
+    frequencies are stored on a module, so `.half()` cannot round them.
 
     Args:
         positions: (n,).
         dim_head: features of a head, an even number.
-        theta: the base: pair i turns by theta ** (-2 i / dim_head) radians a position.
-        dtype: dtype of what will be rotated.
+        theta: base of the frequencies. The i-th pair of features turns by theta ** (-2 i / dim_head) radians per
+            position.
+        dtype: dtype of the tensor that will be rotated.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
@@ -212,22 +227,30 @@ def rotations_at(positions: Tensor, dim_head: int, *, theta: float, dtype: torch
 
 
 def rotate(t: Tensor, rotations: Tensor) -> Tensor:
-    """Turns the pairs (2i, 2i + 1) of t (..., n, d) by rotations (..., n, d / 2, 2), and computes in their dtype."""
+    """Rotates the feature pairs (2i, 2i + 1) of queries or keys. It computes in the dtype of the rotations.
+
+    Args:
+        t: queries or keys (..., n, d).
+        rotations: cosines and sines (..., n, d / 2, 2), from `rotations_at`.
+
+    Returns:
+        The rotated tensor, with the shape and dtype of t.
+    """
     with no_autocast(t.device.type):
         pairs = t.to(rotations.dtype).unflatten(-1, (-1, 2))
-        if torch.compiler.is_compiling():  # compilers fuse real operations, and have no complex ones
+        if torch.compiler.is_compiling():  # compilers fuse real operations, and cannot compile complex ones
             x, y = pairs.unbind(-1)
             cos, sin = rotations.unbind(-1)
             turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1)
-        else:  # eager, one complex product is four times faster
+        else:  # without a compiler, one complex product is four times faster
             turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotations))
         return turned.flatten(-2).to(t.dtype)
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of queries or keys (..., d) with a learned gain, computed in the gain's dtype.
+    """RMS norm of queries or keys (..., d) with a learned gain, computed in the dtype of the gain.
 
-    The result has the dtype that came in, so under autocast queries and keys stay in the dtype of the values.
+    The result has the dtype of the input. Under autocast, queries and keys thus keep the same dtype as the values.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,12 +258,12 @@ class HeadNorm(nn.RMSNorm):
 
 
 class FeedForward(nn.Module):
-    """A GEGLU feed-forward layer (arXiv 2002.05202), (..., dim) -> (..., dim).
+    """A GEGLU feed-forward layer (arXiv 2002.05202), from (..., dim) to (..., dim).
 
     Args:
-        dim: features in and out.
-        mult: there are int(dim * mult * 2 / 3) inner features. Default: 4.
-        dropout: probability that an inner feature is dropped while training. Default: 0.
+        dim: number of input and output features.
+        mult: sets the number of inner features, int(dim * mult * 2 / 3). Default: 4.
+        dropout: probability that an inner feature is dropped during training. Default: 0.
 
     Raises:
         ValueError: if there would be no inner feature.
@@ -263,17 +286,18 @@ class FeedForward(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """One layer: attention, then a GEGLU feed-forward, each after an RMS norm and added to what came in.
+    """One layer of a transformer: attention, then a GEGLU feed-forward. Each has an RMS norm before it and a residual
+    around it.
 
-    A block is the same in training and in decoding. What differs are the surroundings of the rows that it is given:
-    the rest of their segment, or a cache of it. The attention projects the rows and calls
-    `surroundings.attend(attention, ...)`, which knows what they attend to.
+    The same block is used when whole segments are read and in generation. Only what its input may attend to differs:
+    the rest of the segment, or a cache of it. An object called the surroundings knows this. The block passes it to the
+    attention, which computes queries, keys and values of the input and gives them to `surroundings.attend`.
 
     Args:
-        dim: features of a row.
-        attn: the attention, called with the normed rows and their surroundings.
-        ff_mult: see `FeedForward`.
-        ff_dropout: see `FeedForward`.
+        dim: features of a position.
+        attn: the attention. It is called with the normed input and the surroundings.
+        ff_mult: see `FeedForward`. Default: 4.
+        ff_dropout: see `FeedForward`. Default: 0.
         norm_eps: epsilon of both norms. Default: `NORM_EPS`.
     """
 
@@ -287,7 +311,12 @@ class ResidualBlock(nn.Module):
         self.ff = FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
 
     def forward(self, x: Tensor, surroundings: Any) -> Tensor:
-        """Returns the rows that the attention returned, which may be only the last ones of x (..., rows, dim)."""
+        """Returns the outputs of the positions that the attention returned.
+
+        Args:
+            x: (..., positions, dim). The attention may return outputs for only the last of these positions.
+            surroundings: what the positions attend to. Each model has a class `Surroundings`.
+        """
         out = self.attn(self.attn_norm(x), surroundings)
         if out.shape[-2] < x.shape[-2]:
             x = x[..., x.shape[-2] - out.shape[-2] :, :]
@@ -307,15 +336,16 @@ else:
 
 
 class SegmentTransformer(SegmentModel):
-    """The frame of a model of this library: token embedding, blocks, final norm, logits and the attention backend.
+    """The frame of a transformer of this library: token embedding, blocks, final norm, logits and attention backend.
 
     Attributes:
-        token_emb: the embedding of ids.
+        token_emb: the embedding of token ids.
         layers: the blocks.
-        norm: the norm of what the last block returns.
-        logits: from hidden states to logits; with tie_embeddings it has the weight of `token_emb`.
+        norm: the norm after the last block.
+        logits: the linear layer from hidden states to logits. With tie_embeddings=True it shares the weight of
+            `token_emb`.
         dim_head: features of a head.
-        backend: the name of the attention backend that was asked for.
+        backend: name of the attention backend that was asked for. Default: 'auto'.
     """
 
     token_emb: nn.Embedding
@@ -326,7 +356,11 @@ class SegmentTransformer(SegmentModel):
     backend: str = 'auto'
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns ids (..., n), or embeddings (..., n, dim), as what the first block takes, positions apart."""
+        """Returns the input of the first block, without positions: the embeddings of the tokens (..., n, dim).
+
+        Args:
+            tokens: token ids (..., n), or embeddings (..., n, dim), which are only converted to the dtype of the model.
+        """
         return tokens.to(self.dtype) if tokens.is_floating_point() else self.token_emb(tokens)
 
     def to_logits(self, hidden: Tensor) -> Tensor:
@@ -334,13 +368,16 @@ class SegmentTransformer(SegmentModel):
         return self.logits(hidden)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """See `SegmentModel.decays`: the matrices of the blocks."""
+        """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks."""
         return parameter.ndim == 2 and name.startswith('layers.')
 
     @property
     def attention_backend(self) -> str:
-        """The backend that runs here, where there is no padding mask. Set it to a name of `BACKENDS` to force one: if
-        that one cannot run here, ValueError is raised and the backend stays as it was."""
+        """The name of the attention backend that runs here when there is no padding mask.
+
+        Set it to a name in `BACKENDS` to choose a backend. If that backend cannot run here, ValueError is raised and
+        the backend stays as it was.
+        """
         return self._backend_for(self.backend)
 
     @attention_backend.setter
@@ -353,7 +390,8 @@ class SegmentTransformer(SegmentModel):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of queries, keys and values: autocast's where it is on, but autocast leaves float64 alone."""
+        """The dtype of queries, keys and values. It is that of autocast if autocast is on and the model is not
+        float64."""
         device = self.device.type
         if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
             return torch.get_autocast_dtype(device)

@@ -1,6 +1,8 @@
-"""The loss of segments: a sum over valid targets that is divided by their number.
+"""The loss of a model: the sum over the valid targets, divided by their number.
 
-So it does not depend on how a text is cut into segments, micro-batches or processes.
+The loss therefore does not depend on how a text is cut into segments, micro-batches or processes.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -9,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # the label that is never counted
+IGNORE = -100  # the label that never counts in a loss
 
 
 def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None) -> Tensor:
-    """Returns labels as int64, with `IGNORE` at every position that is not counted.
+    """Returns the labels as int64, with `IGNORE` at every position that does not count in the loss.
 
     Args:
         labels: target ids (b, n).
-        ignore_index: a label that is not counted; None: no such label but `IGNORE`.
-        mask: (b, n) bool, False where a position is not counted; None: all are.
+        ignore_index: a label that does not count, besides `IGNORE`. None: there is no other such label.
+        mask: (b, n) bool, True = valid. Positions where it is False do not count. None: all positions are valid.
     """
     labels = labels.long()
     if ignore_index is not None:
@@ -27,11 +29,11 @@ def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None)
 
 
 def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the negative log likelihood of each target, (b, n), in nats and in float32 at least.
+    """Returns the negative log likelihood of each target, (b, n), in nats and at least float32.
 
     Args:
         logits: (b, n, num_tokens).
-        targets: ids (b, n); where one is `IGNORE`, the result is 0.
+        targets: target ids (b, n). Where a target is `IGNORE`, the result is 0.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction='none')
@@ -39,10 +41,10 @@ def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_loss(nll_sum: Tensor, num_targets: Tensor) -> Tensor:
-    """Returns the mean over the valid targets, () in nats; 0, with zero gradients, if there is none.
+    """Returns the mean loss over the valid targets, () in nats. Without any valid target it is 0, with zero gradients.
 
     Args:
-        nll_sum: the summed negative log likelihood, ().
-        num_targets: how many targets it sums, ().
+        nll_sum: the negative log likelihood, summed over the valid targets, ().
+        num_targets: number of valid targets, ().
     """
     return nll_sum / num_targets.clamp(min=1)

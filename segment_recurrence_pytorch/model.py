@@ -1,8 +1,8 @@
-"""The contract between a segment-recurrent model and everything around it, and how to write a model on it.
+"""The contract between a segment-recurrent model and the rest of the library, and how to write such a model.
 
-A model reads a long sequence segment by segment and carries a small state from each segment to the next. Nothing
-outside a model knows which model it is: the wrapper, back-propagation, generation, cursors, tasks and checkpoints work
-on `SegmentModel` alone.
+A model reads a long sequence segment by segment and carries a small state from each segment to the next. The wrapper,
+back-propagation, generation, cursors, tasks and checkpoints use only what `SegmentModel` declares. They do not know
+which model they work on.
 
 What you write: a subclass of `SegmentModel` that sets `num_tokens` and `dim` and has three methods.
 
@@ -27,24 +27,29 @@ What you write: a subclass of `SegmentModel` that sets `num_tokens` and `dim` an
         def to_logits(self, hidden):
             return self.head(hidden)
 
-What you get: `SegmentWrapper(model, segment_length=...)` trains it on sequences of any length, with gradients through
-all segments, by one graph, by recomputing or by memory replay; it scores texts, generates and streams tokens, and
-forks, saves and loads cursors. All of it is exact from the start. Generation reads the open segment again for every
-token; to make it fast, override `open_segment` with a cache of your own (`segment_recurrence_pytorch.cache`).
+What you get: `SegmentWrapper(model, segment_length=...)` trains the model on sequences of any length. Gradients go
+through all segments, by one graph, by recomputing or by memory replay (see `backprop`). The wrapper also scores texts
+and generates and streams tokens, and its cursors can be forked, saved and loaded. All results are exact without further
+work. Generation, however, reads the whole open segment again for every new token. To make it fast, override
+`open_segment` and return a cache of your own (see `segment_recurrence_pytorch.cache`).
 
 What has to hold inside the three methods:
 
-- A state is a value: a tree of tensors with the batch first (at least one tensor), in tuples, NamedTuples, lists or
-  dicts. `advance` takes one and returns a new one. It does not change the given one, keeps none on the module, and
-  returns no view of a parameter or of its input. A state keeps its shapes from segment to segment, or says otherwise
-  in `largest_state`.
-- A row whose `mask` is False everywhere keeps its state, and a padded position changes nothing in its row.
-- A causal model's hidden state at position i depends on positions up to i and on the state alone.
-- No value is looked at (no `.item()`, no `if` on a tensor), so that a GPU never waits for its host.
-- `advance` also runs without a graph, in replay's first pass and in generation. A model that takes gradients inside
-  itself therefore uses `torch.func.grad`, which works under `torch.no_grad()`, and not `torch.autograd.grad`.
-- Random numbers are drawn only where training draws them, and the same ones whether hidden states are needed or not.
-  Replay sets the random state back and reads a segment again, so such a model is replayed exactly too.
+- A state is a value. It is a tensor, or a tree of tensors in tuples, NamedTuples, lists or dicts, and the first
+  dimension of every tensor is the batch. `advance` takes a state and returns a new one. It does not change the state
+  that it was given, stores no state on the module, and returns no view of a parameter or of its input. All states of a
+  model have the same shapes; a model whose state can grow overrides `largest_state`.
+- Padding has no effect. A position where `mask` is False changes neither the state of its row nor the hidden states of
+  other positions. A row without any valid position keeps its state.
+- In a causal model, the hidden state at position i depends only on the positions up to i and on the state.
+- `advance` never looks at the value of a tensor (no `.item()`, no `if` on a tensor), so a GPU never waits for its host.
+- `advance` must also work without a graph, as in the first pass of replay and in generation. A model that computes
+  gradients inside `advance` therefore uses `torch.func.grad`, which works under `torch.no_grad()`, instead of
+  `torch.autograd.grad`.
+- `advance` draws random numbers only in training mode, and draws the same ones with need_hidden=True and with
+  need_hidden=False. Replay restores the random state and reads a segment a second time; both passes must then agree.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -66,18 +71,21 @@ from segment_recurrence_pytorch.state import State, where_rows
 
 
 class SegmentModel(nn.Module, ABC):
-    """A model that reads segments and carries a state. The docstring of this module says how to write one.
+    """A model that reads segments and carries a state from each segment to the next.
+
+    The docstring of this module says how to write one.
 
     Attributes:
         num_tokens: size of the vocabulary.
-        dim: features of an embedding and of a hidden state.
-        causal: whether no position sees a later one, so that the next token can be learned and generated.
+        dim: number of features of an embedding and of a hidden state.
+        causal: whether no position sees a later position. Only a causal model can learn the next token and generate.
             Default: True.
-        max_segment_length: the longest segment that the model can read, in tokens. Default: None, no limit.
-        parallel_segments: whether one `advance` can read many segments, whose length `segment_length` tells.
-            Default: False, `advance` is given one segment at a time.
-        arguments: what the constructors of the class and of its bases were called with, defaults filled in. A saved
-            state or file of weights goes back only into a model with the same arguments.
+        max_segment_length: the longest segment that the model can read, in tokens. Default: None, there is no limit.
+        parallel_segments: whether one call of `advance` can read several segments. Default: False, each call of
+            `advance` gets a single segment.
+        arguments: the arguments of the constructors of the class and of its base classes, with defaults filled in. The
+            base class records them. A saved cursor or a file of weights can only be loaded into a model with the same
+            arguments.
     """
 
     num_tokens: int
@@ -94,7 +102,11 @@ class SegmentModel(nn.Module, ABC):
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
-        """Returns the state before the first segment, a value of its own for `batch_size` rows."""
+        """Returns the state before the first segment. Its tensors share memory with no parameter.
+
+        Args:
+            batch_size: number of rows b.
+        """
 
     @abstractmethod
     def advance(
@@ -109,78 +121,113 @@ class SegmentModel(nn.Module, ABC):
         """Reads the next segment, or the next segments if `parallel_segments` is True.
 
         Args:
-            tokens: ids (b, n) or embeddings (b, n, dim).
+            tokens: token ids (b, n) or embeddings (b, n, dim).
             state: the state at the border before the tokens. Default: None, the initial state.
-            segment_length: tokens of a segment; the last one may be shorter. Default: None, all tokens are one
-                segment. A model without `parallel_segments` is never given more than one segment.
+            segment_length: number of tokens of a segment; the last segment may be shorter. A model without
+                `parallel_segments` never gets more than one segment. Default: None, all tokens are one segment.
             mask: (b, n) bool, True = valid. Default: None, all positions are valid.
-            need_hidden: False: nobody needs hidden states, so only the work that the state needs has to be done.
-                Default: True.
+            need_hidden: whether the caller needs the hidden states. If False, the model only has to compute the next
+                state. Default: True.
 
         Returns:
-            Hidden states (b, n, dim), or None if need_hidden is False, and the state at the next border.
+            The hidden states (b, n, dim), or None if need_hidden is False, and the state at the border after the
+            tokens.
         """
 
     @abstractmethod
     def to_logits(self, hidden: Tensor) -> Tensor:
-        """Returns logits (..., num_tokens) for hidden states (..., dim)."""
+        """Returns the logits (..., num_tokens) for hidden states (..., dim)."""
 
     def open_segment(self, state: State, segment_length: int) -> OpenSegment:
-        """Returns an open segment in which nothing was read yet, for generation. Needs a causal model.
+        """Returns an open segment for generation, which holds no token yet. The model must be causal.
 
-        By default it keeps its tokens and reads them again for every new one: exact for every model, at the cost of a
-        whole segment a token. Override it to return a cache of the model's own.
+        The default keeps the tokens of the segment and reads all of them again for every new token. This is exact for
+        every model, but each new token costs as much as reading the segment. Override it to return a cache of the
+        model's own.
 
         Args:
             state: the state at the border where the segment begins. It is not changed.
-            segment_length: the most tokens that the segment will hold.
+            segment_length: the largest number of tokens that the segment can hold.
         """
         return RereadSegment(self, state, segment_length)
 
     def as_state(self, state: Any, batch_size: int) -> State:
-        """Returns the state that a caller means, before `check_state` looks at it. A model may take other forms of a
-        state here, for example a bare tensor. By default: what was given."""
+        """Converts what a caller gave as a state into a state of this model, before `check_state` checks it.
+
+        A model can accept other forms of a state here, for example a bare tensor. The default returns the object
+        unchanged.
+
+        Args:
+            state: what the caller gave.
+            batch_size: number of rows b.
+        """
         return state
 
     def largest_state(self, batch_size: int) -> State:
-        """Returns a state in its largest shapes; only its tree, shapes, dtypes and devices are looked at.
+        """Returns a state whose tensors have the largest shapes that they can get.
 
-        By default it is the initial state: then a state always has the same shapes. A model whose state holds a
-        growing history returns the longest one here; the NamedTuple with that history has a property `shorter_along`,
-        which maps the name of a field to the axis along which it may be shorter.
+        Only its tree, shapes, dtypes and devices are used, to check other states. The default returns the initial
+        state, which means that all states have the same shapes. A model whose state holds a growing history returns the
+        longest history here. The NamedTuple that holds the history then has a property `shorter_along`: a dict from the
+        name of a field to the axis along which that field may be shorter.
+
+        Args:
+            batch_size: number of rows b.
         """
         return self.initial_state(batch_size)
 
     def check_state(self, state: State, batch_size: int) -> None:
-        """Raises ValueError, with the name of the part, for a state that `advance` cannot take for this batch size."""
+        """Raises ValueError if `advance` cannot take the state for this batch size. The message names the wrong part.
+
+        Args:
+            state: a state, as `as_state` returned it.
+            batch_size: number of rows b.
+        """
         check_state_like(state, self.largest_state(batch_size))
 
     def state_faults(self, state: State) -> list[tuple[str, Tensor]]:
-        """Returns what may be wrong with the values of a state: messages, each with a flag () bool that says whether it
-        applies. The flags of one call are looked at together. By default: whether a tensor is NaN or infinite."""
+        """Returns the checks of the values in a state: pairs of an error message and a flag () bool, True if the error
+        applies.
+
+        `checks.check_faults` fetches all flags of a call from the device at once. The default finds NaN and infinite
+        values.
+        """
         return not_finite(state)
 
     def per_segment_faults(self, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """Returns what may be wrong with further arguments of `advance`, as `state_faults` does.
+        """Returns the checks of further arguments of `advance`, in the form that `state_faults` returns.
 
         Args:
-            values: by name, (b, segments) each, what `SegmentWrapper.loss` got as per_segment.
+            values: the arguments by name, (b, segments) each. It is the argument per_segment of `SegmentWrapper.loss`.
 
         Raises:
-            ValueError: for what shapes and dtypes tell without a look at the values.
+            ValueError: if an argument has a wrong shape or dtype, which can be seen without looking at its values.
         """
         return [(f'{name} holds NaN or infinite values', ~value.isfinite().all()) for name, value in values.items()]
 
     def reset(self, state: State, rows: Tensor) -> State:
-        """Returns the state with the rows where `rows` (b,) bool is True back at the initial state."""
+        """Returns the state with some rows set back to the initial state.
+
+        Args:
+            state: a state of b rows.
+            rows: (b,) bool, True for the rows to set back.
+        """
         return self.where(rows, self.initial_state(rows.shape[0]), state)
 
     def where(self, rows: Tensor, chosen: State, other: State) -> State:
-        """Returns a state with the rows of `chosen` where `rows` (b,) bool is True, and those of `other` elsewhere."""
+        """Returns a state that takes some rows from one state and the other rows from another.
+
+        Args:
+            rows: (b,) bool, True for the rows to take from `chosen`.
+            chosen: a state of b rows.
+            other: a state of b rows, which gives the remaining rows.
+        """
         return where_rows(rows, chosen, other)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Returns groups of parameters for an optimizer: those that `decays` names, and the others without decay.
+        """Returns two groups of parameters for an optimizer, one with weight decay and one without.
+
+        The method `decays` decides to which group a parameter belongs.
 
         Args:
             lr: learning rate of both groups.
@@ -195,13 +242,24 @@ class SegmentModel(nn.Module, ABC):
         ]
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies to a parameter. By default: to the weights of linear layers."""
+        """Returns whether weight decay applies to a parameter. The default applies it to the weights of linear layers.
+
+        Args:
+            name: the name of the parameter in `named_parameters`.
+            parameter: the parameter.
+        """
         path, _, attribute = name.rpartition('.')
         return attribute == 'weight' and isinstance(self.get_submodule(path), nn.Linear)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns what a state of this model depends on: the name of the class, the arguments, and the sha256 of the
-        weights. A cursor file holds it. ValueError on the meta device."""
+        """Returns what identifies this model: the name of its class, its arguments, and the sha256 of its weights.
+
+        A cursor file holds the fingerprint of the model that read the text, since its state means nothing to another
+        model.
+
+        Raises:
+            ValueError: if the model is on the meta device.
+        """
         check_has_weights(self)
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
@@ -211,7 +269,7 @@ class SegmentModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
@@ -221,13 +279,16 @@ class SegmentModel(nn.Module, ABC):
 
 
 def plain_arguments(model: SegmentModel) -> dict[str, Any]:
-    """Returns `model.arguments` as JSON holds them. What JSON cannot hold is told by the name of its type."""
+    """Returns `model.arguments` as JSON can store them. A value that JSON cannot store becomes the name of its type."""
     return json.loads(json.dumps(model.arguments, default=lambda value: f'a {type(value).__qualname__}'))
 
 
 def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which also writes its arguments into `self.arguments`, beside those of the bases that it calls.
-    An argument of the outer class stands for that of the same name of a base."""
+    """Returns the constructor, extended so that it also records its arguments in `self.arguments`.
+
+    The arguments of the base classes' constructors stand beside them. If a base class has an argument of the same name,
+    the value that the outermost class got is kept.
+    """
     signature = inspect.signature(init)
     rest = next((name for name, each in signature.parameters.items() if each.kind == each.VAR_KEYWORD), None)
 

@@ -1,4 +1,7 @@
-"""Choosing the next token from logits, in float32 at least: sampling in half types is biased."""
+"""Choosing the next token from logits. It is done in float32 at least, since sampling in half types is biased.
+
+Letters: b rows of the batch, v tokens of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,24 @@ FilterFn = Callable[..., Tensor]
 
 
 class Sampler:
-    """Chooses tokens: filter_fn, then the repetition penalty, then temperature, then top_k, top_p and min_p.
+    """Chooses a token for each row from its logits.
+
+    The steps come in this order: filter_fn, repetition_penalty, temperature, top_k, top_p, min_p, and then the draw.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token. Default: 1.
-        top_k: draws from that many most likely tokens. Default: None, from all.
-        top_p: draws from the smallest set of tokens whose probability reaches it (arXiv 1904.09751). Default: None.
-        min_p: draws from the tokens that are at least min_p times as likely as the first one (arXiv 2407.01082).
-            Default: None.
-        repetition_penalty: divides the positive logits of tokens that occurred, and multiplies the negative ones
-            (arXiv 1909.05858). Default: 1, no penalty.
-        filter_fn: called with logits (b, v), returns logits (b, v). Default: None.
-        generator: of the random numbers. Default: None, torch's own.
+        temperature: divides the logits. With 0 the most likely token is taken. Default: 1.
+        top_k: keeps the top_k most likely tokens. Default: None, all tokens.
+        top_p: keeps the smallest set of most likely tokens whose probabilities sum to at least top_p, in (0, 1] (arXiv
+            1904.09751). Default: None, all tokens.
+        min_p: keeps the tokens that are at least min_p times as likely as the most likely one, in (0, 1] (arXiv
+            2407.01082). Default: None, all tokens.
+        repetition_penalty: makes tokens that occurred before less likely, if above 1: it divides their positive logits
+            and multiplies their negative ones (arXiv 1909.05858). Default: 1, no penalty.
+        filter_fn: a function from logits (b, v) to logits (b, v). Default: None.
+        generator: the generator of the random numbers. Default: None, PyTorch's default generator.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class Sampler:
 
     @property
     def needs_seen(self) -> bool:
-        """Whether it asks which tokens occurred."""
+        """Whether the argument `seen` is needed, which tells what tokens occurred before."""
         return self.repetition_penalty != 1
 
     def __call__(self, logits: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,11 +80,14 @@ class Sampler:
 
         Args:
             logits: (b, v).
-            seen: which tokens occurred, (b, v) bool. Default: None, no penalty.
+            seen: which tokens occurred before in each row, (b, v) bool. Default: None, there is no repetition penalty.
 
         Returns:
-            Token ids (b,), and the largest logit (b,) of each row that they were drawn from. If that is not finite,
-            there was nothing to draw from, and the token means nothing.
+            The token ids (b,), and the largest logit of each row after filter_fn and the penalty, (b,). If the largest
+            logit of a row is not finite, no token could be drawn, and the id of that row means nothing.
+
+        Raises:
+            ValueError: if filter_fn returns something other than logits of the same shape and device.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.filter_fn is not None:
@@ -108,19 +117,36 @@ class Sampler:
 
 
 def has_filter(options: dict[str, Any]) -> bool:
-    """Whether options say which tokens may be drawn: then no published default does."""
+    """Returns whether the options of a call restrict which tokens can be drawn. A published default filter is then not
+    used.
+
+    Args:
+        options: the options by name.
+    """
     return any(options.get(name) is not None for name in ('filter_fn', 'top_k', 'top_p', 'min_p'))
 
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Returns logits (b, v) of which the ceil((1 - thres) * v) largest are kept; the others are -inf. As published."""
+    """Returns the logits (b, v) with only the ceil((1 - thres) * v) largest of each row kept; the others become -inf.
+
+    This is the filter of recurrent-memory-transformer-pytorch, with its argument.
+
+    Args:
+        logits: (b, v).
+        thres: share of the tokens to remove, in [0, 1]. Default: 0.9.
+    """
     _check_share(thres)
-    k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # 1 - 0.7 is a little more than 0.3
+    k = max(1, ceil(round((1 - thres) * logits.shape[-1], 6)))  # in floating point, 1 - 0.7 is a little more than 0.3
     return _keep_largest(logits, k)
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Returns logits (b, v) of which the smallest set whose probability reaches thres is kept; the others are -inf."""
+    """Returns the logits (b, v) with only the most likely tokens of each row kept; the others become -inf.
+
+    Args:
+        logits: (b, v).
+        thres: the kept tokens are the smallest set whose probabilities sum to at least thres, in [0, 1]. Default: 0.9.
+    """
     _check_share(thres)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, order = logits.sort(dim=-1, descending=True)
@@ -131,7 +157,12 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
 
 
 def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
-    """Returns logits (b, v): those at least thres times as likely as the first are kept, the others are -inf."""
+    """Returns the logits (b, v) with only the likely tokens of each row kept; the others become -inf.
+
+    Args:
+        logits: (b, v).
+        thres: a kept token is at least thres times as likely as the most likely one, in [0, 1]. Default: 0.1.
+    """
     _check_share(thres)
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
@@ -150,12 +181,12 @@ def _keep_largest(logits: Tensor, k: int) -> Tensor:
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return logits
-    # from the largest down: a small temperature must not overflow
+    # the largest logit becomes 0, so a small temperature cannot overflow
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    # the first of v exponential clocks, with the probabilities as rates: unlike torch.multinomial it waits for no
-    # device, and does not end the process at a NaN, which the caller reports
+    # The first of v exponential clocks to ring, with the probabilities as rates, is a draw from them. Unlike
+    # torch.multinomial this does not wait for the device, and a NaN, which the caller reports, does not end the process
     probabilities = logits.softmax(dim=-1)
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)

@@ -1,9 +1,11 @@
-"""Functions over states: what a model carries from one segment to the next.
+"""Functions on states. A state is what a model carries from one segment to the next.
 
 A state is a value. It is a tree of tensors (tuples, NamedTuples, lists and dicts may be nested), and the first
 dimension of every tensor is the batch. A model takes a state and returns a new one; it never changes one in place and
-never stores one on itself. None as a whole state means the initial state. None inside a tree means that this part is
-absent.
+never stores one on itself. None in place of a whole state means the initial state. None inside a state means that this
+part is absent.
+
+Letters: b rows of the batch.
 """
 
 from __future__ import annotations
@@ -20,37 +22,39 @@ State = Any
 
 
 def map_state(fn: Callable[[Tensor], Any], state: State) -> State:
-    """Returns the same tree with `fn` applied to each tensor."""
+    """Returns a state with the same tree, with `fn` applied to each tensor."""
     return tree_map_only(Tensor, fn, state)
 
 
 def leaves(state: State) -> list[Tensor]:
-    """Returns the tensors of a state, in the order of its fields."""
+    """Returns the tensors of a state as a list, in the order of its fields."""
     return [leaf for leaf in tree_flatten(state)[0] if isinstance(leaf, Tensor)]
 
 
 def detach(state: State) -> State:
-    """Returns the same values without their graph. The given tensors are not changed."""
+    """Returns a state with the same values and without a graph. The given tensors are not changed."""
     return map_state(Tensor.detach, state)
 
 
 def copied(state: State) -> State:
-    """Returns a state with the same values and graph whose tensors share memory with nobody.
+    """Returns a copy of a state, with the same values and the same graph. Its tensors share memory with no other
+    tensor.
 
-    A tensor that was made under `torch.inference_mode()` becomes an ordinary one, which autograd accepts, unless the
-    call itself stands inside that mode.
+    Autograd refuses tensors that were made under `torch.inference_mode()`. Their copies are ordinary tensors, unless
+    this function itself is called inside that mode.
     """
     return map_state(torch.clone, state)
 
 
 def where_rows(rows: Tensor, chosen: State, other: State) -> State:
-    """Returns the rows of `chosen` where `rows` is True, and the rows of `other` elsewhere.
+    """Returns a state that takes some rows from `chosen` and the other rows from `other`.
 
-    A history may be shorter in one of the two states than in the other. Histories are aligned at their newest entry:
-    the shorter one is padded with zeros at its old end, and its count of valid entries says that those are empty.
+    A history may be shorter in one of the two states than in the other. The shorter one is then padded with zeros at
+    its old end, so that the newest entries of both stand at the same place. The count of valid entries, which such a
+    state holds, tells that the zeros are empty.
 
     Args:
-        rows: which rows to take from `chosen`, (b,) bool.
+        rows: (b,) bool, True for the rows to take from `chosen`.
         chosen: a state of the same model and batch size as `other`.
         other: the state that gives the remaining rows.
     """
@@ -75,7 +79,7 @@ def _pad_front(t: Tensor, shape: list[int]) -> Tensor:
 
 
 def to_list(state: State) -> list[Tensor | None]:
-    """Returns the parts of a state as a plain list, which a file can hold. `from_list` is the way back."""
+    """Returns the parts of a state as a plain list, which a file can store. `from_list` is the inverse."""
     return tree_flatten(state)[0]
 
 
@@ -84,6 +88,6 @@ def from_list(parts: list[Tensor | None], like: State) -> State:
 
     Args:
         parts: what `to_list` returned.
-        like: any state of the same model; it tells the tree.
+        like: any state of the same model. Only its tree is used.
     """
     return tree_unflatten(parts, tree_flatten(like)[1])

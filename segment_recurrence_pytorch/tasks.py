@@ -1,9 +1,13 @@
-"""Synthetic tasks that only a memory can solve, of any length, and a curriculum over their length.
+"""Synthetic tasks of any length that only a memory can solve, and a curriculum that makes them longer step by step.
 
-A task is a sequence of segments. What is asked for in the last segments stands in earlier ones, so a model without
-memory can at best guess: its accuracy is at most `without_memory`. (The one exception is `Memorize` with one segment,
-which holds the answer beside the question, as a first stage to learn from.) Labels are aligned with the tokens:
-labels[:, i] is the target of the logits at position i, and `loss.IGNORE` where nothing is asked.
+The sequence of a task has several segments. Its end asks for something that stands in earlier segments, so a model
+without memory can only guess. Its accuracy is at most `without_memory`. There is one exception: `Memorize` with one
+segment holds the answer next to the question, as a first stage to learn from.
+
+Labels are aligned with the tokens: labels[:, i] is the target of the logits at position i. They are `loss.IGNORE` where
+nothing is asked.
+
+Letters: b rows of the batch, n tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +26,15 @@ from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
-PIECE_SEGMENTS = 256  # segments that are made at once: a sequence of a million tokens is never held
+PIECE_SEGMENTS = 256  # segments of a piece: a sequence of a million tokens is never held as a whole
 
 
 class Example(NamedTuple):
     """A piece of a batch of sequences.
 
     Attributes:
-        tokens: ids (b, n).
-        labels: targets (b, n), or None if nothing is asked in this piece.
+        tokens: token ids (b, n).
+        labels: target ids (b, n), `loss.IGNORE` where nothing is asked. None if nothing is asked in the whole piece.
     """
 
     tokens: Tensor
@@ -38,11 +42,11 @@ class Example(NamedTuple):
 
 
 class Task(ABC):
-    """A task of any number of segments.
+    """A task whose sequences can have any number of segments.
 
     Attributes:
         num_tokens: size of the vocabulary.
-        segment_length: tokens of a segment.
+        segment_length: number of tokens of a segment.
         without_memory: the best accuracy that a model without memory can have.
     """
 
@@ -52,40 +56,53 @@ class Task(ABC):
 
     @abstractmethod
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """Yields a batch of sequences, in pieces of whole segments.
+        """Yields a batch of new sequences in pieces of whole segments, so that long sequences are never held as a
+        whole.
 
         Args:
             segments: number of segments of each sequence.
-            batch_size: number of sequences.
-            generator: of the random numbers.
+            batch_size: number of sequences b.
+            generator: the generator of the random numbers.
 
         Raises:
-            ValueError: for a number of segments that the task cannot have.
+            ValueError: if the task has no sequences with this number of segments.
         """
 
     def batch(self, segments: int, batch_size: int, generator: torch.Generator) -> Example:
-        """Returns the same as one piece, with labels."""
+        """Returns a batch of new sequences as a single piece, with labels for all tokens.
+
+        Args:
+            segments: number of segments of each sequence.
+            batch_size: number of sequences b.
+            generator: the generator of the random numbers.
+
+        Raises:
+            ValueError: if the task has no sequences with this number of segments.
+        """
         pieces = list(self.pieces(segments, batch_size, generator))
         labels = [torch.full_like(tokens, IGNORE) if given is None else given for tokens, given in pieces]
         return Example(torch.cat([tokens for tokens, _ in pieces], 1), torch.cat(labels, 1))
 
 
 class Memorize(Task):
-    """Which value was marked? Noise with `MARK value` somewhere in the first segment, and QUERY at the end.
+    """Remember a value that is marked in noise.
 
-    The noise holds the values too, so that only the mark tells which one counts.
+    The first segment is noise with a mark somewhere, and the value after it. The last segment ends with a query, and
+    the model has to answer with the value.
+
+    The noise contains values too, so only the mark tells which one counts.
 
     Args:
-        values: how many values there are. Default: 16.
-        noise: how many tokens the noise is made of, the values among them. Default: 64.
-        segment_length: tokens of a segment. Default: 32.
-        anywhere: whether the mark may be in any segment but the last (detect and memorize), instead of the first.
-            Default: False.
-        repeated: whether the noise is one sentence over and over, as in passkey retrieval. Default: False.
-        key_length: tokens of the marked value; the answer is asked for token by token. Default: 1.
+        values: number of different values. Default: 16.
+        noise: number of different tokens in the noise. The values are among them. Default: 64.
+        segment_length: number of tokens of a segment. Default: 32.
+        anywhere: whether the mark may be in any segment except the last, and not only in the first ("detect and
+            memorize"). Default: False.
+        repeated: whether the noise is one sentence again and again, as in passkey retrieval. Default: False.
+        key_length: number of tokens of the marked value. The model has to answer token by token. Default: 1.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     def __init__(
@@ -102,7 +119,7 @@ class Memorize(Task):
         if values > noise:
             raise ValueError(f'values={values}: give 1 to noise={noise}, since the noise holds the values too')
         if segment_length < key_length + 1:
-            raise ValueError(f'segment_length={segment_length}: the mark and key_length={key_length} need a place')
+            raise ValueError(f'segment_length={segment_length}: give {key_length + 1} or more, for mark and value')
         self.values = values
         self.noise = noise
         self.segment_length = segment_length
@@ -115,7 +132,7 @@ class Memorize(Task):
         self.without_memory = 1 / values
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """See `Task.pieces`. In one segment mark and question stand together: a first stage that needs no memory."""
+        """See `Task.pieces`. With one segment, mark and query are in the same segment, and no memory is needed."""
         _check_batch(segments, batch_size)
         length, k = self.segment_length, self.key_length
         if segments < 1 or (segments == 1 and length < 2 * k + 1):
@@ -148,17 +165,19 @@ class Memorize(Task):
 
 
 class AssociativeRetrieval(Task):
-    """Pairs of a key and its value in each segment but the last, which asks for the value of one key.
+    """Remember pairs of a key and a value.
+
+    The last segment shows one of the keys, and the model has to answer with its value.
 
     Args:
-        keys: how many keys there are. Default: 26.
-        values: how many values there are. Default: 10.
-        pairs_per_segment: pairs in a segment, which has twice as many tokens. Default: 1.
-        rewritten: whether keys repeat, and the last value counts; else all keys are different, so there are at most
-            `keys` pairs. Default: False.
+        keys: number of different keys. Default: 26.
+        values: number of different values. Default: 10.
+        pairs_per_segment: number of pairs in a segment. A segment has twice as many tokens. Default: 1.
+        rewritten: whether a key can come several times; its last value counts. If False, all keys of a sequence differ,
+            so it has at most `keys` pairs. Default: False.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     def __init__(self, keys: int = 26, values: int = 10, *, pairs_per_segment: int = 1, rewritten: bool = False):
@@ -174,7 +193,7 @@ class AssociativeRetrieval(Task):
         self.without_memory = 1 / values
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """See `Task.pieces`; at least two segments."""
+        """See `Task.pieces`. A sequence has at least two segments."""
         _check_batch(segments, batch_size)
         count = (segments - 1) * self.pairs
         if segments < 2 or (count > self.keys and not self.rewritten):
@@ -197,18 +216,19 @@ class AssociativeRetrieval(Task):
 
 
 class Copy(Task):
-    """A random source, then the source again, token by token: `copies` times, or once and backwards.
+    """Remember a random source. The model has to write it `copies` times, or once and backwards, token by token.
 
-    The source takes 1 / (1 + copies) of the segments: arXiv 2207.06881 copies twice, at 3, 6 and 9 segments.
+    The source fills 1 / (1 + copies) of the segments, and the copies fill the others. arXiv 2207.06881 copies twice,
+    with 3, 6 and 9 segments.
 
     Args:
-        alphabet: how many tokens the source is made of. Default: 10.
-        segment_length: tokens of a segment. Default: 8.
-        copies: how many times it is copied. Default: 2.
-        reverse: whether it is written once and backwards instead. Default: False.
+        alphabet: number of different tokens in the source. Default: 10.
+        segment_length: number of tokens of a segment. Default: 8.
+        copies: number of copies to write. Default: 2.
+        reverse: whether the source is written once and backwards instead; `copies` is then not used. Default: False.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     def __init__(self, alphabet: int = 10, segment_length: int = 8, *, copies: int = 2, reverse: bool = False):
@@ -222,7 +242,7 @@ class Copy(Task):
         self.without_memory = 1 / alphabet
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
-        """See `Task.pieces`; a multiple of 1 + copies segments."""
+        """See `Task.pieces`. The number of segments is a multiple of 1 + copies; with reverse=True, of 2."""
         _check_batch(segments, batch_size)
         parts = 1 + self.copies
         if segments < parts or segments % parts:
@@ -235,17 +255,16 @@ class Copy(Task):
 
 
 class SegmentCurriculum:
-    """Goes from few segments to many: to the next stage when a metric has been high for some time.
+    """A curriculum from few segments to many. It goes to the next stage when the average of a metric is high enough.
 
     Args:
-        stages: growing numbers of segments.
-        threshold: the next stage comes when the moving average of the metric reaches it. Default: 0.96.
-        mix: the share of steps with a random smaller stage. Default: 0.5.
-        patience: the moving average is over about that many steps of a stage, and a stage has at least that many.
-            Default: 20.
+        stages: the number of segments of each stage, in growing order.
+        threshold: the next stage comes when the moving average of the metric is at least this high. Default: 0.96.
+        mix: share of the steps that use a random earlier stage instead of the present one, in [0, 1]. Default: 0.5.
+        patience: number of steps over which the average is taken. A stage has at least this many steps. Default: 20.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if a value is outside its range.
     """
 
     def __init__(self, stages: Sequence[int], *, threshold: float = 0.96, mix: float = 0.5, patience: int = 20):
@@ -266,21 +285,25 @@ class SegmentCurriculum:
         self.steps = 0
 
     def draw(self, generator: torch.Generator) -> int:
-        """Returns the number of segments of the next step."""
+        """Returns the number of segments of the next step.
+
+        Args:
+            generator: the generator of the random numbers.
+        """
         stage = self.stage
         if stage and torch.rand((), generator=generator) < self.mix:
             stage = int(_draw(stage, (), generator))
         return self.stages[stage]
 
     def update(self, metric: float, segments: int) -> None:
-        """Counts a step.
+        """Takes the metric of a step into account, and goes to the next stage if it is time.
 
         Args:
-            metric: of the step; higher is better.
-            segments: how many segments the step had; only those of the present stage count.
+            metric: the metric of the step; higher is better.
+            segments: number of segments of the step. Steps of earlier stages are not counted.
 
         Raises:
-            ValueError: for a metric that is no finite number.
+            ValueError: if the metric is not a finite number.
         """
         check_finite(metric=metric)
         if segments != self.stages[self.stage]:
@@ -295,20 +318,20 @@ class SegmentCurriculum:
 def accuracy(
     wrapper: SegmentWrapper, task: Task, segments: int, *, batch_size: int, generator: torch.Generator
 ) -> float:
-    """Returns the share of labelled tokens that a model predicts.
+    """Returns the share of the labelled tokens that a model predicts correctly.
 
-    Sequences are made and read in pieces, so memory does not grow with their length, and logits are computed only where
-    something is asked.
+    Sequences are made and read piece by piece, so memory does not grow with their length. Logits are only computed
+    where something is asked.
 
     Args:
-        wrapper: the model, in a wrapper with the segment length of the task.
+        wrapper: the model in a wrapper, which has the segment length of the task.
         task: the task.
         segments: number of segments of each sequence.
         batch_size: number of sequences.
-        generator: of the random numbers.
+        generator: the generator of the random numbers.
 
     Raises:
-        ValueError: if the model does not fit the task.
+        ValueError: if the model or the wrapper does not fit the task.
     """
     model, length, state = wrapper.model, task.segment_length, None
     check_whole(batch_size=batch_size)

@@ -1,6 +1,8 @@
-"""What a training script on bytes needs beside its loop: a stop on Ctrl-C, a schedule, scores, samples and plots.
+"""What a script that trains on bytes needs besides its loop: a stop on Ctrl-C, a schedule, scores, samples and plots.
 
-It needs the extra `train`.
+It needs the extra `train` of the package.
+
+Letters: b rows of the batch, n bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
-TOP_P = 0.9  # of samples
+TOP_P = 0.9  # top_p of the samples that are printed
 
 
 class StopRequest:
-    """Inside its `with` block, Ctrl-C sets `requested`, so that a loop can stop after its step; a second Ctrl-C
-    interrupts as usual."""
+    """A `with` block in which Ctrl-C only sets `requested`, so that a loop can stop after its step.
+
+    A second Ctrl-C interrupts the program as usual.
+
+    Attributes:
+        requested: whether Ctrl-C was pressed.
+    """
 
     requested = False
 
@@ -37,7 +44,7 @@ class StopRequest:
         return self
 
     def request(self, *_: object) -> None:
-        """Sets `requested`, and leaves the next Ctrl-C to Python."""
+        """Handles the first Ctrl-C: sets `requested`, and lets Python handle the next Ctrl-C."""
         self.requested = True
         signal.signal(signal.SIGINT, self.before)
 
@@ -46,12 +53,12 @@ class StopRequest:
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> float:
-    """Returns the share of the learning rate at some point of the training: linear warm-up, then a cosine.
+    """Returns a factor for the learning rate. It rises linearly during the warm-up and then falls along a cosine.
 
     Args:
-        progress: how much of the training is done, in [0, 1].
-        warmup: the share of the training in which the rate rises. Default: 0.05.
-        last: the share of the learning rate at the end. Default: 0.05.
+        progress: the share of the training that is done, in [0, 1].
+        warmup: the share of the training that is the warm-up. Default: 0.05.
+        last: the factor at the end of the training. Default: 0.05.
     """
     if progress < warmup:
         return max(progress, 1e-3) / warmup
@@ -64,17 +71,18 @@ def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool
 
     Args:
         wrapper: the model in its wrapper.
-        piece: what `data.Streams` yields.
-        state: what the last call returned; None at the start.
-        memory: whether the state is carried. False: every segment is read alone, as a text of its own.
+        piece: the piece, from `data.Streams`.
+        state: the state that the last call returned. None at the start.
+        memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
+            own.
 
     Returns:
-        The loss, the number of targets, and the detached state to start the next piece with (None without memory).
+        The loss, the number of targets, and the state to give with the next piece: detached, and None without memory.
     """
     device = wrapper.model.device
     tokens = piece.tokens.to(device)
     if not memory:
-        # every segment a row of its own, with its next token as the last target: no state is carried
+        # every segment becomes a row of its own, followed by the next token as its last target
         rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
         return wrapper.loss(rows)._replace(state=None)
     returned = wrapper.loss(tokens, wrapper.reset(state, piece.starts.to(device)))
@@ -83,12 +91,13 @@ def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool
 
 @torch.no_grad()
 def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> float:
-    """Returns bits per byte of all bytes but the first of each text.
+    """Returns the mean loss in bits per byte, over all bytes except the first one of each document.
 
     Args:
         wrapper: the model in its wrapper.
-        streams: with loop=False.
-        memory: whether the state is carried through a text, or reset at every segment.
+        streams: the validation bytes, with loop=False.
+        memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
+            own.
     """
     nats = targets = 0.0
     state = None
@@ -101,7 +110,12 @@ def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> fl
 
 
 def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
-    """Returns the first `limit` bytes of some documents, as documents; 0: all bytes."""
+    """Returns the first bytes of some documents, as a list of documents.
+
+    Args:
+        documents: uint8 tensors (n_i,).
+        limit: number of bytes, over all documents. 0 means all bytes.
+    """
     kept, total = [], 0
     for document in documents:
         kept.append(document[: limit - total] if limit else document)
@@ -112,13 +126,27 @@ def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
 
 
 def valid_streams(documents: list[Tensor], length: int) -> Streams:
-    """Returns streams over a validation text, once: up to 16 rows of at least four pieces of `length` bytes each."""
+    """Returns streams that go through validation documents once.
+
+    There are up to 16 rows, but no more than leave each row at least four pieces. There is always at least one row.
+
+    Args:
+        documents: uint8 tensors (n_i,).
+        length: number of bytes that the model reads of a piece.
+    """
     rows = sum(map(len, documents)) // (4 * length)
     return Streams(documents, max(1, min(16, rows)), length, loop=False)
 
 
 def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: float = 1.0) -> None:
-    """Prints new bytes after a prompt (1, n) as they come."""
+    """Generates bytes after a prompt and prints each one as it comes.
+
+    Args:
+        wrapper: a model of bytes in its wrapper.
+        prompt: byte ids (1, n).
+        count: number of new bytes.
+        temperature: divides the logits. With 0 the most likely byte is taken. Default: 1.
+    """
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
     for token in wrapper.stream(prompt, max_new_tokens=count, temperature=temperature, top_p=TOP_P):
         print(decoder.decode(bytes(token.tolist())), end='', flush=True)
@@ -126,7 +154,7 @@ def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: f
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16, so that it is fast there."""
+    """Returns whether a device has instructions for bfloat16, and so is fast with it."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
     return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
@@ -142,8 +170,14 @@ def check_writable(folder: Path) -> None:
 
 
 def drop_lines_after(folder: Path, step: int) -> None:
-    """Takes the lines after a step out of metrics.jsonl: a killed run wrote on after its last save, and the weights
-    have not seen those steps."""
+    """Removes from metrics.jsonl the lines of the steps after `step`, and the line of the validation.
+
+    A run that was killed may have logged steps after its last save. The saved weights do not include these steps.
+
+    Args:
+        folder: the folder of the run.
+        step: the step of the last save.
+    """
     path = folder / 'metrics.jsonl'
     lines = [
         line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step and '"valid"' not in line
@@ -153,11 +187,11 @@ def drop_lines_after(folder: Path, step: int) -> None:
 
 
 def plot_losses(folder: Path, levels: dict[str, float]) -> None:
-    """Plots the training curve of metrics.jsonl as loss.png.
+    """Plots the training losses in metrics.jsonl as loss.png.
 
     Args:
-        folder: of the run.
-        levels: bits per byte by name, each drawn as a line across; the validation first.
+        folder: the folder of the run.
+        levels: bits per byte by name. Each is drawn as a horizontal line. The validation comes first.
     """
     lines = _training_lines(folder)
     megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
@@ -176,8 +210,13 @@ def plot_losses(folder: Path, levels: dict[str, float]) -> None:
 
 
 def plot_memory_shares(folder: Path) -> None:
-    """Plots the share that the memory has in each head over the training, as memory_shares.png (arXiv 2404.07143,
-    figure 3, shows the end of it)."""
+    """Plots, as memory_shares.png, the share that the memory has in the output of each head at each training step.
+
+    Figure 3 of arXiv 2404.07143 shows these shares at the end of a training.
+
+    Args:
+        folder: the folder of the run.
+    """
     lines = _training_lines(folder)
     shares = torch.tensor([line['memory_shares'] for line in lines])  # (steps, depth, heads)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')

@@ -1,3 +1,3 @@
-"""The version of the distribution; `pyproject.toml` reads it here, without importing torch."""
+"""The version of the distribution. `pyproject.toml` takes it from here without importing torch."""
 
 __version__ = '0.1.0'

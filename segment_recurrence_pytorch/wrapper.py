@@ -1,4 +1,7 @@
-"""SegmentWrapper: train, score and continue sequences of any length with a model that reads segments."""
+"""`SegmentWrapper`: trains, scores and generates sequences of any length, with any `SegmentModel`.
+
+Letters: b rows of the batch, n tokens.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ class LossReturn(NamedTuple):
     """What `SegmentWrapper.loss` returns.
 
     Attributes:
-        loss: in nats, () or, with reduction='none', (b, n).
-        num_targets: how many valid targets there were, ().
+        loss: the loss in nats, (). With reduction='none' it has a value for each target: (b, n) with labels, (b, n - 1)
+            without.
+        num_targets: number of valid targets, ().
         state: the state after the last segment.
     """
 
@@ -53,26 +57,26 @@ class LossReturn(NamedTuple):
 
 
 class SegmentWrapper(nn.Module):
-    """Reads sequences of any length as segments, with the state carried from each segment to the next.
+    """Reads sequences of any length segment by segment, and carries the state from each segment to the next.
 
     Args:
-        model: any model that keeps the contract of `SegmentModel`.
-        segment_length: tokens of a segment. Default: None, the longest segment that the model can read.
-        segments_per_pass: how many segments are held at once, where windows matter: for a model that reads segments in
-            parallel, for recomputing and for replay. It changes speed and memory, and no number; with dropout, other
-            random numbers are drawn. Default: None, about 8,192 tokens for a model that reads segments in parallel,
-            else one segment.
-        backprop_segments: k cuts the gradient at every k-th segment border of a call. Default: None, gradients are
-            exact, through all segments.
-        recompute: whether `loss.backward()` computes each window again instead of keeping its activations.
+        model: any `SegmentModel`.
+        segment_length: number of tokens of a segment. Default: None, the longest segment that the model can read.
+        segments_per_pass: number of segments of a window. The segments of a window are held at once, where windows are
+            used: by a model that reads segments in parallel, by recomputing and by replay. It changes speed and memory
+            but no result; with dropout, other random numbers are drawn. Default: None, about 8,192 tokens for a model
+            that reads segments in parallel, else one segment.
+        backprop_segments: with the value k, the gradient does not pass the border after every k-th segment of a call.
+            Default: None, the gradient is exact and passes all borders.
+        recompute: whether `loss.backward()` computes the activations of each window again, instead of keeping them.
             Default: False.
-        align: where a segment that is shorter than segment_length goes: 'left', to the end; 'right', to the start.
-            Default: 'left'.
-        ignore_index: labels with this value, and with -100, are not counted; without labels, such ids are padding.
-            Default: -100.
+        align: which segment is shorter than the others, if the length is not a multiple of segment_length: 'left', the
+            last one; 'right', the first one. Generation ignores it and always uses 'left'. Default: 'left'.
+        ignore_index: labels with this value, or with -100, do not count in the loss. In a call without labels, token
+            ids with these values are padding. Default: -100.
 
     Raises:
-        ValueError: for values outside their range.
+        ValueError: if an argument is outside its range.
     """
 
     @beartype
@@ -114,34 +118,37 @@ class SegmentWrapper(nn.Module):
         segment_length: int | None = None,
         per_segment: dict | None = None,
     ) -> LossReturn:
-        """Computes the loss over all valid targets of a sequence, and on request its gradients.
+        """Computes the loss over all valid targets of a sequence, and its gradients if backward is True.
 
-        Without labels a causal model learns the next token. Then the last column of x is a target and is not read, so
-        the next piece of a text starts with it: pieces overlap by one token.
+        Without labels, a causal model learns the next token. The last column of x is then only a target, and the model
+        does not read it. The next piece of the same text therefore starts with this token: consecutive pieces overlap
+        by one token.
 
         Args:
-            x: ids (b, n) or embeddings (b, n, dim).
-            state: what the last call returned, to go on with the same texts. Default: None, texts start.
-            labels: (b, n), aligned: labels[:, i] is the target of logit i. Default: None, the next token.
-            mask: (b, n) bool, True = valid. Padded positions are not read, and are no targets. Default: None, all
+            x: token ids (b, n) or embeddings (b, n, dim).
+            state: the state that the last call returned, to go on with the same texts. Default: None, new texts start.
+            labels: target ids (b, n). labels[:, i] is the target of the logits at position i. Default: None, the
+                targets are the next tokens.
+            mask: (b, n) bool, True = valid. Padded positions have no effect and are not targets. Default: None, all
                 positions are valid.
-            reduction: 'mean' over the valid targets, their 'sum', or 'none', a loss for each position.
-                Default: 'mean'.
-            backward: whether to run backward inside this call, by replay, with one window held at a time. The loss and
-                the state that are returned then carry no graph. Default: False.
-            backward_fn: with backward=True, called with a scalar for each window, instead of `Tensor.backward`: for
-                example `accelerator.backward`, or a gradient scaler. Default: None.
-            backprop_segments: instead of the wrapper's, for this call. Default: None.
-            segment_length: instead of the wrapper's, for this call. Default: None.
-            per_segment: further arguments of the model's `advance` by name, one value for each row and segment,
-                (b, segments) each. Default: None.
+            reduction: 'mean' or 'sum' over the valid targets, or 'none' for a loss of each target. Default: 'mean'.
+            backward: whether to run backward inside this call, by replay, which holds one window at a time. The loss
+                and the state that are returned then have no graph. Default: False.
+            backward_fn: a function that is called for each window, with a scalar tensor, instead of `Tensor.backward`:
+                for example `accelerator.backward`, or one that uses a gradient scaler. It needs backward=True.
+                Default: None.
+            backprop_segments: replaces the wrapper's value in this call. Default: None, the wrapper's value.
+            segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
+            per_segment: further arguments of the model's `advance`, as a dict from their names to tensors (b, segments)
+                with a value for each row and segment. Default: None.
 
         Returns:
-            (loss, num_targets, state). The state is attached to the graph unless backward is True. Every trainable
-            parameter gets a gradient from every call, zeros if it had no influence.
+            A `LossReturn`: (loss, num_targets, state). The state is attached to the graph unless backward is True.
+            After backward, every trainable parameter has a gradient; it is zero where the parameter had no influence on
+            the loss.
 
         Raises:
-            ValueError: before anything is changed, for what does not fit.
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         check_count('backprop_segments', backprop_segments)
         if backward_fn is not None and not backward:
@@ -175,15 +182,15 @@ class SegmentWrapper(nn.Module):
         """Computes the logits of all positions.
 
         Args:
-            x: ids (b, n) or embeddings (b, n, dim).
-            state: what the last call returned. Default: None, texts start.
+            x: token ids (b, n) or embeddings (b, n, dim).
+            state: the state that the last call returned, to go on with the same texts. Default: None, new texts start.
             mask: (b, n) bool, True = valid. Default: None, all positions are valid.
 
         Returns:
-            Logits (b, n, num_tokens), and the state after them.
+            The logits (b, n, num_tokens), and the state after the last segment.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
@@ -203,21 +210,22 @@ class SegmentWrapper(nn.Module):
     def reset(self, state: Any, rows: Tensor) -> Any:
         """Starts new texts in some rows of a batch.
 
-        A learned initial state gets its gradient from such rows under `loss.backward()`. With backward=True every state
-        that is given is a constant, so there it learns from calls without a state only.
+        If the initial state is learned, it gets a gradient from these rows when the caller runs `loss.backward()`. With
+        backward=True, a state that is given is a constant; the initial state then learns only from calls without a
+        state.
 
         Args:
-            state: what the last call returned, or None.
+            state: the state that the last call returned, or None.
             rows: (b,) bool, True where a new text starts.
 
         Returns:
-            The state with those rows back at the initial state; None for None.
+            The state with these rows set back to the initial state. None if the given state is None.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         if rows.dtype != torch.bool or rows.ndim != 1:
-            raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give bool, (batch,)')
+            raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give a bool tensor (batch,)')
         check_has_weights(self.model)
         if rows.device != self.model.device:
             raise ValueError(f'rows is on {rows.device}, the model on {self.model.device}: move one of them')
@@ -241,59 +249,68 @@ class SegmentWrapper(nn.Module):
 
         Args:
             prompt: see `stream`.
-            max_new_tokens: how many.
-            return_cursor: whether to return the `Cursor` to go on from, too. Default: False.
+            max_new_tokens: number of new tokens of each row.
+            return_cursor: whether to return also the `Cursor` from which generation can go on. Default: False.
             progress: whether to show a progress bar. Default: None, only on a terminal.
             options: the other arguments of `stream`.
 
         Returns:
-            New tokens (b, n), n at most max_new_tokens, and the cursor if return_cursor is True. n is less only if
-            every row came to eos_token_id; rows that came to it earlier are filled with it.
+            The new tokens (b, n), and the cursor if return_cursor is True. n is max_new_tokens, or less if every row
+            has ended with eos_token_id. A row that ends before others is filled up with eos_token_id.
 
         Raises:
-            ValueError: for what does not fit, and for logits that are NaN, with the place.
+            ValueError: if an argument does not fit, or if logits are NaN or infinite. The message then tells the
+                position.
         """
         if not is_whole(max_new_tokens) or max_new_tokens < 0:
-            raise ValueError(
-                f'{max_new_tokens} new tokens: give 0 or more; a length counts the prompt, so it is at least its length'
-            )
+            raise ValueError(f'{max_new_tokens} new tokens: give 0 or more. A length counts the prompt too')
         on_cpu = self.model.device.type == 'cpu'
         stream = self._open_stream(prompt, max_new_tokens, 1 if on_cpu else CHECK_EVERY, **options)
         hidden = None if progress is None else not progress  # None: tqdm hides the bar where there is no terminal
         with stream.guarded():
             tokens = list(tqdm(stream.unguarded(), total=max_new_tokens, disable=hidden, unit='token'))
         new = torch.stack(tokens, dim=1) if tokens else stream.cursor.tokens[:, :0]
-        if stream.eos is not None:  # a device is looked at now and then: rows may have gone on together for a while
+        if stream.eos is not None:  # a GPU is checked now and then: cut what came after the end of all rows
             running = ((new == stream.eos).cumsum(dim=1) == 0).any(dim=0)
             new = new[:, : int(running.sum()) + 1]
         return (new, stream.cursor) if return_cursor else new
 
     @beartype
     def stream(self, prompt: Any = None, *, max_new_tokens: int | None = None, **options: Any) -> Stream:
-        """Returns an iterator over new tokens (b,), whose `cursor` tells at any time how to go on.
+        """Returns an iterator over new tokens (b,), one for each row. Its `cursor` tells at any time where each row
+        stands.
 
-        Segments start at the first token of a text, whatever `align` says. A finished row goes on if its cursor is
-        given again: `cursor.rows(~stream.finished)` leaves it out.
+        Segments start at the first token of a text, even with align='right'. The cursor of a finished row can be
+        continued like any other. To go on without the finished rows, take `cursor.rows(~stream.finished)`.
 
         Args:
-            prompt: ids (b, n), or a list of b tensors (n_i,); each row is continued as if it were alone. Default: None,
-                for a cursor as state, or with batch_size.
-            max_new_tokens: how many tokens. Default: None, an endless stream.
-            prompt_lengths: (b,), how many tokens of each row of a prompt (b, n) count. Default: None, all.
-            state: what `loss` or `logits` returned, or a `Cursor`, to whose tokens the prompt is appended.
-                Default: None, texts start.
-            batch_size: without a prompt: how many rows begin with start_token. Default: None.
-            start_token: what they begin with. Default: 0.
-            eos_token_id: a row ends with this token. Default: None, no row ends.
-            temperature, top_k, top_p, min_p, repetition_penalty, filter_fn, generator: see `sampling.Sampler`. A
-                repetition counts from the tokens of the prompt and of the cursor on.
-            compile: whether to run each step under `torch.compile`, on CUDA as a graph; the first two segments are
-                slow. The values are then looked at every 32 tokens only: an error, and the end of all rows, may come
-                that much later. Default: False.
-            segment_length: instead of the wrapper's. Default: None.
+            prompt: token ids (b, n), or a list of b tensors (n_i,), which may differ in length. Each row is continued
+                as if it were alone. Default: None, which needs a cursor as state, or batch_size.
+            max_new_tokens: number of new tokens of each row. Default: None, the stream has no end.
+            prompt_lengths: number of tokens of each row in a prompt (b, n), (b,); the tokens after them are ignored.
+                Default: None, all n tokens.
+            state: a state that `loss` or `logits` returned, or a `Cursor`. The prompt follows the tokens of the cursor.
+                Default: None, new texts start.
+            batch_size: number of rows that begin with start_token. It is given instead of a prompt or a cursor.
+                Default: None.
+            start_token: id of the first token of these rows. Default: 0.
+            eos_token_id: a row ends when this token is drawn. Default: None, no row ends.
+            temperature: see `sampling.Sampler`. Default: 1.
+            top_k: see `sampling.Sampler`. Default: None.
+            top_p: see `sampling.Sampler`. Default: None.
+            min_p: see `sampling.Sampler`. Default: None.
+            repetition_penalty: see `sampling.Sampler`. It applies to tokens of the cursor, of the prompt and of the
+                stream. Default: 1.
+            filter_fn: see `sampling.Sampler`. Default: None.
+            generator: see `sampling.Sampler`. Default: None.
+            compile: whether to run each step under `torch.compile`, and on CUDA as a CUDA graph. The first two segments
+                are then slow. The values are checked only every 32 tokens, so an error, or the end of all rows, can be
+                noticed up to 32 tokens late. Default: False.
+            segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
 
         Raises:
-            ValueError: for what does not fit, and for logits that are NaN, with the place.
+            ValueError: if an argument does not fit. While the stream runs: if logits are NaN or infinite. The message
+                then tells the position.
         """
         if max_new_tokens is not None and (not is_whole(max_new_tokens) or max_new_tokens < 0):
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
@@ -303,13 +320,17 @@ class SegmentWrapper(nn.Module):
     def read(
         self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None, segment_length: int | None = None
     ) -> Cursor:
-        """Reads a prompt at the speed of an evaluation without logits, and returns the cursor after it.
+        """Reads a prompt and returns the cursor after it. It computes no logits, and is as fast as an evaluation
+        without them.
 
         Args:
-            prompt, state, prompt_lengths, segment_length: see `stream`.
+            prompt: see `stream`.
+            state: see `stream`. Default: None, new texts start.
+            prompt_lengths: see `stream`. Default: None, all tokens count.
+            segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
 
         Raises:
-            ValueError: for what does not fit.
+            ValueError: if an argument does not fit.
         """
         length = self._length(segment_length)
         cursor = self._checked_cursor(prompt, prompt_lengths, state)
@@ -363,14 +384,14 @@ class SegmentWrapper(nn.Module):
 
     def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> Cursor:
         if not self.model.causal:
-            raise ValueError('a model with causal=False cannot generate: it sees the tokens to come')
+            raise ValueError('a model with causal=False cannot generate: its positions see later tokens')
         check_has_weights(self.model)
         cursor = as_cursor(prompt, prompt_lengths, state, self.model.device)
         tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state)
         return Cursor(state, tokens, cursor.lengths)
 
     def _length(self, segment_length: int | None) -> int:
-        """Returns the segment length of one call, or the wrapper's."""
+        """Returns the segment length of one call: the given one, or the wrapper's."""
         return self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
 
     @property
@@ -378,7 +399,7 @@ class SegmentWrapper(nn.Module):
         return (IGNORE,) if self.ignore_index == IGNORE else (IGNORE, self.ignore_index)
 
     def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> tuple[Batch, State]:
-        """Returns the columns to read and their targets, and the state, all checked."""
+        """Returns the tokens to read with their targets, and the state. All of them are checked."""
         if labels is not None:
             x, state, mask = check_input(self.model, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index)
             return Batch(x, valid_targets(labels, self.ignore_index, mask), mask), state
@@ -389,8 +410,8 @@ class SegmentWrapper(nn.Module):
         x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None), state
-        # the last column alone is not read, since the next piece starts with it; a row that is padded there is read
-        # whole
+        # the last column is a target and is not read, since the next piece starts with it. A row whose last column is
+        # padding has no token there: all of its tokens are read
         targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
         return Batch(x[:, :-1], targets, mask[:, :-1]), state
 
@@ -426,13 +447,18 @@ class SegmentWrapper(nn.Module):
 
 
 def same_option(old_name: str, old: int | None, backprop_segments: int | None) -> int | None:
-    """Returns backprop_segments, which may be given by its published name or by its own.
+    """Returns the value of backprop_segments, which can be given by its own name or by its published name.
+
+    Args:
+        old_name: the published name, for the error message.
+        old: the value given by the published name, or None.
+        backprop_segments: the value given by the name backprop_segments, or None.
 
     Raises:
-        ValueError: if both are given, with different values.
+        ValueError: if both are given and differ.
     """
     if old is not None and backprop_segments is not None and old != backprop_segments:
-        raise ValueError(f'{old_name}={old} is the old name of backprop_segments={backprop_segments}: give one')
+        raise ValueError(f'{old_name}={old} and backprop_segments={backprop_segments} mean the same: give one')
     return backprop_segments if old is None else old
 
 

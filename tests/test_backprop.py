@@ -278,7 +278,7 @@ def test_replay_under_autocast_is_one_graph_under_autocast():
     [
         ({'truncate_at_step': 0}, 'backprop_segments is 0'),
         ({'backprop_segments': 0}, 'backprop_segments is 0'),
-        ({'backprop_segments': 2, 'truncate_at_step': 3}, 'old name'),
+        ({'backprop_segments': 2, 'truncate_at_step': 3}, 'mean the same'),
         ({'segments_per_pass': 0}, 'segments_per_pass is 0'),
     ],
 )

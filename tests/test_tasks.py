@@ -116,7 +116,7 @@ def test_bad_tasks_are_refused():
             task.batch(segments, 2, seeded())
     with pytest.raises(ValueError, match='give 1 to noise=64'):
         Memorize(values=65)
-    with pytest.raises(ValueError, match='need a place'):
+    with pytest.raises(ValueError, match='for mark and value'):
         Memorize(segment_length=3, key_length=3)
     with pytest.raises(ValueError, match='growing'):
         SegmentCurriculum([2, 2])

@@ -1,1 +1,2 @@
-"""What the memories learn: rows and experiments, their training, and the page docs/results.md made of their results."""
+"""What the memories learn: rows and experiments, the training of both, and the page docs/results.md with their
+results."""

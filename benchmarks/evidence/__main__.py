@@ -1,22 +1,24 @@
 """What the memories really learn: trains the rows and experiments of docs/results.md.
 
-    python -m benchmarks.evidence                      # the rows and experiments, and which of them have results
-    python -m benchmarks.evidence rmt_memorize         # trains its seeds, writes JSON and the plot, then the page
+    python -m benchmarks.evidence                      # lists rows and experiments, and which of them have results
+    python -m benchmarks.evidence rmt_memorize         # trains a row on its seeds, writes JSON, the plot and the page
     python -m benchmarks.evidence rmt_memorize --seed 2
-    python -m benchmarks.evidence rules                # an experiment: what it has no result of yet
+    python -m benchmarks.evidence rules                # trains the runs of an experiment that have no result yet
     python -m benchmarks.evidence --all --quick        # everything at reduced size, into a scratch folder
-    python -m benchmarks.evidence --report             # the page and the plots from the JSON: make evidence
+    python -m benchmarks.evidence --report             # makes the page and the plots from the JSON, as `make evidence`
 
-One CPU thread a process. Recipes were chosen on other seeds (100 and up) than those of the table (0, 1, 2) and of the
+A row stands for one claim of the page: a model that is trained on a task or on bytes, with several seeds. An experiment
+answers a question: it trains variants of a row, called its arms, with the same seeds, and compares them. Each process
+uses one CPU thread. Settings were chosen with other seeds (100 and up) than those of the rows (0, 1, 2) and of the
 experiments (10 to 14).
 
-    rows.py          what is trained in each row of the page, and what is asked of it
-    experiments.py   which options are compared, on which rows
-    extras.py        variants of the models that only an experiment uses
+    rows.py          the rows: what is trained, and what result is asked for
+    experiments.py   the experiments: which options are compared, on which rows
+    extras.py        variants of RMT that only an experiment uses
     training.py      trains and evaluates one run
-    results.py       the runs as JSON, each with the configuration that made it
-    report.py        the page and the plots, from that JSON and the prose in Markdown beside it
-    adopt.py         adds a new option of the library, whose default changes nothing, to the configurations
+    results.py       stores the runs as JSON, each with the configuration that made it
+    report.py        makes the page and the plots from that JSON, and from texts in Markdown beside it
+    adopt.py         adds a new option of the library, whose default changes nothing, to the stored configurations
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from benchmarks.evidence.rows import ROWS
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks.evidence',
         description=__doc__,

@@ -1,12 +1,12 @@
-"""Adds a new option of the library to the configurations of results that were made before it was there.
+"""Adds a new option of the library to the configurations of results that are older than the option.
 
-    python -m benchmarks.evidence.adopt CHECKOUT       # CHECKOUT: the code before the option, as a folder
+    python -m benchmarks.evidence.adopt CHECKOUT       # CHECKOUT: a folder with the code before the option was added
 
-A result stays true when an option is added whose default computes what was computed before. That is shown, not assumed:
-for every configuration whose only difference is options that it does not have, the model is made with the code before
-and with the code now. The initial weights, and the losses and weights of two training steps, have to be the same bit
-for bit. Then the options are written into the JSON, and `options_added_later` names them. For any other difference, and
-any bit that differs, nothing is written: the run has to be made again.
+A result stays true if the default of a new option computes what was computed before. This is tested, not assumed. For
+every stored configuration that lacks only new options, the model is trained for two steps with the code before and with
+the code now. The initial weights, and the losses and weights after each step, must be the same bit for bit. The options
+are then written into the JSON, and `options_added_later` names them. If anything else differs, even one bit, nothing is
+written: that run has to be made again.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def worker() -> None:
-    """For each line of standard input, [experiment or null, row, arm or null, seed], prints a digest of what training
-    does. It runs in the code that is on the path: this one, or the one before."""
+    """For each line of standard input, trains two steps and prints a digest of the weights and losses.
+
+    A line is a list in JSON: [experiment or null, row, arm or null, seed]. The worker runs with the code that is on its
+    path, which is either the present code or the code before.
+    """
     import torch
 
     try:
         from benchmarks.evidence.experiments import EXPERIMENTS
         from benchmarks.evidence.rows import ROWS, TaskRow
         from benchmarks.evidence.training import parameter_groups, repetitions
-    except ImportError:  # as the modules were called first
+    except ImportError:  # the names that the modules had at first
         from benchmarks.evidence_experiments import EXPERIMENTS  # type: ignore
         from benchmarks.evidence_rows import ROWS, TaskRow  # type: ignore
         from benchmarks.evidence_training import parameter_groups, repetitions  # type: ignore
@@ -77,7 +80,11 @@ def worker() -> None:
 
 
 class Training:
-    """A process that trains in the code of a checkout, two steps a question, inside a `with` block."""
+    """A process that runs `worker` with the code of a checkout, inside a `with` block.
+
+    Args:
+        checkout: the folder of the code.
+    """
 
     def __init__(self, checkout: Path):
         self.checkout = checkout
@@ -88,7 +95,11 @@ class Training:
         )
 
     def digest(self, question: list[Any]) -> str:
-        """Returns a digest of the initial weights, the losses and the weights after each step."""
+        """Returns a digest of the initial weights, and of the losses and the weights after each step.
+
+        Args:
+            question: [experiment or None, row, arm or None, seed].
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + '\n')
@@ -108,8 +119,12 @@ class Training:
 
 
 def questions(folder: Path) -> list[tuple[Path, dict[str, Any], list[Any], dict[str, Any]]]:
-    """Returns, for each run that is kept: its file, itself, what tells `worker` how to train it, and its configuration
-    as the code says it now."""
+    """Returns four things for each stored run: its file, the run, the question for `worker` that trains it, and its
+    configuration as the present code would write it.
+
+    Args:
+        folder: the folder of the results.
+    """
     from benchmarks.evidence.experiments import EXPERIMENTS, stored
     from benchmarks.evidence.results import config
     from benchmarks.evidence.rows import ROWS
@@ -131,7 +146,13 @@ def questions(folder: Path) -> list[tuple[Path, dict[str, Any], list[Any], dict[
 
 
 def added_options(before: dict[str, Any], now: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the options of a configuration that an older one does not have. Exits if anything else differs."""
+    """Returns the options of a configuration that an older one does not have. Exits if anything else differs.
+
+    Args:
+        before: the stored configuration.
+        now: the configuration as the present code would write it.
+        name: what the error message calls the run.
+    """
     added = {key: value for key, value in now['options'].items() if key not in before['options']}
     if {**now, 'options': {key: now['options'][key] for key in now['options'] if key not in added}} != before:
         raise SystemExit(f'{name}: more than new options differs, the run has to be made again')
@@ -139,7 +160,12 @@ def added_options(before: dict[str, Any], now: dict[str, Any], name: str) -> dic
 
 
 def main(checkout: Path, folder: Path) -> None:
-    """Compares every configuration, and then writes."""
+    """Compares every stored configuration, and then writes the new options.
+
+    Args:
+        checkout: a folder with the code before the option was added.
+        folder: the folder of the results.
+    """
     changes: list[tuple[Path, list[Any], dict[str, Any]]] = []
     trained: dict[str, bool] = {}
     with Training(checkout) as before, Training(ROOT) as now:
@@ -158,7 +184,11 @@ def main(checkout: Path, folder: Path) -> None:
 
 
 def write(changes: list[tuple[Path, list[Any], dict[str, Any]]]) -> None:
-    """Adds options to the configurations of runs, and names them in `options_added_later`."""
+    """Adds the options to the configurations of the runs, and to their `options_added_later`.
+
+    Args:
+        changes: for each run, its file, its question for `worker`, and the options.
+    """
     from benchmarks.evidence.results import write as write_json
 
     for path in sorted({path for path, _, _ in changes}):

@@ -1,8 +1,9 @@
-"""The experiments that settle open questions.
+"""The experiments, which settle open questions.
 
-The arms of an experiment are trained with the same seeds and compared in pairs, seed by seed, with the first arm, the
-default. `python -m benchmarks.evidence NAME` runs what has no result yet. Protocol and rule are written before the
-first run (results/evidence/prose/rule.md), the decision after the last (prose/decisions/NAME.md).
+An experiment trains several variants, called its arms, with the same seeds. Each arm is compared with the first one,
+which is the default, seed by seed. `python -m benchmarks.evidence NAME` trains the runs that have no result yet. The
+protocol and the rule for decisions were written before the first run (results/evidence/prose/rule.md). The decision is
+written after the last run (prose/decisions/NAME.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.evidence.extras import EXTRAS
 from benchmarks.evidence.rows import INFINI, LASTING, RMT, LanguageRow, TaskRow, bytes_row
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Copy, Memorize, Task
 
-SEEDS = (10, 11, 12, 13, 14)  # neither development seeds nor those of the table
+SEEDS = (10, 11, 12, 13, 14)  # neither the seeds with which settings were chosen nor those of the rows
 
 
 @dataclass(kw_only=True)
@@ -25,11 +26,11 @@ class Experiment:
     """A question, and what is trained to answer it.
 
     Attributes:
-        name: of the experiment, in commands and files.
-        question: what it asks.
-        rows: what is trained in every arm.
-        arms: what each arm changes: options of the model, or, with a key of `FIELDS`, that field of the row. The first
-            arm is the default.
+        name: name of the experiment, in commands and files.
+        question: the question.
+        rows: the rows that are trained, each in every arm.
+        arms: what each arm changes, by its name: options of the model, or fields of the row if their names are in
+            `FIELDS`. The first arm is the default.
     """
 
     name: str
@@ -38,17 +39,31 @@ class Experiment:
     arms: dict[str, dict[str, Any]]
 
     def row(self, row: TaskRow | LanguageRow, arm: str) -> TaskRow | LanguageRow:
-        """Returns a row as that arm has it."""
+        """Returns a row with the changes of an arm.
+
+        Args:
+            row: one of the rows of the experiment.
+            arm: name of the arm.
+        """
         changes = dict(self.arms[arm])
         fields = {name: changes.pop(name) for name in FIELDS if name in changes}
         return replace(row, name=f'{self.name}, {row.name}, {arm}', options={**row.options, **changes}, **fields)
 
     def file(self, folder: Path, row: TaskRow | LanguageRow) -> Path:
-        """Returns the file of the runs of a row, in the folder of the results."""
+        """Returns the file that holds the runs of a row.
+
+        Args:
+            folder: the folder of the results.
+            row: one of the rows of the experiment.
+        """
         return folder / 'experiments' / f'{self.name}-{row.name}.json'
 
     def lacking(self, folder: Path) -> list[str]:
-        """Returns the names of the rows of which runs are still to be made, with how many."""
+        """Returns the rows that lack runs, each with the number of runs that it lacks.
+
+        Args:
+            folder: the folder of the results.
+        """
         missing = {row.name: len(self.arms) * len(SEEDS) - len(stored(self.file(folder, row))) for row in self.rows}
         return [f'{name} {count} runs' for name, count in missing.items() if count]
 
@@ -57,19 +72,28 @@ FIELDS = ('one_rate', 'wrapper_options', 'extra', 'steps')
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
-    """Returns the runs in a file of an experiment; none, if it is not there."""
+    """Returns the runs in a file of an experiment. There are none if the file does not exist."""
     return json.loads(path.read_text())['runs'] if path.exists() else []
 
 
 def task_row(name: str, model: str, task: Callable[[], Task], stages: list[int], lengths: list[int], **more) -> TaskRow:
-    """Returns a small row: batches of 16, and 256 sequences at each length."""
+    """Returns a small row: by default with batches of 16, and 256 sequences in each evaluation.
+
+    Args:
+        name: name of the row.
+        model: 'rmt' or 'infini'.
+        task: a function that makes the task.
+        stages: numbers of segments of the curriculum.
+        lengths: numbers of segments of the evaluations.
+        more: further fields of `TaskRow`, which replace the defaults.
+    """
     options: dict[str, Any] = {'options': RMT if model == 'rmt' else INFINI, 'batch_size': 16, 'lr': 3e-3}
     options |= {'sequences': 256, **more}
     return TaskRow(name=name, model=model, task=task, stages=stages, lengths=lengths, **options)
 
 
 def short_memorize() -> Task:
-    """Returns the task with 8 values and segments of 16 tokens."""
+    """Returns the task `Memorize` with 8 values and segments of 16 tokens."""
     return Memorize(values=8, noise=32, segment_length=16)
 
 
@@ -87,7 +111,12 @@ INFINI_PAIRS = task_row('pairs', 'infini', lambda: AssociativeRetrieval(pairs_pe
 
 
 def with_memory(row: TaskRow | LanguageRow, tokens: int) -> TaskRow | LanguageRow:
-    """Returns the row with that number of memory tokens."""
+    """Returns a row with another number of memory tokens.
+
+    Args:
+        row: the row.
+        tokens: number of memory tokens.
+    """
     return replace(row, name=f'{row.name}_m{tokens}', options={**row.options, 'num_memory_tokens': tokens})
 
 
@@ -158,7 +187,7 @@ _experiments = [
         rows=[RMT_BYTES, MEMORIZE],
         arms={'none': {}} | {extra: {'extra': extra} for extra in EXTRAS},
     ),
-    # 127 steps with streams took as long as 300 without in the experiment before, over its five seeds
+    # in the experiment `extras`, 127 steps with streams took as long as 300 without, over its five seeds
     Experiment(
         name='extras_time',
         question='What is better at equal steps and slower: is it better at equal time?',

@@ -1,7 +1,7 @@
-"""Four extras of recurrent-memory-transformer-pytorch 0.7.0 as variants of our model: does any of them pay?
+"""Four extras of recurrent-memory-transformer-pytorch 0.7.0 as variants of our model, to find out if any of them helps.
 
-Only the experiment `extras` uses them. Each makes its own parameters after those of the model, which so start as
-without them.
+Only the experiment `extras` uses them. Each variant makes its own parameters after those of the model, so the model's
+parameters start with the same values as without the extra.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from recurrent_memory_transformer_pytorch.attention import Attention, Surroundings
 from segment_recurrence_pytorch.layers import ResidualBlock
 
-GRADIENT_SHARE, STREAMS = 0.1, 4  # as the package has them
+GRADIENT_SHARE, STREAMS = 0.1, 4  # as in the published package
 
 
 class MixedValues(Attention):
-    """Attention that mixes the first layer's values into its own.
+    """Attention whose values are a mix of its own values and those of the first layer.
 
     Attributes:
-        first: where the first layer leaves its values; the same dict in every layer.
-        to_share: makes the share of the first layer's values, for each token and head; the first layer has none.
+        first: a dict, the same in every layer, in which the first layer leaves its values.
+        to_share: the linear layer that makes the share of the first layer's values, for each token and head. The first
+            layer has none.
     """
 
     first: dict[str, Tensor]
@@ -40,7 +41,8 @@ class MixedValues(Attention):
 
 
 class ValueResidual(RecurrentMemoryTransformer):
-    """Value residual (arXiv 2410.17897): a learned share of the first layer's values in those of every other."""
+    """Value residual (arXiv 2410.17897): the values of every layer contain a learned share of the first layer's
+    values."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -56,7 +58,11 @@ class ValueResidual(RecurrentMemoryTransformer):
 
 
 class NullKeyAttention(Attention):
-    """Attention with a key and a value `null` (2, 1, g, 1, d) that every row sees."""
+    """Attention with a learned key and value that every row sees.
+
+    Attributes:
+        null: the key and the value, (2, 1, g, 1, d).
+    """
 
     null: Tensor
 
@@ -65,14 +71,14 @@ class NullKeyAttention(Attention):
     ) -> Tensor:
         """See `Attention.attend`."""
         null_k, null_v = self.null.to(k.dtype).expand(-1, len(k), -1, -1, -1)
-        # causal calls are aligned at their end, so every row sees the key in front
+        # causal calls align the last query with the last key, so every row sees the key in front
         mask = None if mask is None else nn.functional.pad(mask, (1, 0), value=True)
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
         return super().attend(q, k, v, causal=causal, mask=mask, backend=backend)
 
 
 class NullKey(RecurrentMemoryTransformer):
-    """A learned key and value a head, which every row sees."""
+    """A model in which each key/value head has a learned key and value that every row sees."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -85,7 +91,10 @@ class NullKey(RecurrentMemoryTransformer):
 
 
 class EmbeddingGradient(RecurrentMemoryTransformer):
-    """The embeddings get a share of their gradient (arXiv 2105.13290). Under AdamW little but the clipping changes."""
+    """The embeddings get only a share of their gradient (arXiv 2105.13290).
+
+    AdamW is nearly independent of the size of a gradient, so under AdamW it changes little but the clipping.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -95,8 +104,14 @@ class EmbeddingGradient(RecurrentMemoryTransformer):
 
 
 class StreamsBlock(ResidualBlock):
-    """A block whose residual is several streams, which `over_attn` and `over_ff` mix; the first block makes them of one
-    (`enter`), the last one adds them up (`leave`)."""
+    """A block whose residual has several streams.
+
+    Attributes:
+        over_attn: mixes the streams around the attention.
+        over_ff: mixes the streams around the feed-forward.
+        enter: makes the streams out of one, in the first block.
+        leave: adds the streams up to one, in the last block.
+    """
 
     over_attn: Any
     over_ff: Any
@@ -112,7 +127,7 @@ class StreamsBlock(ResidualBlock):
 
 
 class Streams(RecurrentMemoryTransformer):
-    """Hyper-connections (arXiv 2409.19606) over four residual streams."""
+    """Hyper-connections (arXiv 2409.19606) with four residual streams."""
 
     def __init__(self, **options: Any):
         from hyper_connections import get_init_and_expand_reduce_stream_functions
@@ -121,7 +136,7 @@ class Streams(RecurrentMemoryTransformer):
         connect, expand, reduce = get_init_and_expand_reduce_stream_functions(STREAMS)
         last = len(self.layers) - 1
         for index, block in enumerate(self.layers):
-            block.over_attn = connect(dim=self.dim, layer_index=2 * index)  # without it, Python's own random numbers
+            block.over_attn = connect(dim=self.dim, layer_index=2 * index)  # else it is drawn from Python's random
             block.over_ff = connect(dim=self.dim, layer_index=2 * index + 1)
             block.enter = expand if index == 0 else nn.Identity()
             block.leave = reduce if index == last else nn.Identity()

@@ -1,4 +1,4 @@
-"""docs/results.md and its plots, from the JSON of `benchmarks.evidence` and the prose in Markdown beside it."""
+"""Makes docs/results.md and its plots, from the JSON of `benchmarks.evidence` and texts in Markdown beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by t
 
 
 def report(folder: Path, page: Path) -> None:
-    """Writes the page, and a plot for each row of tasks that has results."""
+    """Writes the page, and a plot for each task row that has results.
+
+    Args:
+        folder: the folder of the results.
+        page: the page to write. Plots go into its folder.
+    """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [prose('introduction'), overview(results)]
@@ -49,19 +54,28 @@ def report(folder: Path, page: Path) -> None:
 
 
 def prose(name: str) -> str:
-    """Returns a text of the page; '' if there is none of that name."""
+    """Returns a text of the page by its name. It is empty if there is no such text."""
     path = PROSE / f'{name}.md'
     return path.read_text() if path.exists() else ''
 
 
 def load(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The results of a row, by seed."""
+    """Returns the results of a row, in the order of their seeds.
+
+    Args:
+        folder: the folder of the results.
+        name: name of the row.
+    """
     found = [json.loads(path.read_text()) for path in folder.glob(f'{name}-*.json')]
     return sorted((result for result in found if result['row'] == name), key=lambda result: result['seed'])
 
 
 def overview(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A line for each target: what was asked for, and what was measured."""
+    """Returns a table with a line for each target: what was asked for, and what was measured.
+
+    Args:
+        results: the results of each row, by its name.
+    """
     lines = []
     for name, found in results.items():
         row = ROWS[name]
@@ -83,23 +97,47 @@ def overview(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def mean_and_worst(row: TaskRow, length: int, shares: list[float]) -> str:
-    """Of the seeds: the worst is the highest where little is asked for."""
+    """Returns the mean over the seeds with the worst seed in brackets. If a row asks for a low accuracy, the worst is
+    the highest.
+
+    Args:
+        row: the row.
+        length: number of segments.
+        shares: the accuracy on each seed.
+    """
     return f'{mean(shares):.3f} ({(max if length in row.limits else min)(shares):.3f})'
 
 
 def asked_gain(row: LanguageRow, gains: list[float]) -> str:
-    """The target of a byte row, whether it is missed, and whether the seeds decide that."""
+    """Returns the target of a byte row, with a note if it is missed or if the seeds cannot decide it.
+
+    Args:
+        row: the row.
+        gains: the gain over the twin on each seed, in bits per byte.
+    """
     text = asked(mean(gains), at_least=row.target)
     return f'{text} (undecided)' if len(gains) > 1 and bounds(gains)[0] < row.target <= mean(gains) else text
 
 
 def asked_of(row: TaskRow, length: int, share: float) -> str:
-    """The target of a length, and whether it is missed."""
+    """Returns the target of a row at a length, with a note if it is missed.
+
+    Args:
+        row: the row.
+        length: number of segments.
+        share: the accuracy.
+    """
     return asked(share, at_least=row.targets.get(length), at_most=row.limits.get(length))
 
 
 def asked(value: float, at_least: float | None = None, at_most: float | None = None) -> str:
-    """A target, if there is one, and whether it is missed."""
+    """Returns a target as text, with a note if it is missed. The text is empty if there is no target.
+
+    Args:
+        value: the measured value.
+        at_least: the lowest value that is asked for. Default: None.
+        at_most: the highest value that is asked for. Default: None.
+    """
     if at_least is not None:
         return f'at least {at_least:.2f}{" (missed)" if value < at_least else ""}'
     if at_most is not None:
@@ -108,7 +146,7 @@ def asked(value: float, at_least: float | None = None, at_most: float | None = N
 
 
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
-    """A line for each length."""
+    """Returns the table of a task row, with a line for each length."""
     task, trained = row.task(), longest_in_training(results)
     lines = []
     for length in results[0]['curve']:
@@ -126,7 +164,7 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
 
 
 def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
-    """A line for each seed."""
+    """Returns the table of a byte row, with a line for each seed."""
     lines = []
     for result in results:
         cells = (f'{result["bits"][name]:.4f}' for name in ('with memory', 'without'))
@@ -139,7 +177,7 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
 
 
 def million_section(path: Path) -> list[str]:
-    """How long an evaluation of a million tokens takes."""
+    """Returns the section on the time of an evaluation of a million tokens, from the JSON at a path."""
     if not path.exists():
         return []
     found = json.loads(path.read_text())
@@ -151,7 +189,7 @@ def million_section(path: Path) -> list[str]:
 
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
-    """Question, a table for each row that has results, and the decision."""
+    """Returns the section of an experiment: its question, a table for each row with results, and the decision."""
     tables = []
     for row in experiment.rows:
         if runs := stored(experiment.file(folder, row)):
@@ -164,7 +202,14 @@ def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
 
 
 def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A line for each arm: its scores, and the paired difference of their mean to the first arm's."""
+    """Returns the table of a row in an experiment, with a line for each arm.
+
+    The line has the scores of the arm, and the difference of its mean score to that of the first arm, paired by seed.
+
+    Args:
+        row: the row.
+        runs: the runs of each arm, by its name.
+    """
     first = next(iter(runs.values()))
     default = {run['seed']: score(run) for run in first}
     columns = list(first[0].get('curve', {})) if first else []
@@ -193,12 +238,12 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
 
 
 def score(run: dict[str, Any]) -> float:
-    """Mean accuracy over the lengths, or bits per byte."""
+    """Returns the score of a run: the mean accuracy over its lengths, or its bits per byte."""
     return mean(list(run['curve'].values())) if 'curve' in run else run['bits']['with memory']
 
 
 def interval(differences: list[float]) -> str:
-    """The mean and its 95 % t interval."""
+    """Returns the mean and its 95 % t interval as text. The text is bold if the interval does not contain 0."""
     if len(differences) < 2:
         return f'{mean(differences):+.3f}'
     low, high = bounds(differences)
@@ -207,24 +252,30 @@ def interval(differences: list[float]) -> str:
 
 
 def bounds(differences: list[float]) -> tuple[float, float]:
-    """Of the 95 % t interval of the mean."""
+    """Returns the bounds of the 95 % t interval of the mean."""
     half = T_95[len(differences)] * stdev(differences) / len(differences) ** 0.5
     return mean(differences) - half, mean(differences) + half
 
 
 def longest_in_training(results: list[dict[str, Any]]) -> int:
-    """How many segments the curriculum reached, on the seed that went furthest."""
+    """Returns the largest number of segments that the curriculum reached on any seed."""
     return max(entry['segments'] for result in results for entry in result['history'])
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     first, *rest = (f'| {" | ".join(cells)} |\n' for cells in (head, *lines))
     return ''.join((first, '|---' * len(head) + '|\n', *rest))
 
 
 def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = '') -> None:
-    """Accuracy against length, a line for each row: the mean, and the seeds as points."""
+    """Plots accuracy against length, with a line for each row: the mean over the seeds, and each seed as a point.
+
+    Args:
+        rows: the results of each row, by its name.
+        path: the file of the plot.
+        title: title of the plot. Default: '', none.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
@@ -237,7 +288,7 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
         chance = task.without_memory
         tokens = [int(length) * task.segment_length for length in results[0]['curve']]
         shares = [[result['curve'][length] for result in results] for length in results[0]['curve']]
-        # thinner and thinner: lines that lie on each other are all seen
+        # each line is thinner than the one before, so that lines at the same place can all be seen
         width = max(1.5, 5 - color) if len(rows) > 1 else 1.5
         axes.plot(tokens, list(map(mean, shares)), color=f'C{color}', linewidth=width, label=row.label or name)
         for at, each in zip(tokens, shares, strict=True):
@@ -245,7 +296,7 @@ def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = 
     axes.axvline(trained, color='gray', linestyle=':', label=f'longest in training: {trained} tokens')
     axes.axhline(chance, color='gray', linestyle='--', label='without memory')
     axes.set(xscale='log', xlabel='tokens', ylabel='accuracy', ylim=(-0.02, 1.05), title=title)
-    if tokens[-1] < 1000:  # powers of ten say little here
+    if tokens[-1] < 1000:  # powers of ten would be too few ticks here
         axes.set_xticks(tokens, [f'{count}' for count in tokens])
         axes.minorticks_off()
     axes.legend(fontsize=8)

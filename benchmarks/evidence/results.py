@@ -1,4 +1,4 @@
-"""The runs of the evidence as JSON, each with the configuration that made it."""
+"""Stores the runs of rows and experiments as JSON, each with the configuration that made it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,34 @@ from segment_recurrence_pytorch.checkpoint import replacing
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'evidence'
 PAGE = Path(__file__).parents[2] / 'docs' / 'results.md'
-SEEDS = (0, 1, 2)  # of the rows
+SEEDS = (0, 1, 2)  # the seeds on which rows are trained
 
 
 def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
-    """Trains one seed of a row, and writes it as JSON."""
+    """Trains a row on one seed, and writes the result as JSON.
+
+    Args:
+        row: the row.
+        seed: the seed.
+        folder: the folder of the results.
+        quick: whether to train only three steps.
+    """
     done = run_row(row, seed, quick)
     about = {'row': row.name, 'command': f'python -m benchmarks.evidence {row.name}'}
     write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick), **done})
 
 
 def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
-    """Trains the runs of an experiment that are not there yet, and writes them one by one. A run that another
-    experiment has already is taken from there. One process an experiment."""
+    """Trains the runs of an experiment that have no result yet, and writes each one when it is done.
+
+    If another experiment has made a run with the same configuration and seed, its result is copied. Do not run two
+    processes for the same experiment.
+
+    Args:
+        experiment: the experiment.
+        folder: the folder of the results.
+        quick: whether to train only three steps, with one seed and two arms.
+    """
     for base in experiment.rows:
         path = experiment.file(folder, base)
         runs = {(run['arm'], run['seed']): run for run in stored(path)}
@@ -43,7 +58,12 @@ def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
 
 
 def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the run of that configuration and seed, if any experiment has it."""
+    """Returns the run with the wanted configuration and seed, if any experiment has it, else None.
+
+    Args:
+        folder: the folder of the experiments.
+        wanted: what `origin` returned.
+    """
     for path in sorted(folder.glob('*.json')):
         for have in stored(path):
             if all(have[name] == wanted[name] for name in ('config', 'seed', 'quick')):
@@ -52,13 +72,16 @@ def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
-    """Returns what made a result."""
+    """Returns what made a result: seed, versions, machine and configuration."""
     versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
     return {'seed': seed, 'quick': quick, **versions, 'config': config(row)}
 
 
 def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
-    """Returns what a result depends on, with the model's defaults spelled out: they may change, and the result too."""
+    """Returns the configuration on which a result depends.
+
+    It contains the defaults of the model, too: if a default of the library changes, the stored result no longer fits.
+    """
     texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
     model = row.wrapper().model
@@ -69,7 +92,7 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes JSON: all of it, or nothing."""
+    """Writes a result as JSON. The file is never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(json.dumps(result, indent=1) + '\n')

@@ -1,6 +1,6 @@
-"""The rows of docs/results.md: what is trained, on what, how long, and what is asked of it.
+"""The rows of docs/results.md: what is trained, on what, how long, and what result is asked for.
 
-Recipes were chosen on development seeds; `python -m benchmarks.evidence NAME` trains the table's seeds.
+Settings were chosen with other seeds. `python -m benchmarks.evidence NAME` trains a row on the seeds of the page.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ class Row:
     """What is trained, and how long.
 
     Attributes:
-        name: of the row, in commands and files.
-        claim: what the row says, in a line.
-        published: the number to compare with.
-        label: the claim for a plot.
+        name: name of the row, in commands and files.
+        claim: what the row shows, in one line.
+        published: the published number to compare with. Default: '', none.
+        label: a shorter form of the claim, for plots. Default: '', the name.
         model: 'rmt' or 'infini'.
         options: arguments of the model.
-        batch_size, lr, steps: of the training.
-        embedding_std: `start_active` gives the model its start, with embeddings of this standard deviation; None: the
-            library's own start. Default: 0.5.
-        wrapper_options: further arguments of `SegmentWrapper`.
-        one_rate: whether gates learn with the learning rate of all else. Default: False, with that of `param_groups`.
-        extra: a name of `extras.EXTRAS`. Default: '', none.
+        batch_size: number of sequences of a training step.
+        lr: learning rate.
+        steps: number of training steps.
+        embedding_std: standard deviation of the initial embeddings, if the model starts as `start_active` does. None:
+            it starts as the library does. Default: 0.5.
+        wrapper_options: further arguments of `SegmentWrapper`. Default: none.
+        one_rate: whether gates learn with the same learning rate as all else. Default: False, they have the higher one
+            of `param_groups`.
+        extra: a name in `extras.EXTRAS`. Default: '', none.
     """
 
     name: str
@@ -56,7 +59,12 @@ class Row:
     extra: str = ''
 
     def build(self, num_tokens: int, segment_length: int) -> SegmentWrapper:
-        """Returns a new model in its wrapper."""
+        """Returns a new model in its wrapper.
+
+        Args:
+            num_tokens: size of the vocabulary.
+            segment_length: number of tokens of a segment.
+        """
         model: SegmentModel
         if self.model == 'rmt':
             make = EXTRAS[self.extra] if self.extra else RecurrentMemoryTransformer
@@ -73,13 +81,15 @@ class TaskRow(Row):
     """A row that is trained on a task.
 
     Attributes:
-        task: makes the task.
+        task: a function that makes the task.
         stages: numbers of segments of the curriculum.
-        lengths: numbers of segments that are evaluated.
-        targets, limits: by number of segments, the least and the most accuracy that is asked for.
-        sequences: how many sequences are evaluated at each length. Default: 64.
-        million_sequences: how many at a million tokens. Default: 16.
-        repetition: up to how many times a segment counts in training (virtual length). Default: 0, always once.
+        lengths: numbers of segments of the evaluations.
+        targets: the lowest accuracy that is asked for, by number of segments. Default: none.
+        limits: the highest accuracy that is asked for, by number of segments. Default: none.
+        sequences: number of sequences of an evaluation. Default: 64.
+        million_sequences: number of sequences of an evaluation at a million tokens. Default: 16.
+        repetition: in training, the largest number of times that a segment can be written to the memory (virtual
+            length). Default: 0, each segment is written once.
     """
 
     task: Callable[[], Task]
@@ -92,19 +102,19 @@ class TaskRow(Row):
     repetition: float = 0.0
 
     def wrapper(self) -> SegmentWrapper:
-        """Returns a new model for the task."""
+        """Returns a new model for the task, in its wrapper."""
         task = self.task()
         return self.build(task.num_tokens, task.segment_length)
 
 
 @dataclass(kw_only=True)
 class LanguageRow(Row):
-    """A row that is trained on bytes.
+    """A row that is trained on bytes, and compared with a twin that is trained without memory.
 
     Attributes:
-        segment_length: in bytes.
-        segments: of a training step.
-        target: the least gain over the twin without memory that is asked for, in bits per byte. Default: 0.
+        segment_length: number of bytes of a segment.
+        segments: number of segments of a training step.
+        target: the lowest gain over the twin that is asked for, in bits per byte. Default: 0.
     """
 
     segment_length: int
@@ -112,17 +122,21 @@ class LanguageRow(Row):
     target: float = 0.0
 
     def wrapper(self) -> SegmentWrapper:
-        """Returns a new model of bytes."""
+        """Returns a new model of bytes, in its wrapper."""
         return self.build(256, self.segment_length)
 
 
 @torch.no_grad()
 def start_active(model: SegmentModel, embedding_std: float) -> None:
-    """Gives a model another start: embeddings and memory tokens of that standard deviation, and linear layers as
-    PyTorch starts them. So attention is softer, and blocks do something from the first step on.
+    """Gives a model other initial weights, with which each block has an effect from the first step on.
 
-    The library's own start, in which blocks are the identity, learns text faster, but was far slower to find a marked
-    token. Axial attention keeps the library's start.
+    Embeddings and memory tokens get the given standard deviation, and linear layers get PyTorch's own start, with which
+    attention is softer. With the library's own start, in which blocks are the identity, models learned text faster, but
+    were far slower to find a marked token. Axial attention keeps the library's start.
+
+    Args:
+        model: the model.
+        embedding_std: standard deviation of embeddings and memory tokens.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith('axial.'):
@@ -135,8 +149,8 @@ def start_active(model: SegmentModel, embedding_std: float) -> None:
 RMT: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16, num_memory_tokens=4)
 RMT |= dict(rotary_pos_emb=True, abs_pos_emb=False)
 SLOTS: dict[str, Any] = {**RMT, 'num_memory_tokens': 8}
-# of what keeps a fact beyond the trained length, each helped on development seeds: memory tokens that are written anew
-# rather than added to, noise as large as the memory itself, and dropout
+# Options that help to keep a fact beyond the trained length. Each of them helped on the seeds with which settings were
+# chosen: write rows that do not contain the memory, noise as large as the memory itself, and dropout
 LASTING: dict[str, Any] = dict(write_init='learned', memory_noise=1.0, attn_dropout=0.1, ff_dropout=0.1)
 INFINI: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16)
 LENGTHS = [2, 5, 7, 16, 64, 256, 1024, MILLION]
@@ -215,14 +229,14 @@ _tasks: list[TaskRow | LanguageRow] = [
 def bytes_row(
     model: str, length: int, options: dict[str, Any] | None = None, kind: str = '', steps: int = 800, **more: Any
 ) -> LanguageRow:
-    """Returns the row of a byte model, trained on 128 bytes of each text a step, and its twin without memory.
+    """Returns the row of a byte model. A training step has 128 bytes of each text. The twin is trained without memory.
 
     Args:
         model: 'rmt' or 'infini'.
-        length: bytes of a segment.
+        length: number of bytes of a segment.
         options: further arguments of the model. Default: None.
-        kind: what the name and the claim call the memory. Default: '', nothing.
-        steps: of the training. Default: 800.
+        kind: a word for the memory, for the name and the claim. Default: '', none.
+        steps: number of training steps. Default: 800.
         more: further fields of the row.
     """
     name, on = (f'{model}_bytes_{kind}', f'bytes with the {kind} memory') if kind else (f'{model}_bytes', 'bytes')
@@ -237,8 +251,8 @@ def bytes_row(
 TITLES = {'rmt': 'RMT', 'infini': 'Infini'}
 BYTES: dict[str, dict[str, Any]] = {'infini': dict(dim=96, depth=2, heads=4, dim_head=24)}
 BYTES['rmt'] = {**BYTES['infini'], 'num_memory_tokens': 4}
-# on development seeds each part made bytes better: writes that replace, forgetting, gates that start at the local
-# attention and stay there until the memory is worth reading
+# Each of these options made byte models better, on the seeds with which settings were chosen: writes that replace old
+# values, decay, and gates that start near the local attention and stay there until the memory is worth recalling
 FORGETTING: dict[str, Any] = dict(memory_rule='deltanet', memory_decay=True, head_gate_init_value=3.0)
 _language: list[TaskRow | LanguageRow] = [
     bytes_row('rmt', 16, target=0.03),

@@ -1,4 +1,4 @@
-"""Trains and evaluates one seed of a row."""
+"""Trains and evaluates a row on one seed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,35 @@ from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
-EVALUATION_SEED = 1000  # plus the seed: fresh data, never trained on
+EVALUATION_SEED = 1000  # added to the seed of the run, so evaluations use other sequences than the training
 
 
 def run_row(row: TaskRow | LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
-    """One seed of a row; twin: of a language row, also the model without memory."""
+    """Trains and evaluates a row on one seed, and returns the result.
+
+    Args:
+        row: the row.
+        seed: the seed.
+        quick: whether to train only three steps.
+        twin: whether to train also the twin of a byte row, without memory. Default: True.
+    """
     return run_language(row, seed, quick, twin) if isinstance(row, LanguageRow) else run_task(row, seed, quick)
 
 
 def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
-    """Trains through the row's curriculum; what happened, at every fiftieth step."""
+    """Trains a model on the task of a row, with its curriculum. Returns the progress at every fiftieth step.
+
+    Args:
+        row: the row.
+        wrapper: the model in its wrapper.
+        seed: seed of the task.
+        steps: number of training steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     task = row.task()
     curriculum = SegmentCurriculum(row.stages, threshold=0.9)
     optimizer = torch.optim.AdamW(parameter_groups(row, wrapper), betas=(0.9, 0.98))
-    # warm up, then straight down
+    # linear warm-up for 50 steps, then linearly down to 3 %
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
     history = []
     wrapper.train()
@@ -49,13 +63,13 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
 
 
 def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> list[dict[str, Any]]:
-    """The model's groups, with one learning rate if the row asks for it."""
+    """Returns the model's groups of parameters, all with the same learning rate if the row asks for it."""
     groups = wrapper.model.param_groups(row.lr, 0.01)
     return [{**group, 'lr': row.lr} for group in groups] if row.one_rate else groups
 
 
 def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """One step of the optimizer, and of its learning rate."""
+    """Makes one step of the optimizer, and one of the schedule of its learning rate."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
@@ -64,7 +78,17 @@ def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.O
 
 
 def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
-    """(b, segments): in 70 % of the rows one middle segment counts up to `most` times, log-uniformly."""
+    """Returns how many times each segment is written in a training step, (b, segments).
+
+    In 70 % of the rows of the batch, one segment, neither the first nor the last, is written several times. The number
+    is drawn log-uniformly between 1 and `most`. All other segments are written once.
+
+    Args:
+        batch_size: number of rows b.
+        segments: number of segments.
+        most: the largest number of times.
+        generator: the generator of the random numbers.
+    """
     scale = torch.ones(batch_size, segments)
     if segments < 3:
         return scale
@@ -75,7 +99,13 @@ def repetitions(batch_size: int, segments: int, most: float, generator: torch.Ge
 
 
 def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
-    """Trains and evaluates one seed."""
+    """Trains and evaluates a task row on one seed, and returns the result.
+
+    Args:
+        row: the row.
+        seed: the seed.
+        quick: whether to train only three steps, and to evaluate only two lengths.
+    """
     torch.manual_seed(seed)
     wrapper = row.wrapper()
     start = time.process_time()
@@ -93,7 +123,14 @@ def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
 
 
 def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
-    """Trains a model with memory, and its twin without, on the same bytes; their bits per byte."""
+    """Trains a byte model with memory and its twin without memory on the same bytes. Returns their bits per byte.
+
+    Args:
+        row: the row.
+        seed: the seed.
+        quick: whether to train only three steps, and to evaluate fewer bytes.
+        twin: whether to train the twin, too. Default: True.
+    """
     corpus = python_source()
     held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
     steps = 3 if quick else row.steps
