@@ -68,20 +68,23 @@ class Task(ABC):
             ValueError: if the task has no sequences with this number of segments.
         """
 
-    def batch(self, segments: int, batch_size: int, generator: torch.Generator) -> Example:
-        """Returns a batch of new sequences as a single piece, with labels for all tokens.
+    def batch(self, segments: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns a batch of new sequences as a single piece.
 
         Args:
             segments: number of segments of each sequence.
             batch_size: number of sequences b.
             generator: the generator of the random numbers.
 
+        Returns:
+            Token ids (b, n), and labels (b, n): the target of each position, or `loss.IGNORE` where nothing is asked.
+
         Raises:
             ValueError: if the task has no sequences with this number of segments.
         """
         pieces = list(self.pieces(segments, batch_size, generator))
         labels = [torch.full_like(tokens, IGNORE) if given is None else given for tokens, given in pieces]
-        return Example(torch.cat([tokens for tokens, _ in pieces], 1), torch.cat(labels, 1))
+        return torch.cat([tokens for tokens, _ in pieces], dim=1), torch.cat(labels, dim=1)
 
 
 class Memorize(Task):

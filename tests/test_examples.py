@@ -1,0 +1,112 @@
+"""The models in one file compute what the library's models compute with the same weights, and their scripts run."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples import minimal_infini, minimal_rmt
+from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.tasks import Memorize
+from tests.conftest import close, ids, make_infini, make_rmt, same_gradients
+
+LENGTH = 6  # of a segment
+SIZES = dict(dim=16, depth=2, heads=2)
+EXAMPLES: dict[str, ModuleType] = {'rmt': minimal_rmt, 'linear': minimal_infini, 'delta': minimal_infini}
+every_model = pytest.mark.parametrize('name', EXAMPLES)
+every_file = pytest.mark.parametrize('example', [minimal_rmt, minimal_infini], ids=lambda module: module.__name__)
+
+
+def both(name: str):
+    """The library's model in a wrapper, and the model in one file with the same weights, in float64."""
+    if name == 'rmt':
+        model = make_rmt(**SIZES, dim_head=8, num_memory_tokens=3, seq_len=LENGTH, write_init='previous')
+        minimal = minimal_rmt.MinimalRMT(20, **SIZES, num_memory_tokens=3, seq_len=LENGTH)
+    else:
+        model = make_infini(**SIZES, dim_head=8, memory_rule=name)
+        minimal = minimal_infini.MinimalInfini(20, **SIZES, delta=name == 'delta')
+    minimal.double().load_state_dict(model.state_dict())
+    return SegmentWrapper(model, segment_length=LENGTH), minimal
+
+
+def tensors_of(state) -> list[Tensor]:
+    """What a state holds, whichever model it is of: the memory, or M and z of each layer."""
+    return [state] if isinstance(state, Tensor) else [tensor for part in state if part is not None for tensor in part]
+
+
+@every_model
+def test_logits_and_states_after_each_segment_are_those_of_the_library(name):
+    wrapper, minimal = both(name)
+    state = minimal_state = None
+    for segment in ids(3, 4 * LENGTH - 2).split(LENGTH, dim=1):
+        logits, state = wrapper.logits(segment, state)
+        minimal_logits, minimal_state = minimal(segment, minimal_state)
+        close(minimal_logits, logits)
+        close(tensors_of(minimal_state), tensors_of(state.memory if name == 'rmt' else state))
+
+
+@every_model
+def test_loss_of_four_segments_and_its_gradients_are_those_of_the_library(name):
+    """The last segment is shorter, and the last token of the text is only a target."""
+    wrapper, minimal = both(name)
+    tokens = ids(3, 4 * LENGTH - 1)
+    loss = wrapper.loss(tokens).loss
+    logits = EXAMPLES[name].read(minimal, tokens[:, :-1], LENGTH)
+    minimal_loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    close(minimal_loss, loss)
+    loss.backward()
+    minimal_loss.backward()
+    have, want = ({name: each.grad for name, each in model.named_parameters()} for model in (minimal, wrapper.model))
+    assert have.keys() == want.keys()
+    same_gradients(have, want)
+
+
+@every_file
+def test_main_prints_the_accuracy_by_number_of_segments_beside_guessing(example, capsys):
+    accuracy = example.main(steps=2, sequences=3)
+    lines = capsys.readouterr().out.splitlines()
+    header = lines.index('segments    tokens    remembered')
+    *rows, guessing = [line.split() for line in lines[header + 1 :]]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        (str(segments), f'{32 * segments:,}', f'{share:.1%}') for segments, share in accuracy.items()
+    ]
+    assert guessing == ['guessing', '6.2%']
+    assert ('longer' in rows[0], 'longer' in rows[-1]) == (False, True)
+
+
+@every_file
+def test_main_finds_all_answers_right_if_they_are(example, monkeypatch):
+    """The model's logits are replaced by those of a reader who knows the token after the mark."""
+
+    def knows(model, tokens, segment_length):
+        value = tokens[:, 1:][tokens[:, :-1] == Memorize().mark]
+        return F.one_hot(value, Memorize().num_tokens)[:, None].expand(-1, tokens.shape[1], -1) + 0 * model.logits.bias
+
+    monkeypatch.setattr(example, 'read', knows)
+    assert set(example.main(steps=1, sequences=3).values()) == {1.0}
+
+
+@every_file
+def test_file_is_short_and_its_model_imports_torch_alone(example):
+    source = Path(example.__file__).read_text()
+    assert len(source.splitlines()) <= 150
+    tree = ast.parse(source)
+    assert set(imported(tree.body)) <= {'argparse', 'torch', 'torch.nn.functional'}
+    library = set(imported(ast.walk(tree))) - set(imported(tree.body))
+    assert library == {'segment_recurrence_pytorch.tasks'}  # inside main: the data
+
+
+def imported(nodes) -> list[str]:
+    """The names of the modules that some nodes of a syntax tree import."""
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    return names
