@@ -147,6 +147,20 @@ def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: i
         check_state_like(have_parts[part], each, inner, axes.get(part))
 
 
+def check_batch_first(model: SegmentModel) -> None:
+    """Raises ValueError unless the first dimension of every tensor of the model's states is the batch."""
+    for rows in (2, 3):
+        parts = tree_flatten_with_path(model.initial_state(rows))[0]
+        if not any(isinstance(leaf, Tensor) for _, leaf in parts):
+            raise ValueError(f'initial_state({rows}) returned no tensor: a state holds at least one')
+        for path, leaf in parts:
+            if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows):
+                raise ValueError(
+                    f'initial_state({rows}) returned state{keystr(path)} of shape {tuple(leaf.shape)}: the first '
+                    f'dimension has to be the batch, here {rows}'
+                )
+
+
 def not_finite(state: State) -> list[tuple[str, Tensor]]:
     """Returns a check for each floating point tensor of a state: an error message, and a flag () bool, True if it
     applies."""

@@ -48,7 +48,8 @@ class Cursor(NamedTuple):
     lengths: Tensor
 
     def fork(self, copies: int) -> Cursor:
-        """Returns a cursor with `copies` copies of each row, one after the other, to continue one text in several ways.
+        """Returns a cursor with `copies` copies of each row, to continue one text in several ways. The copies of a row
+        stand one after the other: two rows with two copies each are 0, 0, 1, 1.
 
         Args:
             copies: number of copies of each row.
@@ -360,7 +361,8 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
         state = state.state
     if not rows or not all(map(len, rows)):
         raise ValueError(
-            'the prompt is empty: give at least one token in every row, or batch_size= to begin with start_token'
+            'the prompt is empty: give at least one token in every row, a Cursor as the state, or batch_size= to begin '
+            'with start_token'
         )
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return Cursor(state, pad_sequence(rows, batch_first=True), lengths)

@@ -6,6 +6,10 @@ which model they work on.
 
 What you write: a subclass of `SegmentModel` that sets `num_tokens` and `dim` and has three methods.
 
+    import torch
+    from torch import nn
+    from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
+
     class DecayingMean(SegmentModel):
         def __init__(self, num_tokens, dim):
             super().__init__()
@@ -27,18 +31,35 @@ What you write: a subclass of `SegmentModel` that sets `num_tokens` and `dim` an
         def to_logits(self, hidden):
             return self.head(hidden)
 
-What you get: `SegmentWrapper(model, segment_length=...)` trains the model on sequences of any length. Gradients go
-through all segments, by one graph, by recomputing or by memory replay (see `backprop`). The wrapper also scores texts
-and generates and streams tokens, and its cursors can be forked, saved and loaded. All results are exact without further
-work. Generation, however, reads the whole open segment again for every new token. To make it fast, override
-`open_segment` and return a cache of your own (see `segment_recurrence_pytorch.cache`).
+What you get: `SegmentWrapper` trains the model on sequences of any length. Gradients go through all segments, by one
+graph, by recomputing or by memory replay (see `backprop`). The wrapper also scores texts and generates and streams
+tokens, and its cursors can be forked, saved and loaded.
 
-What has to hold inside the three methods:
+    model = DecayingMean(256, 64)
+    wrapper = SegmentWrapper(model, segment_length=32)
+    text = torch.randint(0, 256, (2, 100))
+    loss, num_targets, state = wrapper.loss(text, backward=True)          # memory replay; then optimizer.step()
+    logits, state = wrapper.logits(text)
+    cursor = wrapper.read(text)                                           # to save, to fork, or to go on from:
+    new_tokens = wrapper.generate_tokens(None, 20, state=cursor)          # (2, 20)
+
+All results are exact without further work. Generation, however, reads the whole open segment again for every new token.
+To make it fast, override `open_segment` and return an `OpenSegment` of your own; `cache.RereadSegment`, the default, is
+the shortest example of one.
+
+What the three methods are given: `tokens` are at least one and at most segment_length columns (more segments only if
+`parallel_segments` is True), either ids in [0, num_tokens), at padded positions too, or embeddings of floating point.
+`state` is None or a state that an earlier call returned. `mask` is None if every position is valid. `segment_length` is
+the length of a full segment; a model that reads one segment at a time can ignore it.
+
+What has to hold inside the three methods (`testing.check_model` tries it out):
 
 - A state is a value. It is a tensor, or a tree of tensors in tuples, NamedTuples, lists or dicts, and the first
   dimension of every tensor is the batch. `advance` takes a state and returns a new one. It does not change the state
-  that it was given, stores no state on the module, and returns no view of a parameter or of its input. All states of a
-  model have the same shapes; a model whose state can grow overrides `largest_state`.
+  that it was given, and stores no state on the module. Neither `initial_state` nor `advance` returns a view of a
+  parameter or of its input: a learned first state is `self.start.expand(batch_size, -1).clone()`. All states of a model
+  have the shapes, dtypes and device of its `initial_state`, under autocast too; a model whose state can grow overrides
+  `largest_state`.
 - Padding has no effect. A position where `mask` is False changes neither the state of its row nor the hidden states of
   other positions. A row without any valid position keeps its state.
 - In a causal model, the hidden state at position i depends only on the positions up to i and on the state.

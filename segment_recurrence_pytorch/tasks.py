@@ -260,6 +260,16 @@ class Copy(Task):
 class SegmentCurriculum:
     """A curriculum from few segments to many. It goes to the next stage when the average of a metric is high enough.
 
+    The metric can be any number of a step that grows with success. For a task that asks for one token, exp(-loss) is
+    the probability of the right answer:
+
+        segments = curriculum.draw(generator)
+        tokens, labels = task.batch(segments, 32, generator)
+        loss = wrapper.loss(tokens, labels=labels, backward=True).loss
+        optimizer.step()
+        optimizer.zero_grad()
+        curriculum.update(loss.neg().exp().item(), segments)
+
     Args:
         stages: the number of segments of each stage, in growing order.
         threshold: the next stage comes when the moving average of the metric is at least this high. Default: 0.96.

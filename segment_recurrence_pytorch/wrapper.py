@@ -27,6 +27,7 @@ from segment_recurrence_pytorch.backprop import (
     touch_parameters,
 )
 from segment_recurrence_pytorch.checks import (
+    check_batch_first,
     check_count,
     check_faults,
     check_has_weights,
@@ -92,6 +93,7 @@ class SegmentWrapper(nn.Module):
         ignore_index: int = IGNORE,
     ):
         super().__init__()
+        check_batch_first(model)
         segment_length = _checked_length(model, model.max_segment_length if segment_length is None else segment_length)
         check_count('segments_per_pass', segments_per_pass)
         check_count('backprop_segments', backprop_segments)
@@ -144,6 +146,7 @@ class SegmentWrapper(nn.Module):
 
         Returns:
             A `LossReturn`: (loss, num_targets, state). The state is attached to the graph unless backward is True.
+            After an optimizer step, give `detach(state)` to the next call: the graph of the step before is gone.
             After backward, every trainable parameter has a gradient; it is zero where the parameter had no influence on
             the loss.
 
@@ -192,7 +195,7 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
-        x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
+        x, state, mask = check_input(self.model, x, _no_cursor(state), mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         windows = self._windows(batch, self.backprop_segments)
         if not windows:
@@ -231,7 +234,7 @@ class SegmentWrapper(nn.Module):
             raise ValueError(f'rows is on {rows.device}, the model on {self.model.device}: move one of them')
         if state is None:
             return None
-        state, rows = outside_inference((self.model.as_state(state, rows.shape[0]), rows))
+        state, rows = outside_inference((self.model.as_state(_no_cursor(state), rows.shape[0]), rows))
         self.model.check_state(state, rows.shape[0])
         return self.model.reset(state, rows) if rows.any() else copied(state)
 
@@ -401,13 +404,15 @@ class SegmentWrapper(nn.Module):
     def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> tuple[Batch, State]:
         """Returns the tokens to read with their targets, and the state. All of them are checked."""
         if labels is not None:
-            x, state, mask = check_input(self.model, x, state, mask=mask, labels=labels, ignore_index=self.ignore_index)
+            x, state, mask = check_input(
+                self.model, x, _no_cursor(state), mask=mask, labels=labels, ignore_index=self.ignore_index
+            )
             return Batch(x, valid_targets(labels, self.ignore_index, mask), mask), state
         if not self.model.causal:
             raise ValueError('a model with causal=False sees the next token, so there is nothing to learn: give labels')
         if x.is_floating_point():
             raise ValueError('embeddings do not tell the next token: give labels')
-        x, state, mask = check_input(self.model, x, state, mask=mask, padding_ids=self._padding_ids)
+        x, state, mask = check_input(self.model, x, _no_cursor(state), mask=mask, padding_ids=self._padding_ids)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None), state
         # the last column is a target and is not read, since the next piece starts with it. A row whose last column is
@@ -462,8 +467,20 @@ def same_option(old_name: str, old: int | None, backprop_segments: int | None) -
     return backprop_segments if old is None else old
 
 
+def _no_cursor(state: Any) -> Any:
+    """Returns a state. Raises ValueError for a cursor, whose last tokens are not in its state yet."""
+    if isinstance(state, Cursor):
+        raise ValueError(
+            'the state is a Cursor: give it to generate_tokens, stream or read. Its state alone, cursor.state, is the '
+            'one at the last border, before cursor.tokens'
+        )
+    return state
+
+
 def _checked_length(model: SegmentModel, length: int | None) -> int:
     limit = model.max_segment_length
-    if length is None or not is_whole(length) or length < 1 or (limit is not None and length > limit):
+    if length is None:
+        raise ValueError('segment_length is None, and the model has no max_segment_length: give segment_length=')
+    if not is_whole(length) or length < 1 or (limit is not None and length > limit):
         raise ValueError(f'segment_length is {length!r}: give 1 to {limit or "any whole number"}')
     return length

@@ -4,8 +4,6 @@ The models here are a sum over segments, as the contract's docstring writes it, 
 `examples/associative_rmt.py`. None of them has a cache, or anything else beyond the three methods.
 """
 
-import textwrap
-
 import pytest
 import torch
 from torch import nn
@@ -23,14 +21,12 @@ from tests.reference import generate_by_rereading
 LENGTH = 4
 
 
-def class_of_the_docstring():
-    """The class that the docstring of the contract writes, as it stands there."""
-    lines = model.__doc__.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith('    class '))
-    stop = next(i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith('    '))
-    names = {'torch': torch, 'nn': nn, 'SegmentModel': SegmentModel, '__name__': __name__}
-    exec(textwrap.dedent('\n'.join(lines[start:stop])), names)
-    return names['DecayingMean']
+def names_of_the_docstring():
+    """What the code in the docstring of the contract defines, run as it stands there."""
+    code = [line[4:] for line in model.__doc__.splitlines() if line.startswith('    ') or not line]
+    names = {'__name__': __name__}
+    exec('\n'.join(code), names)
+    return names
 
 
 class SegmentGRU(SegmentModel):
@@ -63,7 +59,7 @@ class SegmentGRU(SegmentModel):
 
 
 MODELS = {
-    'of the docstring': lambda: class_of_the_docstring()(20, 16),
+    'of the docstring': lambda: names_of_the_docstring()['DecayingMean'](20, 16),
     'recurrent network': lambda: SegmentGRU(20, 16),
     'associative': lambda: AssociativeRMT(num_tokens=20, dim=16, depth=2, seq_len=LENGTH, heads=2, dim_key=4),
 }
