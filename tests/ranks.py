@@ -43,7 +43,7 @@ def cases(module, ranks: int) -> list[str]:
 
 def run(module, ranks: int, folder: Path) -> dict[str, str]:
     """What went wrong in each case, by its name: nothing, or the errors of all ranks."""
-    command = [sys.executable, '-m', 'tests.ranks', str(folder)]
+    command = [sys.executable, '-W', 'error', '-m', 'tests.ranks', str(folder)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
     outputs = [(folder / f'output-{rank}').open('w') for rank in range(ranks)]
     running = [
