@@ -332,6 +332,19 @@ def fsdp(rank, ranks):
         assert sum(shards) < 1.3 * sum(p.numel() for p in make().parameters()) / ranks
 
 
+@case(4)
+def fsdp_on_a_mesh_of_two_dimensions(rank, ranks):
+    """Parameters are copied along the first dimension and spread along the second one."""
+    x, mesh = batch(), init_device_mesh('cpu', (2, 2))
+    want = alone(MODELS['rmt'], 'one graph', x)
+    for way in ('one graph', 'replay'):
+        wrapper = sharded(MODELS['rmt'], way, mesh)
+        returned = train(wrapper, wrapper, way, rows_of(x, rank, ranks))
+        same(wrapper, returned, want)
+    mine = rows_of(x, rank, ranks)[:, : 32 if rank < 3 else 19].clamp(min=0)
+    refused(lambda: wrapper.loss(mine), 'read 6, 6, 6, 3 segments')
+
+
 @case(2)
 def fsdp_carries_and_resets_states(rank, ranks):
     """Two pieces of a text with an optimizer step between them, a row that starts again, and logits."""
@@ -399,7 +412,9 @@ def fsdp_replay_reduces_once(rank, ranks):
         # one a block, and two of the model itself: the logits of the last window come first
         for way in ('replay', 'truncated replay'):
             assert counts[name, way][1] == len(wrapper.model.layers) + 2, counts
-    print(counts)
+    # what docs/distributed.md says
+    assert counts['rmt', 'replay'] == (46, 4)
+    assert counts['rmt', 'one graph'] == (36, 4)
 
 
 @case(2)
@@ -688,6 +703,18 @@ def context_reads_a_document(rank, ranks):
             answer = wrapper.generate_tokens(document, 9, temperature=0.0)
             refused(lambda: wrapper.read(document[:, :LENGTH]), 'too few for the')
         assert torch.equal(answer, reference.generate_tokens(document, 9, temperature=0.0))
+
+
+@case(2)
+def context_of_one_rank(rank, ranks):
+    """A mesh of two rows of one rank each: context parallel has nothing to hand on, and data parallel is all."""
+    mesh = init_device_mesh('cpu', (ranks, 1), mesh_dim_names=('data', 'context'))
+    make, x = MODELS['infini delta, decay, gqa'], long_batch(True)
+    want = alone(make, 'truncated', x)
+    wrapper = wrapped(make(), 'truncated replay', dist.group.WORLD, passes=LONG)
+    with context_parallel(wrapper.model, mesh.get_group('context')):
+        returned = train(wrapper, wrapper, 'truncated replay', rows_of(x, rank, ranks))
+    same(wrapper, returned, want)
 
 
 @case(2)
