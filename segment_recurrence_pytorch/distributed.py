@@ -210,8 +210,8 @@ def shard(
 
     Args:
         model: the model.
-        mesh: a DeviceMesh. With one dimension, parameters are spread over all of its ranks. With two dimensions, they
-            are copied along the first one and spread along the second one.
+        mesh: a DeviceMesh. With one dimension, parameters are spread over all of its ranks. With two
+            dimensions, which need names, they are copied along the first one and spread along the second one.
         blocks: the modules of the model that are gathered one at a time. An empty list: the model is gathered as a
             whole. Default: None, the layers of a `SegmentTransformer`, as the models of this library are. Other models
             have to name their blocks.

@@ -335,7 +335,7 @@ def fsdp(rank, ranks):
 @case(4)
 def fsdp_on_a_mesh_of_two_dimensions(rank, ranks):
     """Parameters are copied along the first dimension and spread along the second one."""
-    x, mesh = batch(), init_device_mesh('cpu', (2, 2))
+    x, mesh = batch(), init_device_mesh('cpu', (2, 2), mesh_dim_names=('copy', 'spread'))
     want = alone(MODELS['rmt'], 'one graph', x)
     for way in ('one graph', 'replay'):
         wrapper = sharded(MODELS['rmt'], way, mesh)
