@@ -11,8 +11,8 @@ docs/distributed.md says which one to choose, and shows the lines to write.
     context parallel   The ranks read one sequence together, each its own segments: `context_parallel`.
 
 In all of them the wrapper needs a process group: `SegmentWrapper(model, process_group=dist.group.WORLD)`. Its losses
-are then divided by the number of targets of all ranks. All of these ways average the gradients over the ranks, and the
-average is the gradient that one process would have.
+are then divided by the number of targets of all ranks, and the average of the gradients over the ranks, which
+DistributedDataParallel, FSDP2 and `sync_gradients` compute, is the gradient that one process would have.
 
 Letters: b rows of the batch, n tokens.
 """
