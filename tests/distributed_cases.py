@@ -428,6 +428,9 @@ def fsdp_generates_in_gathered(rank, ranks):
         expected = reference.generate_tokens(prompt, 16, temperature=0.0)
         refused(lambda: wrapper.generate_tokens(prompt, 2), 'with segment_recurrence_pytorch.distributed.gathered')
         refused(lambda: wrapper.stream(prompt), 'generation needs all of them')
+        with gathered(wrapper.model):  # before anything else, a prompt of less than a segment
+            found = wrapper.generate_tokens(prompt[:, :2], 3, temperature=0.0)
+        assert torch.equal(found, reference.generate_tokens(prompt[:, :2], 3, temperature=0.0))
         for _ in range(2):  # before any step, and between steps
             cursor = wrapper.read(prompt)
             assert torch.equal(cursor.tokens, reference.read(prompt).tokens)
