@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,9 +227,15 @@ class FastweightMemory(nn.Module):
         past = _checked_memories(past_memories, empty_memories(queries[:, : self.kv_heads], value_features))
         return self.recall(out, queries, self.recallable(past), gates)
 
-    def write(self, writes: Writes, past: Memories) -> tuple[Memories, Memories]:
-        """See `memory.write`. It uses the rule of this module."""
-        return write(writes, past, self.memory_rule, strength_in_normaliser=self.strength_in_normaliser)
+    def write(self, writes: Writes, past: Memories, **ranks: Any) -> tuple[Memories, Memories]:
+        """See `memory.write`. It uses the rule of this module.
+
+        Args:
+            writes: what the tokens write.
+            past: the memories before the first segment, (b, ...).
+            ranks: chain and cuts, if the segments are spread over ranks.
+        """
+        return write(writes, past, self.memory_rule, strength_in_normaliser=self.strength_in_normaliser, **ranks)
 
     def recall(self, local: Tensor, queries: Tensor, memories: Recallable, gates: Tensor | None = None) -> Tensor:
         """Recalls from memories, and returns the mix with local attention (equations 3 and 6), (..., b, h, n, e).
@@ -433,6 +439,7 @@ class Segments:
             Default: None.
         cached: the tokens of the segment before the present ones. Only for a single segment. Default: None.
         write_scale: how many times each segment is written, (s, b). Default: None, once.
+        ranks: chain and cuts, see `memory.affine_scan`, if the segments are spread over ranks. Default: None.
 
     Attributes:
         writes: what the tokens write.
@@ -453,6 +460,7 @@ class Segments:
         recall_from: Memories | None = None,
         cached: CachedKV | None = None,
         write_scale: Tensor | None = None,
+        ranks: dict[str, Any] | None = None,
     ):
         self.past = past
         self.rotations = rotations
@@ -462,6 +470,7 @@ class Segments:
         self.recall_from = recall_from
         self.cached = cached
         self.write_scale = write_scale
+        self.ranks = ranks or {}
 
     def attend(
         self, attention: InfiniAttention, heads: Tensor, strength: Tensor | None, log_decay: Tensor | None
@@ -470,7 +479,7 @@ class Segments:
         query, k, v = attention.split(heads)
         writes = Writes(k, v, strength, log_decay, self.mask, self.write_scale)
         self.writes = writes if self.cached is None else self.cached.followed_by(writes)
-        entering, self.after = attention.fastweight_mem.write(self.writes, self.past)
+        entering, self.after = attention.fastweight_mem.write(self.writes, self.past, **self.ranks)
         if query is None:
             return None
         local = self._local(attention, query, self.writes.keys, self.writes.values)

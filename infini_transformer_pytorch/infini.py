@@ -149,7 +149,7 @@ class InfiniTransformer(SegmentTransformer):
         self.memory_decay = memory_decay
         self.mem_read_from = mem_read_from
         self.rotary_theta = rotary_theta
-        self.parallel_segments = mem_read_from == 'same'
+        self.parallel_segments = self.can_chain = mem_read_from == 'same'
         self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
         self.token_emb = nn.Embedding(num_tokens, dim)
@@ -322,6 +322,7 @@ class InfiniTransformer(SegmentTransformer):
         mask: Tensor | None = None,
         need_hidden: bool = True,
         write_scale: Tensor | None = None,
+        cuts: tuple[int, ...] = (),
     ) -> tuple[Any, tuple[Memories, ...]]:
         """Reads any number of segments, or one segment with mem_read_from='above'. See `SegmentModel.advance`.
 
@@ -335,6 +336,8 @@ class InfiniTransformer(SegmentTransformer):
             write_scale: how many times each segment is written to the memories, (b, segments), finite and not negative.
                 In training, one segment that is read once can thus stand for many ("virtual length"). Default: None,
                 once.
+            cuts: numbers of the segments whose entering memories get no gradient, inside
+                `distributed.context_parallel`. See `memory.affine_scan`. Default: none.
 
         Returns:
             The hidden states (b, n, dim), or None if need_hidden is False, and the state at the border after the
@@ -359,7 +362,9 @@ class InfiniTransformer(SegmentTransformer):
             )
         # a GPU is fastest with all segments at once, a CPU with so few that their activations stay in its cache
         at_once = tokens.shape[1]
-        if tokens.device.type == 'cpu':
+        ranks = None if self.chain is None else {'chain': self.chain, 'cuts': cuts}
+        # with a chain of ranks, a part of the segments would have to wait for the rank before, which has to end first
+        if tokens.device.type == 'cpu' and self.chain is None:
             at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * length
         hiddens = []
         for start in range(0, tokens.shape[1], at_once):
@@ -367,7 +372,7 @@ class InfiniTransformer(SegmentTransformer):
             part_mask = None if mask is None else mask[:, part]
             scale = None if write_scale is None else write_scale[:, start // length : -(-part.stop // length)].mT
             hidden, state, _ = self._read(
-                tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale
+                tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale, ranks=ranks
             )
             hiddens.append(hidden)
         return (torch.cat(hiddens, dim=1) if need_hidden else None), state
@@ -382,6 +387,7 @@ class InfiniTransformer(SegmentTransformer):
         need_hidden: bool = True,
         cached: list[CachedKV] | None = None,
         scale: Tensor | None = None,
+        ranks: dict[str, Any] | None = None,
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
         """Runs the layers over tokens (b, n), in segments of `length` tokens.
 
@@ -421,6 +427,7 @@ class InfiniTransformer(SegmentTransformer):
                 recall_from=state[self.layer_recalled(index)] if self.mem_read_from == 'above' else None,
                 cached=None if cached is None else cached[index],
                 write_scale=scale,
+                ranks=ranks,
             )
             x = block(x, Surroundings(segments_of_layer.attend, need_output=index < last or not skip))
             after.append(segments_of_layer.after)

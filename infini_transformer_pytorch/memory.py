@@ -30,7 +30,8 @@ e features of a value.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,9 @@ from einops import rearrange
 from torch import Tensor
 
 from segment_recurrence_pytorch.layers import no_autocast
+
+if TYPE_CHECKING:
+    from segment_recurrence_pytorch.distributed import Chain
 
 MEMORY_RULES = ('linear', 'delta', 'deltanet')
 DELTANET_CHUNK = 64  # tokens of a chunk, which deltanet solves as one triangular system
@@ -107,7 +111,13 @@ def phi(t: Tensor, rule: str) -> Tensor:
 
 
 def write(
-    writes: Writes, past: Memories, rule: str, *, strength_in_normaliser: bool = True
+    writes: Writes,
+    past: Memories,
+    rule: str,
+    *,
+    strength_in_normaliser: bool = True,
+    chain: Chain | None = None,
+    cuts: tuple[int, ...] = (),
 ) -> tuple[Memories, Memories]:
     """Writes the tokens of s segments, one segment after the other (equation 4 or 5, or deltanet).
 
@@ -116,6 +126,8 @@ def write(
         past: the memories before the first segment, (b, ...).
         rule: a name in `MEMORY_RULES`.
         strength_in_normaliser: whether the strength of a token also scales what it adds to z. Default: True.
+        chain: see `affine_scan`. Default: None.
+        cuts: see `affine_scan`. Default: none.
 
     Returns:
         The memories that enter each segment, (s, b, ...), and the memories after the last segment, (b, ...).
@@ -123,7 +135,7 @@ def write(
     with no_autocast(writes.keys.device.type):
         writes = _prepared(writes, rule)
         if rule == 'deltanet':
-            return _write_deltanet(writes, past)
+            return _write_deltanet(writes, past, chain, cuts)
         keys, values, strength, log_decay, *_ = writes
         decay, weighted = None, keys
         if log_decay is not None:
@@ -137,14 +149,25 @@ def write(
         if strength is not None:
             weighted = weighted * strength[..., None]
             in_normaliser = weighted if strength_in_normaliser else in_normaliser
-        norms = _normalisers(in_normaliser.sum(-2), past.k_norm, decay)
+        to_norm = in_normaliser.sum(-2)
+        if chain is not None and rule == 'linear':  # z is one more column of M: one message instead of two
+            both = affine_scan(
+                torch.cat((weighted.mT @ values, to_norm[..., None]), dim=-1),
+                torch.cat((past.kv_mem, past.k_norm[..., None]), dim=-1),
+                decay=decay,
+                chain=chain,
+                cuts=cuts,
+            )
+            states, norms = both[..., :-1], both[..., -1]
+            return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
+        norms = _normalisers(to_norm, past.k_norm, decay, chain, cuts)
         erase = None
         if rule == 'delta':
             normaliser = keys @ norms[:-1, ..., None]
             # an empty memory holds nothing to erase
             shares = torch.where(normaliser > 0, normaliser, 1).reciprocal() * (normaliser > 0)
             erase = weighted.mT @ (keys * shares)
-        states = affine_scan(weighted.mT @ values, past.kv_mem, erase=erase, decay=decay)
+        states = affine_scan(weighted.mT @ values, past.kv_mem, erase=erase, decay=decay, chain=chain, cuts=cuts)
         # clones, since a view of the last memory would keep the memories of all segments alive
         return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
 
@@ -204,14 +227,18 @@ def _prepared(writes: Writes, rule: str) -> Writes:
     return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask, scale)
 
 
-def _normalisers(updates: Tensor, start: Tensor, decay: Tensor | None) -> Tensor:
+def _normalisers(
+    updates: Tensor, start: Tensor, decay: Tensor | None, chain: Chain | None, cuts: tuple[int, ...]
+) -> Tensor:
     """Returns the normalisers before the first segment and after each segment, (s + 1, b, g, d)."""
-    if decay is None:
+    if decay is None and chain is None:
         return torch.cat((start[None], updates)).cumsum(0)
-    return affine_scan(updates[..., None], start[..., None], decay=decay)[..., 0]
+    return affine_scan(updates[..., None], start[..., None], decay=decay, chain=chain, cuts=cuts)[..., 0]
 
 
-def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]:
+def _write_deltanet(
+    writes: Writes, past: Memories, chain: Chain | None, cuts: tuple[int, ...]
+) -> tuple[Memories, Memories]:
     """Writes with the rule deltanet. The tokens of a chunk are solved together (WY form).
 
     With u_t = beta_t (v_t - gamma_t k_t M_{t-1}), where M is the memory that enters the chunk,
@@ -245,16 +272,36 @@ def _write_deltanet(writes: Writes, past: Memories) -> tuple[Memories, Memories]
         T, torch.cat((beta * v, beta * decayed_k), dim=-1), upper=False, unitriangular=True
     )
     u_v, u_k = u.split((v.shape[-1], k.shape[-1]), dim=-1)
-    states = affine_scan(k_to_end.mT @ u_v, past.kv_mem, erase=k_to_end.mT @ u_k, decay=G_n)
+    states = affine_scan(
+        k_to_end.mT @ u_v,
+        past.kv_mem,
+        erase=k_to_end.mT @ u_k,
+        decay=G_n,
+        chain=chain,
+        cuts=tuple(chunks * cut for cut in cuts),
+    )
 
     valid = keys.new_ones(segments, keys.shape[1]) if mask is None else mask.any(-1).to(keys.dtype)
     valid = valid[..., None, None].expand(-1, -1, *past.k_norm.shape[1:])
-    written = torch.cat((past.k_norm[None], valid)).cummax(0).values
+    if chain is None:
+        written = torch.cat((past.k_norm[None], valid)).cummax(0).values
+    else:  # the mark is the same in all heads and features, so one number a row is sent
+        with torch.no_grad():
+            counts = affine_scan(valid[..., :1, :1, None], past.k_norm[:, :1, :1, None], chain=chain)
+        written = counts[..., 0].clamp(max=1).expand(-1, *past.k_norm.shape)
     entering = Memories(states[:-1:chunks], written[:-1])
     return entering, Memories(states[-1].clone(), written[-1].clone())
 
 
-def affine_scan(write: Tensor, start: Tensor, *, erase: Tensor | None = None, decay: Tensor | None = None) -> Tensor:
+def affine_scan(
+    write: Tensor,
+    start: Tensor,
+    *,
+    erase: Tensor | None = None,
+    decay: Tensor | None = None,
+    chain: Chain | None = None,
+    cuts: tuple[int, ...] = (),
+) -> Tensor:
     """Computes M_i = decay_i M_{i-1} - erase_i M_{i-1} + write_i for segments i = 1 .. s, one after the other.
 
     All of `write`, `erase` and `decay` are known when the scan starts, so a step is only two small operations. They run
@@ -267,11 +314,20 @@ def affine_scan(write: Tensor, start: Tensor, *, erase: Tensor | None = None, de
         start: the memory M_0 before the first segment, (b, g, d, e).
         erase: what each segment erases, (s, b, g, d, d). Default: None, 0.
         decay: the share of the memory that each segment keeps, (s, b, g). Default: None, 1.
+        chain: the ranks over which the segments of a sequence are spread, in order. Each rank gives its own segments,
+            and takes M_0 from the rank before it, except the first rank. Default: None, this process has all segments.
+        cuts: numbers i, at most s. M_i then gets no gradient, neither from the segment after it nor from the rank after
+            this one. They need a chain. Default: none.
 
     Returns:
         M_0 to M_s, (s + 1, b, g, d, e). It can be differentiated once.
     """
-    return _scan(write, start, erase, decay)
+    if chain is None:
+        return _scan(write, start, erase, decay)
+    if torch.is_grad_enabled() and not start.requires_grad:
+        # all ranks must run backward, even if only another one has something to learn
+        start = start.detach().requires_grad_()
+    return _ChainedScan.apply(write, start, erase, decay, chain, cuts)
 
 
 @torch.library.custom_op('infini_transformer_pytorch::affine_scan', mutates_args=())
@@ -326,10 +382,81 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_states: Tensor):
     states, erase, decay = ctx.saved_tensors
     grads = _scan_backward(grad_states, erase, decay)
-    after, before = grads[1:], states[:-1]
+    grad_erase, grad_decay = _grads_of_factors(grads[1:], states[:-1], erase, decay)
+    return grads[1:], grads[0], grad_erase, grad_decay
+
+
+def _grads_of_factors(
+    after: Tensor, before: Tensor, erase: Tensor | None, decay: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of what the segments erase and keep.
+
+    Args:
+        after: the whole gradient of the memory after each segment, (s, b, g, d, e).
+        before: the memory before each segment, (s, b, g, d, e).
+        erase: see `affine_scan`.
+        decay: see `affine_scan`.
+    """
     grad_erase = None if erase is None else -(after @ before.mT)
     grad_decay = None if decay is None else (after * before).sum((-1, -2))
-    return after, grads[0], grad_erase, grad_decay
+    return grad_erase, grad_decay
 
 
 torch.library.register_autograd('infini_transformer_pytorch::affine_scan', _backward, setup_context=_setup_context)
+
+
+class _ChainedScan(torch.autograd.Function):
+    """The scan over the segments of all ranks: each takes its start from the rank before and hands its last state on.
+    The gradient goes the other way.
+
+    Receiving and sending are one function, so that backward always does both. If they were two, backward would leave
+    one out on a rank where nothing depends on it, and the other rank would wait for ever.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        write: Tensor,
+        start: Tensor,
+        erase: Tensor | None,
+        decay: Tensor | None,
+        chain: Chain,
+        cuts: tuple[int, ...],
+    ) -> Tensor:
+        if chain.rank > 0:
+            start = chain.receive(start, chain.rank - 1)
+        states = _scan(write, start, erase, decay)
+        if chain.rank + 1 < chain.size:
+            chain.send(states[-1], chain.rank + 1)
+        ctx.save_for_backward(states, erase, decay)
+        ctx.chain, ctx.cuts = chain, cuts
+        return states
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        states, erase, decay = ctx.saved_tensors
+        chain, cuts, grad_states = ctx.chain, ctx.cuts, grad_outputs[0]
+        segments = len(states) - 1
+        last = grad_states[-1]
+        if chain.rank + 1 < chain.size and segments not in cuts:
+            last = last + chain.receive(last, chain.rank + 1)
+        # from cut to cut, the last part first. A state that is cut is the end of a part, where it gets no gradient
+        borders = [0, *(cut for cut in cuts if 0 < cut < segments), segments]
+        after: list[Tensor] = []
+        for begin, end in reversed(list(pairwise(borders))):
+            part = slice(begin, end)
+            ends = torch.zeros_like(last) if end in cuts else last
+            grads = _scan_backward(
+                torch.cat((grad_states[part], ends[None])),
+                None if erase is None else erase[part],
+                None if decay is None else decay[part],
+            )
+            after.insert(0, grads[1:])
+        grad_start = None
+        if 0 not in cuts:
+            if chain.rank > 0:
+                chain.send(grads[0], chain.rank - 1)
+            else:
+                grad_start = grads[0]
+        grad_write = torch.cat(after)
+        return grad_write, grad_start, *_grads_of_factors(grad_write, states[:-1], erase, decay), None, None

@@ -32,6 +32,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         segments_per_pass: see `SegmentWrapper`. Default: None.
         backprop_segments: see `SegmentWrapper`. Default: None, gradients are exact, through the whole sequence.
         recompute: see `SegmentWrapper`. Default: False.
+        process_group: see `SegmentWrapper`. Default: None.
 
     Raises:
         ValueError: if a value is outside its range, or if an option is given under both names with different values.
@@ -50,6 +51,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         segments_per_pass: int | None = None,
         backprop_segments: int | None = None,
         recompute: bool = False,
+        process_group: Any = None,
     ):
         if not model.parallel_segments and segments_per_pass is not None:
             raise ValueError(
@@ -64,6 +66,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
             ),
             recompute=recompute,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
 
     @beartype

@@ -31,6 +31,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         backprop_segments: see `SegmentWrapper`. Default: None, gradients are exact, through the whole sequence.
         recompute: see `SegmentWrapper`. Default: False.
         align: see `SegmentWrapper`. Default: 'left'.
+        process_group: see `SegmentWrapper`. Default: None.
 
     Raises:
         ValueError: if a value is outside its range, or if an option is given under both names with different values.
@@ -49,6 +50,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         backprop_segments: int | None = None,
         recompute: bool = False,
         align: Literal['left', 'right'] = 'left',
+        process_group: Any = None,
     ):
         super().__init__(
             transformer,
@@ -58,6 +60,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             recompute=recompute,
             align=align,
             ignore_index=transformer.ignore_index,
+            process_group=process_group,
         )
 
     @property

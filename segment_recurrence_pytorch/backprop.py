@@ -37,15 +37,18 @@ Letters: b rows of the batch, n tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from segment_recurrence_pytorch.loss import target_nll
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
+
+if TYPE_CHECKING:
+    from segment_recurrence_pytorch.distributed import Chain
 
 # tokens of a window, for models that read segments in parallel: larger windows need more memory and are not faster
 WINDOW_TOKENS = 8192
@@ -61,6 +64,9 @@ class Window(NamedTuple):
         segment_length: number of columns of a segment; the last segment may be shorter.
         truncate: whether the state that enters the window is cut from the graph.
         segments: the segments of the window, as a slice of the segments of the sequence.
+        cuts: the numbers of the segments, counted in the window, whose entering state is cut from the graph. The first
+            number after the last segment stands for the state after the window. Only the window of a rank in
+            `distributed.context_parallel` has cuts; all other windows end where the graph is cut. Default: none.
     """
 
     start: int
@@ -68,6 +74,7 @@ class Window(NamedTuple):
     segment_length: int
     truncate: bool
     segments: slice
+    cuts: tuple[int, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -77,19 +84,22 @@ class Batch(NamedTuple):
         tokens: token ids (b, n) or embeddings (b, n, dim).
         targets: target ids (b, n), `loss.IGNORE` where nothing is asked. (b, 0) if only logits are wanted.
         mask: (b, n) bool, True = valid. None: all positions are valid.
-        per_segment: further arguments of `advance` by name, (b, segments) each. Default: None, there are none.
+        per_segment: further arguments of `advance` by name, (b, segments) each. In a window with cuts, they are one of
+            these arguments. Default: None, there are none.
     """
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None
-    per_segment: dict[str, Tensor] | None = None
+    per_segment: dict[str, Any] | None = None
 
     def columns(self, window: Window) -> Batch:
         """Returns the part of the batch that belongs to one window."""
         at = slice(window.start, window.stop)
         mask = None if self.mask is None else self.mask[:, at]
         per_segment = {name: value[:, window.segments] for name, value in (self.per_segment or {}).items()}
+        if window.cuts:
+            per_segment['cuts'] = window.cuts
         return Batch(self.tokens[:, at], self.targets[:, at], mask, per_segment)
 
 
@@ -131,6 +141,32 @@ def plan_windows(
         windows.append(Window(borders[i], borders[stop], segment_length, truncate, slice(i, stop)))
         i = stop
     return windows
+
+
+def window_of_rank(length: int, segment_length: int, chain: Chain, *, backprop_segments: int | None = None) -> Window:
+    """Returns the one window that a rank reads of a sequence that is spread over ranks: its share of the segments.
+
+    Args:
+        length: number of columns of the whole sequence.
+        segment_length: number of columns of a segment; the last one may be shorter.
+        chain: the ranks.
+        backprop_segments: see `plan_windows`. The segments of the whole sequence are counted. Default: None.
+
+    Raises:
+        ValueError: if there are fewer segments than ranks.
+    """
+    count = -(-length // segment_length)
+    if count < chain.size:
+        raise ValueError(
+            f'{length} tokens are {count} segments of {segment_length}, too few for the {chain.size} ranks of '
+            'context_parallel: every rank needs a segment. Give longer texts, or fewer ranks'
+        )
+    first, stop = (count * rank // chain.size for rank in (chain.rank, chain.rank + 1))
+    # the state at the end of the sequence has no segment after it that could be cut off
+    inner = range(max(1, first), min(stop, count - 1) + 1)
+    cuts = tuple(i - first for i in inner if backprop_segments is not None and i % backprop_segments == 0)
+    columns = first * segment_length, min(stop * segment_length, length)
+    return Window(*columns, segment_length, False, slice(first, stop), cuts)
 
 
 def segments_at_once(model: SegmentModel, segment_length: int) -> int:
@@ -281,7 +317,23 @@ def own_state(model: SegmentModel, batch: Batch, state: State) -> State:
         batch: the tensors of the call.
         state: the state before the call. None: the initial state is returned.
     """
-    return model.initial_state(batch.tokens.shape[0]) if state is None else copied(state)
+    return initial_state(model, batch.tokens.shape[0]) if state is None else copied(state)
+
+
+def initial_state(model: SegmentModel, batch_size: int) -> State:
+    """Returns `model.initial_state(batch_size)`, also if the parameters of the model are sharded.
+
+    A sharded model has whole parameters only inside its methods `advance`, `to_logits` and `reset`.
+
+    Args:
+        model: the model.
+        batch_size: number of rows b.
+    """
+    state = model.initial_state(batch_size)
+    if model.mesh is None:
+        return state
+    empty = map_state(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=model.device), state)
+    return model.reset(empty, torch.ones(batch_size, dtype=torch.bool, device=model.device))
 
 
 def replay(
@@ -317,18 +369,37 @@ def replay(
         return total, detach(own_state(model, batch, state))
     state = detach(state)
     starts = [i for i, window in enumerate(windows) if i == 0 or window.truncate]
-    for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
-        loss, state = _replay_block(model, batch, windows[start:stop], state, scale, backward_fn)
-        total = total + loss
+    try:
+        for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
+            is_last = stop == len(windows)
+            loss, state = _replay_block(model, batch, windows[start:stop], state, scale, backward_fn, is_last)
+            total = total + loss
+    finally:
+        _let_reduce(model, True)
     if given.requires_grad:
         given.backward(batch.tokens.grad)
     return total, state
 
 
+def _let_reduce(model: SegmentModel, reduces: bool) -> None:
+    """Sets whether the next backward reduces the gradients of sharded parameters over the ranks, or only adds them
+    up."""
+    if model.mesh is not None:
+        fsdp: Any = model
+        fsdp.set_requires_gradient_sync(reduces)
+
+
 def _replay_block(
-    model: SegmentModel, batch: Batch, windows: list[Window], state: State, scale: Tensor, backward_fn: BackwardFn
+    model: SegmentModel,
+    batch: Batch,
+    windows: list[Window],
+    state: State,
+    scale: Tensor,
+    backward_fn: BackwardFn,
+    is_last: bool,
 ) -> tuple[Tensor, State]:
-    """Replays a run of windows that has no truncation inside. The drawing at the top of this file shows the steps."""
+    """Replays a run of windows that has no truncation inside. The drawing at the top of this file shows the steps.
+    Gradients of sharded parameters are reduced once, in the last backward of the last run."""
     entering, random_states = [state], [_random_state(model)]
     with torch.no_grad():
         for window in windows[:-1]:
@@ -344,6 +415,7 @@ def _replay_block(
     after: tuple[State, Any] | None = None
     try:
         for window in reversed(windows):
+            _let_reduce(model, is_last and window is windows[0])
             state, random_state = entering.pop(), random_states.pop()
             if after is not None:
                 _set_random_state(random_state)
@@ -405,12 +477,16 @@ def _zero_loss(model: SegmentModel) -> Tensor:
 class _Touch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        ctx.parameters = parameters
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters]
+        # an expanded zero takes no memory. The gradient of a sharded parameter (DTensor) must be sharded like it
+        zeros = [
+            torch.zeros_like(p) if hasattr(p, 'full_tensor') else p.new_zeros(()).expand(p.shape)
+            for p in ctx.parameters
+        ]
         return grad_outputs[0], *zeros
 
 
@@ -428,7 +504,7 @@ def touch_parameters(model: SegmentModel, loss: Tensor) -> Tensor:
     return _Touch.apply(loss, *[p for p in model.parameters() if p.requires_grad])
 
 
-def fill_gradients(model: SegmentModel) -> None:
+def fill_gradients(model: nn.Module) -> None:
     """Gives zeros as gradient to every trainable parameter that has none. It does after backward what
     `touch_parameters` does within it."""
     for parameter in model.parameters():

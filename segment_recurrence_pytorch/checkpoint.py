@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from segment_recurrence_pytorch.checks import check_faults, check_has_weights
 from segment_recurrence_pytorch.generation import Cursor
-from segment_recurrence_pytorch.model import SegmentModel, plain_arguments
+from segment_recurrence_pytorch.model import SegmentModel, class_name, plain_arguments, whole
 from segment_recurrence_pytorch.state import from_list, leaves, to_list
 
 
@@ -56,6 +56,9 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     If the model is a `SegmentModel` or a wrapper of one, the file also holds the name of its class and its arguments.
 
+    If the parameters are sharded (`distributed.shard`), they are gathered one after the other. All ranks have to make
+    the call. The first rank writes the file, which is that of a model that is not sharded; the others do not wait.
+
     Args:
         model: the model.
         path: the file to write.
@@ -64,9 +67,28 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: if the folder does not exist, or if the model is on the meta device.
     """
     check_has_weights(model)
-    with replacing(path) as part:
-        made_by = _made_by(model)
-        save_model(model, str(part), metadata=None if made_by is None else {'model': json.dumps(made_by)})
+    made_by = _made_by(model)
+    metadata = None if made_by is None else {'model': json.dumps(made_by)}
+    mesh = _mesh_of(model)
+    if mesh is None:
+        with replacing(path) as part:
+            save_model(model, str(part), metadata=metadata)
+        return
+    is_first = not any(mesh.get_coordinate() or ())
+    weights: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    metadata = metadata or {}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        kept = names.setdefault(id(tensor), name)
+        if kept != name:  # tied weights are stored once, as `save_model` does
+            metadata[name] = kept
+            continue
+        gathered = whole(tensor.detach())
+        if is_first:
+            weights[name] = gathered.cpu().contiguous()
+    if is_first:
+        with replacing(path) as part:
+            save_file(weights, str(part), metadata=metadata)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -80,8 +102,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: if the file is damaged, or was made by a model of another class, with other arguments or of other
-            shapes. The model then keeps the weights that it had.
+            shapes, or if the parameters are sharded. The model then keeps the weights that it had.
     """
+    if _mesh_of(model) is not None:
+        raise ValueError('the parameters of the model are sharded: load the weights first, then call `shard`')
     name, made_by = type(model).__name__, _made_by(model)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     device = next((tensor.device for tensor in before.values()), torch.device('cpu'))
@@ -152,13 +176,20 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         raise ValueError(f'{path} holds no cursor of this model: {error}') from error
 
 
+def _mesh_of(module: nn.Module) -> Any:
+    """Returns the ranks over which the parameters of a model, or of a wrapper of one, are sharded. None: they are
+    not."""
+    model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
+    return model.mesh if isinstance(model, SegmentModel) else None
+
+
 def _made_by(module: nn.Module) -> dict[str, Any] | None:
     """Returns what a file of weights says about its model. None if the module is neither a `SegmentModel` nor a wrapper
     of one."""
     model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
     if not isinstance(model, SegmentModel):
         return None
-    return {'class': type(model).__name__, 'arguments': plain_arguments(model)}
+    return {'class': class_name(model), 'arguments': plain_arguments(model)}
 
 
 def _check_model(model: Any) -> None:

@@ -20,12 +20,21 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from segment_recurrence_pytorch.backprop import read_windows
+from segment_recurrence_pytorch.backprop import (
+    initial_state,
+    plan_windows,
+    read_window,
+    read_windows,
+    segments_at_once,
+    window_of_rank,
+)
 from segment_recurrence_pytorch.cache import OpenSegment
 from segment_recurrence_pytorch.checks import check_whole, is_whole
+from segment_recurrence_pytorch.distributed import check_same_reads
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import State, copied, detach, map_state
@@ -298,7 +307,18 @@ def read_segments(
     shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
     further = torch.arange(shortest, longest, device=tokens.device) < (whole * segment_length)[:, None]
     # the part that all rows have needs no mask
-    for part, mask in ((tokens[:, :shortest], None), (tokens[:, shortest:longest], further)):
+    parts: list[tuple[Tensor, Tensor | None]] = [(tokens[:, :shortest], None), (tokens[:, shortest:longest], further)]
+    if model.chain is not None:  # each rank reads its segments at once, and the last one has the state after them
+        window = window_of_rank(longest, segment_length, model.chain)
+        at = slice(window.start, window.stop)
+        every = None if shortest == longest else F.pad(further, (shortest, 0), value=True)[:, at]
+        _, state = read_window(model, tokens[:, at], state, every, segment_length, need_hidden=False)
+        state, parts = model.chain.last(state), []
+    if model.mesh is not None:
+        at_once = segments_per_pass or segments_at_once(model, segment_length)
+        plans = (plan_windows(part.shape[1], segment_length, segments_per_pass=at_once) for part, _ in parts)
+        check_same_reads(model, [window for plan in plans for window in plan])
+    for part, mask in parts:
         windows = read_windows(
             model, part, state, segment_length, mask=mask, need_hidden=False, segments_per_pass=segments_per_pass
         )
@@ -307,7 +327,7 @@ def read_segments(
     rest = lengths - whole * segment_length
     place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
-    state = model.initial_state(len(tokens)) if state is None else copied(detach(state))
+    state = initial_state(model, len(tokens)) if state is None else copied(detach(state))
     return state, left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0), rest
 
 

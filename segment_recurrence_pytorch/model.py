@@ -81,7 +81,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,11 @@ from torch import Tensor, nn
 from segment_recurrence_pytorch.cache import OpenSegment, RereadSegment
 from segment_recurrence_pytorch.checks import check_has_weights, check_state_like, not_finite
 from segment_recurrence_pytorch.state import State, where_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from segment_recurrence_pytorch.distributed import Chain
 
 
 class SegmentModel(nn.Module, ABC):
@@ -104,6 +109,12 @@ class SegmentModel(nn.Module, ABC):
         max_segment_length: the longest segment that the model can read, in tokens. Default: None, there is no limit.
         parallel_segments: whether one call of `advance` can read several segments. Default: False, each call of
             `advance` gets a single segment.
+        can_chain: whether `advance` can read its segments after those of another rank, inside
+            `distributed.context_parallel`. Such a model takes the state from the rank before and hands it on to the
+            rank after through `chain`, layer by layer. Its `advance` takes an argument `cuts`, the numbers of those of
+            its segments whose entering state is cut from the graph. Default: False.
+        chain: the ranks that read a sequence together. `distributed.context_parallel` sets it. Default: None.
+        mesh: the ranks over which `distributed.shard` has spread the parameters. Default: None.
         arguments: the arguments of the constructors of the class and of its base classes, with defaults filled in. The
             base class records them. A saved cursor or a file of weights can only be loaded into a model with the same
             arguments.
@@ -114,6 +125,9 @@ class SegmentModel(nn.Module, ABC):
     causal: bool = True
     max_segment_length: int | None = None
     parallel_segments: bool = False
+    can_chain: bool = False
+    chain: Chain | None = None
+    mesh: DeviceMesh | None = None
     arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -276,7 +290,7 @@ class SegmentModel(nn.Module, ABC):
         """Returns what identifies this model: the name of its class, its arguments, and the sha256 of its weights.
 
         A cursor file holds the fingerprint of the model that read the text, since its state means nothing to another
-        model.
+        model. If the parameters are sharded, they are gathered one after the other: all ranks have to make the call.
 
         Raises:
             ValueError: if the model is on the meta device.
@@ -285,8 +299,8 @@ class SegmentModel(nn.Module, ABC):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {'class': type(self).__name__, 'arguments': plain_arguments(self), 'sha256': digest.hexdigest()}
+            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {'class': class_name(self), 'arguments': plain_arguments(self), 'sha256': digest.hexdigest()}
 
     @property
     def device(self) -> torch.device:
@@ -299,9 +313,21 @@ class SegmentModel(nn.Module, ABC):
         return next(self.parameters()).dtype
 
 
+def class_name(model: nn.Module) -> str:
+    """Returns the name of the class of a model, also if its parameters are sharded: FSDP2 makes a subclass for that."""
+    cls = type(model)
+    return (cls.__bases__[-1] if hasattr(model, 'set_requires_gradient_sync') else cls).__name__
+
+
 def plain_arguments(model: SegmentModel) -> dict[str, Any]:
     """Returns `model.arguments` as JSON can store them. A value that JSON cannot store becomes the name of its type."""
     return json.loads(json.dumps(model.arguments, default=lambda value: f'a {type(value).__qualname__}'))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor with all of its values. If it is spread over ranks (a DTensor), all ranks have to make the call.
+    Other tensors are returned unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:

@@ -25,6 +25,7 @@ from segment_recurrence_pytorch.backprop import (
     segments_at_once,
     sequence_nll,
     touch_parameters,
+    window_of_rank,
 )
 from segment_recurrence_pytorch.checks import (
     check_batch_first,
@@ -35,6 +36,7 @@ from segment_recurrence_pytorch.checks import (
     is_whole,
     outside_inference,
 )
+from segment_recurrence_pytorch.distributed import check_call, check_same_reads, ranks_of, sum_over_ranks
 from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
@@ -50,6 +52,9 @@ class LossReturn(NamedTuple):
             without.
         num_targets: number of valid targets, ().
         state: the state after the last segment.
+
+    If the wrapper has a process_group, loss and num_targets are those of all ranks together, and so are the same on
+    all ranks: log them on any of them. Only the values of reduction='none' are those of this rank.
     """
 
     loss: Tensor
@@ -75,6 +80,11 @@ class SegmentWrapper(nn.Module):
             last one; 'right', the first one. Generation ignores it and always uses 'left'. Default: 'left'.
         ignore_index: labels with this value, or with -100, do not count in the loss. In a call without labels, token
             ids with these values are padding. Default: -100.
+        process_group: the ranks (processes) that train the model together, for example `dist.group.WORLD`. Losses are
+            then those of one process that has the rows and segments of all ranks: sums over their targets, divided by
+            the number of their targets. Gradients must be averaged over the same ranks, as DistributedDataParallel,
+            FSDP2 and `distributed.sync_gradients` do. All ranks have to make each call of `loss`, also without
+            gradients; to score a text on one rank, use a wrapper without a group. Default: None, this process alone.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -91,6 +101,7 @@ class SegmentWrapper(nn.Module):
         recompute: bool = False,
         align: Literal['left', 'right'] = 'left',
         ignore_index: int = IGNORE,
+        process_group: Any = None,
     ):
         super().__init__()
         check_batch_first(model)
@@ -104,6 +115,11 @@ class SegmentWrapper(nn.Module):
         self.recompute = recompute
         self.align = align
         self.ignore_index = ignore_index
+        self.process_group = process_group
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `loss`. A module that calls this wrapper, such as DistributedDataParallel, thus computes its loss."""
+        return self.loss(*args, **kwargs)
 
     @beartype
     def loss(
@@ -145,8 +161,9 @@ class SegmentWrapper(nn.Module):
                 with a value for each row and segment. Default: None.
 
         Returns:
-            A `LossReturn`: (loss, num_targets, state). The state is attached to the graph unless backward is True.
-            After an optimizer step, give `detach(state)` to the next call: the graph of the step before is gone.
+            A `LossReturn`: (loss, num_targets, state). The state is attached to the graph unless backward is True, or
+            the segments are spread over ranks (`distributed.context_parallel`). After an optimizer step, give
+            `detach(state)` to the next call: the graph of the step before is gone.
             After backward, every trainable parameter has a gradient; it is zero where the parameter had no influence on
             the loss.
 
@@ -162,23 +179,33 @@ class SegmentWrapper(nn.Module):
             raise ValueError('backward=True inside torch.no_grad() or inference_mode(): leave one of them out')
         if backward and not (x.requires_grad or any(p.requires_grad for p in self.model.parameters())):
             raise ValueError('backward=True, but every parameter is frozen: unfreeze one, or leave backward out')
+        check_call(self, backward=backward, mean=reduction == 'mean')
         batch, state = self._batch(x, state, labels, mask)
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        batch = batch._replace(per_segment=self._checked_per_segment(per_segment, x.shape[0], windows))
-        num_targets = (batch.targets != IGNORE).sum()
+        segments = -(-batch.tokens.shape[1] // self._length(segment_length))
+        batch = batch._replace(per_segment=self._checked_per_segment(per_segment, x.shape[0], segments))
+        check_same_reads(self.model, windows)
+        group = self.process_group
+        own = batch.targets[:, windows[0].start : windows[-1].stop] if windows else batch.targets
+        num_targets = sum_over_ranks((own != IGNORE).sum(), group)
 
         if backward:
             one = torch.ones((), dtype=torch.promote_types(self.model.dtype, torch.float32), device=x.device)
             scale = mean_loss(one, num_targets) if reduction == 'mean' else one
-            nll, state = replay(self.model, batch, windows, state, scale=scale, backward_fn=backward_fn)
+            # gradients are averaged over the ranks later, so they are made larger here
+            of_rank = scale * ranks_of(group)
+            nll, state = replay(self.model, batch, windows, state, scale=of_rank, backward_fn=backward_fn)
             fill_gradients(self.model)
-            return LossReturn(nll * scale, num_targets, state)
+            return LossReturn(sum_over_ranks(nll, group) * scale, num_targets, self._shared(state))
 
         nll, state = sequence_nll(
             self.model, batch, windows, state, per_token=reduction == 'none', recompute=self.recompute
         )
         nll = touch_parameters(self.model, nll)
-        return LossReturn(mean_loss(nll, num_targets) if reduction == 'mean' else nll, num_targets, state)
+        if reduction != 'none':
+            nll = sum_over_ranks(nll, group)
+        loss = mean_loss(nll, num_targets) if reduction == 'mean' else nll
+        return LossReturn(loss, num_targets, self._shared(state))
 
     @beartype
     def logits(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -198,6 +225,7 @@ class SegmentWrapper(nn.Module):
         x, state, mask = check_input(self.model, x, _no_cursor(state), mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         windows = self._windows(batch, self.backprop_segments)
+        check_same_reads(self.model, windows)
         if not windows:
             nothing = x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)
             return nothing, own_state(self.model, batch, state)
@@ -207,7 +235,7 @@ class SegmentWrapper(nn.Module):
             state = detach(state) if window.truncate else state
             hidden, state = read_window(self.model, tokens, state, window_mask, window.segment_length)
             logits.append(self.model.to_logits(hidden))
-        return torch.cat(logits, dim=1), state
+        return torch.cat(logits, dim=1), self._shared(state)
 
     @beartype
     def reset(self, state: Any, rows: Tensor) -> Any:
@@ -355,6 +383,11 @@ class SegmentWrapper(nn.Module):
         compile: bool = False,
         **sampling: Any,
     ) -> Stream:
+        if self.model.mesh is not None:
+            raise ValueError(
+                'the parameters of the model are sharded, and generation needs all of them: call it inside '
+                '`with segment_recurrence_pytorch.distributed.gathered(wrapper.model):`'
+            )
         sampler = Sampler(**sampling)
         if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
@@ -420,12 +453,11 @@ class SegmentWrapper(nn.Module):
         targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
         return Batch(x[:, :-1], targets, mask[:, :-1]), state
 
-    def _checked_per_segment(self, per_segment: dict | None, rows: int, windows: list[Window]) -> dict[str, Tensor]:
+    def _checked_per_segment(self, per_segment: dict | None, rows: int, segments: int) -> dict[str, Tensor]:
         if not per_segment:
             return {}
-        segments = windows[-1].segments.stop if windows else 0
         takes = set(inspect.signature(self.model.advance).parameters)
-        takes -= set(inspect.signature(SegmentModel.advance).parameters)
+        takes -= {*inspect.signature(SegmentModel.advance).parameters, 'cuts'}
         for name, value in per_segment.items():
             if name not in takes:
                 known = ', '.join(sorted(takes)) or 'no further arguments'
@@ -441,14 +473,36 @@ class SegmentWrapper(nn.Module):
         return outside_inference(per_segment)
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
-        length = self._length(segment_length)
+        length, columns = self._length(segment_length), batch.tokens.shape[1]
+        if self.model.chain is not None:
+            return [self._window_of_rank(columns, length, backprop_segments)]
         return plan_windows(
-            batch.tokens.shape[1],
+            columns,
             length,
             align=self.align,
             segments_per_pass=self.segments_per_pass or segments_at_once(self.model, length),
             backprop_segments=backprop_segments,
         )
+
+    def _window_of_rank(self, columns: int, length: int, backprop_segments: int | None) -> Window:
+        """Returns the window of this rank inside `distributed.context_parallel`."""
+        chain = self.model.chain
+        assert chain is not None
+        if self.align == 'right':
+            raise ValueError("align='right' inside context_parallel: the first segment must be whole, use 'left'")
+        segments = -(-columns // length)
+        most = -(-segments // chain.size)
+        if self.segments_per_pass is not None and self.segments_per_pass < most:
+            raise ValueError(
+                f'segments_per_pass={self.segments_per_pass}, but each rank of context_parallel reads up to {most} '
+                'segments, and all of them at once, since the next rank waits for its memories layer by layer: leave '
+                'segments_per_pass out, or use more ranks'
+            )
+        return window_of_rank(columns, length, chain, backprop_segments=backprop_segments)
+
+    def _shared(self, state: State) -> State:
+        """Returns the state after the sequence: inside `distributed.context_parallel` it is that of the last rank."""
+        return state if self.model.chain is None else self.model.chain.last(state)
 
 
 def same_option(old_name: str, old: int | None, backprop_segments: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from statistics import mean
 
@@ -40,11 +41,22 @@ SMALLER = {
 @pytest.mark.parametrize('block', BLOCKS, ids=[block.strip().splitlines()[-1][:40] for block in BLOCKS])
 def test_blocks_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    many = 'init_process_group' in block
+    if many:  # what torchrun says to a single process
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}.items():
+            monkeypatch.setenv(name, str(value))
     for large, small in SMALLER.items():
         block = block.replace(large, small)
     if not torch.cuda.is_available():
         block = block.replace('.cuda()', '')
-    exec(compile(block, 'README.md', 'exec'), {})
+    try:
+        exec(compile(block, 'README.md', 'exec'), {})
+    finally:
+        if many:
+            torch.distributed.destroy_process_group()
 
 
 def test_every_replacement_is_used():
