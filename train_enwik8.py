@@ -270,7 +270,7 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
                         [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
                     ]
                 metrics.write(line | {'seconds': round(seconds, 2)})
-                if time.perf_counter() - last_save >= 60 * args.save_minutes:
+                if time.perf_counter() - last_save >= 60 * args.save_minutes and progress() < 1:
                     save_or_say()
                     last_save = time.perf_counter()
                 bar.update(1 if steps else min(taken, bar.total - bar.n))
