@@ -292,9 +292,9 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
         for name, carry in (('carried', True), ('reset', False)):
             with precision:
                 scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), carry)
+        report(run, scores, step, seconds)
         with closing(MetricsLog(log)) as metrics:
             metrics.write({'step': step, 'valid': scores, **reference})
-        report(run, scores, step, seconds)
         draw_plots(plots, folder, {'validation': scores[VALIDATED[run['memory']]], **reference}, run['model'])
         print_sample(wrapper, valid[0], memory)
         if saved_step != step:

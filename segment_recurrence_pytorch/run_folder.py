@@ -65,8 +65,7 @@ def held(folder: Path, *, new: bool) -> Iterator[Path]:
         except OSError:  # a file system that has no locks
             pass
         try:
-            if new:
-                _empty(place)  # what a process left that was killed before its first checkpoint
+            _empty(place, '*' if new else '.*.part')  # what a process left that was killed
             yield place
         finally:
             if new:
@@ -228,7 +227,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _empty(folder: Path, pattern: str = '*') -> None:
+def _empty(folder: Path, pattern: str) -> None:
     """Removes from a folder what matches a pattern, except the lock."""
     for path in folder.glob(pattern):
         if path.is_dir():

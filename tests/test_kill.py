@@ -28,6 +28,7 @@ MOMENTS = {
     'before an old checkpoint is removed': (run_folder, 'checkpoints', 4),
     'while an old checkpoint is removed': (run_folder.shutil, 'rmtree', 2),
     'before the weights are copied': (train_enwik8, 'copy_weights', 4),
+    'while the weights are copied': (run_folder.shutil, 'copyfile', 4),
     'in validation': (train_enwik8, 'bits_per_byte', 2),
     'before the last line': (MetricsLog, 'write', 5),
 }
@@ -65,6 +66,7 @@ def test_killed_at_each_moment(at_work, moment):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert without_clock(metrics('runs/a')) == without_clock(metrics('runs/rmt'))
     assert steps('runs/a') == [3, 4]
+    assert [path.name for path in Path('runs/a').glob('.*')] == ['.lock']
     assert {path.name for path in Path('runs').iterdir()} == {'rmt', 'infini', 'a'}
 
 

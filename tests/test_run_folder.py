@@ -72,6 +72,10 @@ def test_everything_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, m
     files = {f'{aside}/{name}' for name in (SUMS, 'inner', 'inner/part', 'model.safetensors')}
     assert set(done[:4]) == files
     assert done[4:] == [aside, 'rename', folder]
+    done.clear()
+    with held(tmp_path / 'a', new=True) as place:
+        reveal(place, tmp_path / 'a')
+    assert done == ['rename', str(tmp_path)]
 
 
 @pytest.mark.parametrize('moment', ['write', 'sums', 'sync', 'rename', 'prune'])

@@ -128,6 +128,20 @@ def test_a_full_disk_while_saving(at_work, monkeypatch):
     assert [line['step'] for line in metrics('runs/a')] == [1, 2, 3, 4, 5, 6, 6]
 
 
+def test_no_checkpoint_is_ahead_of_the_log(at_work, monkeypatch):
+    """The lines of its steps are on the disk before a checkpoint is written: else a power cut could lose them."""
+
+    def fail(_):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_enwik8.MetricsLog, 'sync', fail)
+        done = train('--steps', 2, '--save-minutes', 0)
+    assert done.code == 1
+    assert 'not saved   step 2: [Errno 28] No space left on device' in done.out
+    assert steps('runs/a') == [0]
+
+
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(at_work, monkeypatch):
     full = full_disk(20_000)
     with monkeypatch.context() as patch:
@@ -180,6 +194,16 @@ def test_a_log_on_a_full_disk(monkeypatch):
         console.say('a line')
         console.say('another one')
         console.discard_output()
+
+
+def test_a_run_whose_folder_disappears_goes_on_and_says_it(at_work, monkeypatch):
+    at_step(monkeypatch, {2: lambda: shutil.rmtree('runs/a')})
+    done = train('--steps', 4, '--save-minutes', 0)
+    assert done.code == 1
+    assert 'not saved   step 2: ' in done.out
+    assert 'validation' in done.out
+    assert done.err == "error: [Errno 2] No such file or directory: 'runs/a/metrics.jsonl'\n"
+    assert not Path('runs/a').exists()
 
 
 # ---- processes
