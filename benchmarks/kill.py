@@ -80,6 +80,7 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
     steps_at_kills = []
     for kill in range(kills + 1):
         begun = ['--resume', str(run)] if run.exists() else [*settings, '--name', 'killed']
+        half_written = hidden(run)
         process = start(folder, *begun, '--save-minutes', moments.choice(['0', '0.02']))
         if kill == kills:
             finish(process)
@@ -91,7 +92,7 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
         assert process.stdout is not None
         process.stdout.close()
         before_the_first_checkpoint += not run.exists()
-        while_saving += bool([*run.glob('checkpoints/.step-*'), *run.glob('.*.part')])
+        while_saving += bool(hidden(run) - half_written)
         steps_at_kills.append(len(lines_of(run)))
 
     whole = folder / 'runs' / 'whole'
@@ -106,6 +107,11 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
         'optimizer_equal': equal(*(optimizer(each, steps) for each in (whole, run))),
         'metrics_equal': lines_of(whole) == lines_of(run),
     }
+
+
+def hidden(run: Path) -> set[tuple[Path, int]]:
+    """Returns what is half written in the folder of a run, each with the time of its last change."""
+    return {(path, path.stat().st_ctime_ns) for path in [*run.glob('checkpoints/.*'), *run.glob('.*.part')]}
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
