@@ -7,17 +7,29 @@
     python train_enwik8.py --sample --resume runs/NAME --prompt "import "
 
 Each row of a batch goes through its documents in order. Its state is carried from step to step, and reset where a
-document starts. The folder runs/NAME gets metrics.jsonl, loss.png, config.json and model.safetensors.
+document starts. The folder runs/NAME gets metrics.jsonl, plots, run.json (what the run fixes), config.json (the
+arguments of the model), model.safetensors, and checkpoints. Ctrl-C and SIGTERM save and end the program.
+docs/reliability.md tells what happens when something fails.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
+
 import argparse
 import json
 import math
-import sys
+import os
+import shlex
 import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,23 +39,37 @@ from tqdm import tqdm
 from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.bad_steps import all_finite, bad_weight, first_bad_tensor
 from segment_recurrence_pytorch.checkpoint import (
     load_training_state,
     load_weights,
     save_training_state,
     save_weights,
 )
-from segment_recurrence_pytorch.data import Streams, baselines, load_corpus
-from segment_recurrence_pytorch.state import from_list, map_state, to_list
+from segment_recurrence_pytorch.checks import is_number, is_whole
+from segment_recurrence_pytorch.console import discard_output, prepare_output, say
+from segment_recurrence_pytorch.data import Corpus, Streams, baselines, load_corpus
+from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps
+from segment_recurrence_pytorch.model import SegmentModel, plain_arguments
+from segment_recurrence_pytorch.run_folder import (
+    checkpoints,
+    copy_weights,
+    held,
+    new_checkpoint,
+    newest_usable,
+    reveal,
+    step_of,
+    write_json,
+)
+from segment_recurrence_pytorch.state import from_list, leaves, map_state, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
     bits_per_byte,
     check_writable,
-    drop_lines_after,
     first_bytes,
     has_bfloat16,
-    plot_losses,
-    plot_memory_shares,
+    random_states,
+    set_random_states,
     train_loss,
     valid_streams,
     warmup_cosine,
@@ -71,18 +97,45 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 SAMPLE_BYTES, PROMPT = 256, 'import '
-SAVE_SECONDS = 600
-VALIDATED = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
+FIXED = 'model', 'preset', 'memory', 'seed'  # the settings that cannot change in a run; the bytes of the corpus neither
+# what run.json says of each setting, and what a checkpoint holds
+RUN_CHECKS = {
+    'model': lambda value: value in MODELS,
+    'preset': lambda value: value in PRESETS,
+    'memory': lambda value: value in VALIDATED,
+    'seed': lambda value: is_whole(value) and -(2**63) <= value < 2**64,
+    'data': lambda value: value is None or isinstance(value, str),
+    'steps': lambda value: value is None or (is_whole(value) and value > 0),
+    'minutes': lambda value: value is None or (is_number(value) and 0 < value < math.inf),
+    'valid_bytes': lambda value: is_whole(value) and value >= 0,
+}
+CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}
+LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
+VALIDATED: dict[str, str] = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
 
 def main() -> None:
-    """Trains a model, or samples from a trained one."""
-    args = parse_arguments()
-    run, folder = open_run(args)
-    if args.sample:
-        sample_run(args, run, folder)
-    else:
-        train(args, run, folder)
+    """Trains a model, or samples from a trained one. Ends the program with one line where something is wrong."""
+    prepare_output()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder = None
+    try:
+        args = parse_arguments()
+        run, folder = open_run(args)
+        if args.sample:
+            sample_run(args, run, folder)
+        else:
+            train(args, run, folder)
+    except KeyboardInterrupt:
+        with suppress(BrokenPipeError):
+            say(f'\nstopped{"" if folder is None or args.sample or not checkpoints(folder) else going_on(folder)}')
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
 
 
 def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
@@ -90,20 +143,19 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
 
     Args:
         args: the command line.
-        run: the settings that are fixed for the run.
+        run: the settings of the run.
         folder: the folder of the run.
     """
-    import matplotlib  # noqa: F401  if it is missing, the error comes now and not after the training
-
+    plots = import_plots()
     preset = PRESETS[run['preset']]
     training = preset['training']
-    steps, minutes = run['steps'], run['minutes']
+    steps, minutes, memory = run['steps'], run['minutes'], run['memory'] == 'on'
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    corpus = load_corpus(run['data'], download=args.download)
-    print(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
-    print(f'            sha256 {corpus.sha256}')
+    corpus = load_run_corpus(args, run, folder)
+    say(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
+    say(f'            sha256 {corpus.sha256}')
     torch.manual_seed(run['seed'])
     device = torch.device(args.device)
     wrapper = MODELS[run['model']](**preset[run['model']]).to(device)
@@ -117,93 +169,136 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
     scales = [group['lr'] / training['lr'] for group in optimizer.param_groups]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
-    print(
+    say(
         f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
         f' {device.type}, {"bfloat16" if has_bfloat16(device) else "float32"}, attention {model.attention_backend}'
     )
-
-    state, step, seconds = None, 0, 0.0
-    if args.resume:
-        saved = load_training_state(folder / 'training.pt')
-        if saved.get('sha256') != corpus.sha256:
-            raise ValueError(f'{folder} was trained on other bytes, sha256 {saved.get("sha256")}: give its --data')
-        load_weights(model, folder / 'model.safetensors')
-        optimizer.load_state_dict(saved['optimizer'])
-        streams.load_state_dict(saved['streams'])
-        step, seconds = saved['step'], saved['seconds']
-        if saved['state'] is not None:
-            state = map_state(lambda t: t.to(device), from_list(saved['state'], model.initial_state(1)))
-        drop_lines_after(folder, step)
-    else:
-        folder.mkdir(parents=True)
-        config = {'run': run, **preset, 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
-        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-    print(f'run         {folder}{f", from step {step:,} on" if step else ""}')
-    reference = baselines(corpus.train, valid)
-    for name, bits in reference.items():
-        print(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
+    fixed = {name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256}
+    about = {'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
+    state, step, seconds, skipped, saved_step = None, 0, 0.0, 0, 0
 
     def progress() -> float:
         return max(step / steps if steps else 0, seconds / (60 * minutes) if minutes else 0)
 
-    def save() -> None:
-        save_weights(model, folder / 'model.safetensors')
-        carried = None if state is None else to_list(state)
-        parts = {'optimizer': optimizer.state_dict(), 'streams': streams.state_dict(), 'state': carried}
-        save_training_state(parts | {'step': step, 'seconds': seconds, 'sha256': corpus.sha256}, folder / 'training.pt')
+    def save(place: Path) -> None:
+        nonlocal saved_step
+        if bad := bad_weight(model):
+            raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(folder)}')
+        with new_checkpoint(place, step, keep=args.keep) as aside:
+            save_weights(model, aside / 'model.safetensors')
+            counts = {'step': step, 'seconds': seconds, 'skipped': skipped, 'fixed': fixed}
+            parts = {'optimizer': optimizer.state_dict(), 'streams': streams.state_dict()}
+            carried = {'state': None if state is None else to_list(state), 'random': [random_states(device)]}
+            save_training_state(counts | parts | carried, aside / 'training.pt')
+        saved_step = step
+        copy_weights(place, step)
 
-    wrapper.train()
-    unit = {'total': steps, 'initial': step, 'unit': 'step'} if steps else {'total': round(60 * minutes), 'unit': 's'}
-    last_save = time.perf_counter()
-    with (
-        open(folder / 'metrics.jsonl', 'a', buffering=1) as metrics,
-        tqdm(**unit, desc='training', disable=None) as bar,
-        StopRequest() as stop,
-    ):
-        while progress() < 1 and not stop.requested:
-            start = time.perf_counter()
-            lr = training['lr'] * warmup_cosine(progress())
-            for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group['lr'] = lr * scale
-            with precision:
-                loss, num_targets, state = train_loss(wrapper, next(streams), state, run['memory'] == 'on')
-            optimizer.zero_grad()
-            loss.backward()
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-            optimizer.step()
-            step += 1
-            taken = time.perf_counter() - start
-            seconds += taken
-            bits = loss.item() / math.log(2)
-            line = {'step': step, 'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm, 'bytes': int(num_targets)}
-            if isinstance(model, InfiniTransformer):
-                line['memory_shares'] = [
-                    [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
-                ]
-            metrics.write(json.dumps(line | {'seconds': round(seconds, 2)}) + '\n')
-            bar.update(1 if steps else min(taken, bar.total - bar.n))
-            bar.set_postfix_str(f'step {step}, {bits:.3f} bits per byte')
-            if bar.disable and step & (step - 1) == 0:
-                print(f'step {step:6} {bits:7.3f} bits per byte {seconds:6.0f} s', flush=True)
-            if time.perf_counter() - last_save > SAVE_SECONDS:
-                save()
-                last_save = time.perf_counter()
+    with held(folder, new=not args.resume) as place:
+        if args.resume:
+            saved, refused = newest_usable(
+                folder, lambda checkpoint: load_checkpoint(checkpoint, fixed, model, optimizer, streams)
+            )
+            for why in refused:
+                say(f'refused     {why}')
+            step, seconds, skipped = saved['step'], saved['seconds'], saved['skipped']
+            if saved['state'] is not None:
+                state = map_state(lambda t: t.to(device), from_list(saved['state'], model.initial_state(1)))
+            set_random_states(device, saved['random'][0])
+            saved_step = step
+            copy_weights(folder, step)
+            write_json(folder / 'run.json', about)
+        else:
+            write_json(place / 'run.json', about)
+            write_json(place / 'config.json', plain_arguments(model))
+            save(place)
+            reveal(place, folder)
+        say(f'run         {folder}{f", from step {step:,} on" if step else ""}')
+        log = folder / 'metrics.jsonl'
+        if lost := keep_steps(log, step):
+            say(f'metrics     {log} has no line of {lost:,} of {step:,} steps: plots leave them out')
+        reference = baselines(corpus.train, valid)
+        for name, bits in reference.items():
+            say(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
 
-        save()
-        if stop.requested:
-            print(f'stopped at step {step:,} and saved; to go on: python train_enwik8.py --resume {folder}')
-            return
+        wrapper.train()
+        total, done, unit = (steps, step, 'step') if steps else (round(60 * minutes), round(seconds), 's')
+        last_save = time.perf_counter()
+        with (
+            closing(MetricsLog(log)) as metrics,
+            tqdm(total=total, initial=done, unit=unit, desc='training', disable=None) as bar,
+            StopRequest() as stop,
+        ):
+
+            def save_or_say() -> None:
+                try:
+                    metrics.sync()
+                    save(folder)
+                except OSError as error:  # the disk is full, or gone
+                    say(f'not saved   step {step:,}: {error}. The newest checkpoint is that of step {saved_step:,}')
+
+            while progress() < 1 and stop.signal is None:
+                start = time.perf_counter()
+                lr = training['lr'] * warmup_cosine(progress())
+                for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                    group['lr'] = lr * scale
+                piece = next(streams)
+                with precision:
+                    loss, num_targets, next_state = train_loss(wrapper, piece, state, memory)
+                optimizer.zero_grad()
+                loss.backward()
+                gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                step += 1
+                line: dict[str, Any] = {'step': step}
+                if all_finite(loss, gradient_norm, *leaves(next_state)):
+                    optimizer.step()
+                    state = next_state
+                    bits = loss.item() / math.log(2)
+                    line |= {'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm.item(), 'bytes': int(num_targets)}
+                    shown = f'{bits:.3f} bits per byte'
+                else:
+                    with precision:
+                        bad = first_bad_tensor(wrapper, piece, state, memory)
+                    skipped += 1
+                    check_may_skip(args, folder, step, skipped, bad, model)
+                    state = None  # every row starts anew
+                    line |= {'skipped': bad}
+                    shown = f'left out, not finite: {bad}'
+                taken = time.perf_counter() - start
+                seconds += taken
+                if isinstance(model, InfiniTransformer):
+                    line['memory_shares'] = [
+                        [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
+                    ]
+                metrics.write(line | {'seconds': round(seconds, 2)})
+                if time.perf_counter() - last_save >= 60 * args.save_minutes and progress() < 1:
+                    save_or_say()
+                    last_save = time.perf_counter()
+                bar.update(1 if steps else min(taken, bar.total - bar.n))
+                bar.set_postfix_str(f'step {step}, {shown}')
+                if 'skipped' in line or (bar.disable and step & (step - 1) == 0):
+                    try:
+                        say(f'step {step:6} {shown:>21} {seconds:6.0f} s')
+                    except BrokenPipeError:  # nobody reads the output any more
+                        stop.signal = stop.signal or signal.SIGPIPE
+
+            if saved_step != step:
+                save_or_say()
+        if stop.signal is not None:
+            with suppress(BrokenPipeError):
+                say(f'stopped at step {step:,} and saved at step {saved_step:,}{going_on(folder)}')
+            sys.exit(128 + stop.signal)
+
         scores = {}
-        for name, memory in (('carried', True), ('reset', False)):
+        for name, carry in (('carried', True), ('reset', False)):
             with precision:
-                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), memory)
-        metrics.write(json.dumps({'step': step, 'valid': scores, **reference}) + '\n')
-
-    report(run, scores, step, seconds)
-    plot_losses(folder, {'validation': scores[VALIDATED[run['memory']]], **reference})
-    if isinstance(model, InfiniTransformer):
-        plot_memory_shares(folder)
-    print_sample(wrapper, valid[0], run['memory'] == 'on')
+                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), carry)
+        report(run, scores, step, seconds)
+        with closing(MetricsLog(log)) as metrics:
+            metrics.write({'step': step, 'valid': scores, **reference})
+        draw_plots(plots, folder, {'validation': scores[VALIDATED[run['memory']]], **reference}, run['model'])
+        print_sample(wrapper, valid[0], memory)
+        if saved_step != step:
+            raise ValueError(f'the end of the training is not saved, only step {saved_step:,}{going_on(folder)}')
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -213,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     they were.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group('what to train (fixed for a run)')
+    what = parser.add_argument_group('what to train (fixed for a run, but for the place of the data)')
     what.add_argument('--model', choices=list(MODELS), default=argparse.SUPPRESS, help='default rmt')
     what.add_argument('--preset', choices=list(PRESETS), default=argparse.SUPPRESS, help='sizes; default small')
     what.add_argument('--memory', choices=['on', 'off'], default=argparse.SUPPRESS, help='off: reset at every segment')
@@ -224,6 +319,12 @@ def parse_arguments() -> argparse.Namespace:
     how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
     how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
     how_long.add_argument('--valid-bytes', type=int, help='validation bytes to score, default 131072; 0: all')
+    safe = parser.add_argument_group('what is kept')
+    safe.add_argument('--save-minutes', type=float, default=5.0,
+                      help='minutes between two checkpoints, default 5; 0: one after every step')  # fmt: skip
+    safe.add_argument('--keep', type=int, default=2, help='number of checkpoints that stay, default 2')
+    safe.add_argument('--skip-bad-steps', type=int, default=0, metavar='N',
+                      help='leave out up to N steps with NaN or infinite values; default 0')  # fmt: skip
     sample = parser.add_argument_group('sample from a run instead of training')
     sample.add_argument('--sample', action='store_true', help='print how the model in --resume goes on')
     sample.add_argument('--prompt', default=PROMPT, help=f'what it goes on after, default {PROMPT!r}')
@@ -241,22 +342,35 @@ def parse_arguments() -> argparse.Namespace:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
     if args.sample and not args.prompt:
         parser.error('--prompt is empty: give at least one character')
-    for name in ('steps', 'minutes', 'threads', 'bytes'):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f'--{name} is {getattr(args, name)}: it must be above 0')
-    if (args.valid_bytes or 0) < 0:
-        parser.error(f'--valid-bytes is {args.valid_bytes}: give 0 (all) or more')
+    if args.resume == '':
+        parser.error('--resume is empty: give the folder of a run')
+    if args.name is not None and args.resume:
+        parser.error('--name names a new run, --resume goes on with an old one: give one of them')
+    if args.name is not None and (args.name in ('', '.', '..') or Path(args.name).name != args.name):
+        parser.error(f'--name is {args.name!r}: give the name of one folder, and the folder that holds it as --out')
+    if args.name is not None and len(os.fsencode(args.name)) > LONGEST_NAME:
+        parser.error(f'--name has {len(os.fsencode(args.name))} bytes: give at most {LONGEST_NAME}')
+    for name in ('steps', 'minutes', 'threads', 'bytes', 'keep'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f'--{name} is {value}: it must be above 0{", and finite" if value > 0 else ""}')
+    for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps'):
+        value = getattr(args, name) or 0
+        if not 0 <= value < math.inf:
+            parser.error(f'--{name.replace("_", "-")} is {value}: give 0, or a finite number above it')
+    if not -(2**63) <= getattr(args, 'seed', 0) < 2**64:
+        parser.error(f'--seed is {args.seed}: it must fit into 64 bits')
     if args.download and getattr(args, 'data', None):
         parser.error('--download fetches enwik8, --data names another file: give one of them')
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f'--device {args.device} is not there: {str(error).splitlines()[0]}')
+        torch.ones(1, device=args.device).item()  # the device meta makes tensors too, but without numbers
+    except Exception as error:  # each kind of device has errors of its own
+        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
     return args
 
 
 def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    """Returns the settings that are fixed for the run, and its folder. It creates and changes nothing.
+    """Returns the settings of the run, and its folder. It creates and changes nothing.
 
     With --resume it is the folder of the old run, whose settings must not change. Without, it is a folder that can be
     made.
@@ -264,38 +378,178 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     Args:
         args: the command line.
     """
-    fixed: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
-    given = {name: value for name, value in vars(args).items() if name in fixed}
+    default: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
+    given = {name: value for name, value in vars(args).items() if name in default}
     if args.sample:  # with --sample, --seed is the seed of the sample and not that of the run
         given.pop('seed', None)
     length = {'steps': args.steps, 'minutes': args.minutes}
     if args.resume:
         folder = Path(args.resume)
-        try:
-            saved = json.loads((folder / 'config.json').read_text())['run']
-            known = saved['model'] in MODELS and saved['preset'] in PRESETS and {'steps', 'minutes'} < set(saved)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{folder} is no run to go on with: {type(error).__name__} {error}') from error
-        if not known:
-            raise ValueError(f'{folder} is no run of this program: {saved}')
-        for name, value in given.items():
-            if saved[name] != value:
-                raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {value}: leave --{name} out')
+        saved = read_run(folder)['run']
+        for name in FIXED:
+            if given.get(name, saved[name]) != saved[name]:
+                raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {given[name]}: leave it out')
         if not args.sample:
             check_writable(folder)
-        run = saved | length if any(length.values()) else saved
+        run = saved | given | (length if any(length.values()) else {})
     else:
-        run = fixed | given
+        run = default | given
         twin = '' if run['memory'] == 'on' else '-memory-off'
         name = args.name or f'{run["model"]}-{run["preset"]}{twin}-{time.strftime("%Y%m%d-%H%M%S")}'
         folder = Path(args.out) / name
         if folder.exists():
-            raise ValueError(f'{folder} is there already: give another --name, or --resume {folder}')
+            raise ValueError(f'{folder} is there already: give another --name, or --resume {shlex.quote(str(folder))}')
         check_writable(next(parent for parent in folder.parents if parent.exists()))
         if not any(length.values()):
             length = {name: PRESETS[run['preset']]['training'].get(name) for name in length}
         run |= length | {'valid_bytes': 131_072}
     return run if args.valid_bytes is None else run | {'valid_bytes': args.valid_bytes}, folder
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Returns what run.json says of a run: its settings and its corpus.
+
+    Args:
+        folder: the folder of the run.
+
+    Raises:
+        ValueError: if the folder holds no run, or one of another version of this program, or if run.json is damaged.
+    """
+    path = folder / 'run.json'
+    if os.path.exists(folder / 'training.pt') and not os.path.exists(path):
+        raise ValueError(
+            f'{folder} was made by an earlier version of this program, which wrote no checkpoints: '
+            'go on with that version, or train again'
+        )
+    try:
+        about = json.loads(path.read_text())
+        run = about['run']
+        wrong = [name for name, check in RUN_CHECKS.items() if not check(run[name])]
+        if wrong or not any((run['steps'], run['minutes'])):
+            raise ValueError(f'{wrong[0]} is {run[wrong[0]]!r}' if wrong else 'it has neither steps nor minutes')
+        made_with, known = {name: about[name] for name in ('sizes', 'training')}, sizes(run)
+        about['sha256'], about['corpus']
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f'{path} lacks {error}' if isinstance(error, KeyError) else f'{path}: {error}'
+        raise ValueError(f'{folder} is no run to go on with: {why}') from error
+    if made_with != json.loads(json.dumps(known)):
+        raise ValueError(f'{folder} was made with {made_with}, the preset {run["preset"]} is now {known}')
+    return about
+
+
+def sizes(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of the model of a run, and how it is trained."""
+    preset = PRESETS[run['preset']]
+    training = {name: value for name, value in preset['training'].items() if name not in ('steps', 'minutes')}
+    return {'sizes': preset[run['model']], 'training': training}
+
+
+def load_run_corpus(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> Corpus:
+    """Returns the corpus of a run. That of an old run must hold the same bytes as before, wherever they are now.
+
+    Args:
+        args: the command line.
+        run: the settings of the run.
+        folder: the folder of the run.
+    """
+    try:
+        corpus = load_corpus(run['data'], download=args.download)
+    except ValueError as error:
+        moved = args.resume and not hasattr(args, 'data')
+        raise ValueError(f'{error}. If it was moved, say where it is now with --data' if moved else error) from error
+    if args.resume:
+        about = read_run(folder)
+        if about['sha256'] != corpus.sha256:
+            raise ValueError(
+                f'{corpus.name} has other bytes than those that {folder} was trained on, which were {about["corpus"]} '
+                f'with sha256 {about["sha256"]}: give the file that holds these as --data'
+            )
+    return corpus
+
+
+def load_checkpoint(
+    checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, optimizer: torch.optim.Optimizer, streams: Streams
+) -> dict[str, Any]:
+    """Goes back to a checkpoint, and returns what it holds besides weights, optimizer and streams.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        fixed: what the run fixes.
+        model: the model, which gets the weights.
+        optimizer: the optimizer, which gets its state.
+        streams: the training bytes, which get their positions.
+
+    Raises:
+        ValueError: if the checkpoint is one of another run, or of another version of this program.
+    """
+    saved = load_training_state(checkpoint / 'training.pt')
+    if missing := CHECKPOINT - set(saved):
+        raise ValueError(f'{checkpoint} is of another version of this program: it has no {min(missing)!r}')
+    have = saved['fixed'] | {'step': saved['step']}
+    for name, value in (fixed | {'step': step_of(checkpoint)}).items():
+        if have.get(name) != value:
+            raise ValueError(f'{checkpoint} is of another run: its {name} is {have.get(name)}, not {value}')
+    load_weights(model, checkpoint / 'model.safetensors')
+    optimizer.load_state_dict(saved['optimizer'])
+    streams.load_state_dict(saved['streams'])
+    return saved
+
+
+def check_may_skip(
+    args: argparse.Namespace, folder: Path, step: int, skipped: int, bad: str, model: SegmentModel
+) -> None:
+    """Raises ValueError, which names the step and the tensor, unless a step with NaN may be left out.
+
+    Args:
+        args: the command line.
+        folder: the folder of the run.
+        step: the step.
+        skipped: number of steps of the run that are left out, this one included.
+        bad: what `first_bad_tensor` returned.
+        model: the model. If its weights are not finite, leaving out a step does not help.
+    """
+    found = f'step {step:,} has NaN or infinite values, first in {bad}. It was not made, and the checkpoints stay'
+    if bad_weight(model):
+        raise ValueError(f'{found} as they are')
+    if skipped > args.skip_bad_steps:
+        raise ValueError(f'{found}{going_on(folder)} --skip-bad-steps {skipped}, which leaves out such steps')
+
+
+def import_plots() -> ModuleType | None:
+    """Returns the module that plots. Without matplotlib it says what is missing, and returns None: a plot can be made
+    after the training, from metrics.jsonl."""
+    try:
+        from segment_recurrence_pytorch import plots
+    except ImportError as error:
+        say(f'plots       none, {error}: pip install matplotlib, then --resume makes them')
+        return None
+    return plots
+
+
+def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float], model: str) -> None:
+    """Draws the plots of a run, and says where they are.
+
+    Args:
+        plots: the module that plots, or None.
+        folder: the folder of the run.
+        levels: bits per byte by name, the validation first.
+        model: the name of the model.
+    """
+    if plots is None:
+        return
+    try:
+        plots.plot_losses(folder, levels)
+        say(f'plot        {folder / "loss.png"}')
+        if model == 'infini':
+            plots.plot_memory_shares(folder)
+            say(f'plot        {folder / "memory_shares.png"}')
+    except OSError as error:  # the disk is full
+        say(f'no plot     {error}')
+
+
+def going_on(folder: Path) -> str:
+    """Returns the end of a message that tells how to go on with a run."""
+    return f'; to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}'
 
 
 def build_rmt(**sizes: Any) -> SegmentWrapper:
@@ -308,7 +562,7 @@ def build_infini(*, segment_length: int, **sizes: Any) -> SegmentWrapper:
     return InfiniTransformerWrapper(InfiniTransformer(num_tokens=256, **sizes), segment_length)
 
 
-MODELS = {'rmt': build_rmt, 'infini': build_infini}
+MODELS: dict[str, Callable[..., SegmentWrapper]] = {'rmt': build_rmt, 'infini': build_infini}
 
 
 def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:
@@ -320,13 +574,14 @@ def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: fl
         step: number of training steps.
         seconds: seconds of training.
     """
-    print(f'trained     {step:,} steps in {seconds:.0f} s')
+    say(f'trained     {step:,} steps in {seconds:.0f} s')
     for name, bits in scores.items():
-        print(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
+        say(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
     twin = 'off' if run['memory'] == 'on' else 'on'
-    others = ''.join(f' --{name} {run[name]}' for name in ('model', 'preset', 'seed', 'data') if run[name] is not None)
+    given = {name: run[name] for name in ('model', 'preset', 'seed', 'data') if run[name] is not None}
+    others = ''.join(f' --{name} {shlex.quote(str(value))}' for name, value in given.items())
     difference = scores['reset'] - scores['carried']
-    print(
+    say(
         f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on.\n'
         f'            What memory gains is another question: train a twin, both for the same number of steps, with\n'
         f'            --memory {twin} --steps {step}{others}\n'
@@ -345,7 +600,7 @@ def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
     """
     prompt = text[: wrapper.segment_length // 2].long()[None].to(wrapper.model.device)
     shown = bytes(prompt[0].tolist()).decode(errors='replace')
-    print(f'sample      the model goes on after the first bytes of the validation text, {shown!r}:')
+    say(f'sample      the model goes on after the first bytes of the validation text, {shown!r}:')
     write_on(wrapper, prompt, SAMPLE_BYTES if memory else wrapper.segment_length - prompt.shape[1])
 
 
@@ -363,7 +618,7 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
         torch.manual_seed(args.seed)
     wrapper = MODELS[run['model']](**PRESETS[run['preset']][run['model']]).to(args.device)
     load_weights(wrapper.model, folder / 'model.safetensors')
-    prompt = torch.tensor([list(args.prompt.encode())], device=args.device)
+    prompt = torch.tensor([list(os.fsencode(args.prompt))], device=args.device)
     count, room = args.bytes, wrapper.segment_length - prompt.shape[1]
     if run['memory'] == 'off' and count > room:
         raise ValueError(
@@ -375,7 +630,4 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    main()

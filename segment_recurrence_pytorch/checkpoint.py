@@ -1,11 +1,13 @@
 """Saves and loads weights, training states and cursors.
 
-A file is written under another name and then moved to its place, so a file is never half written. It says which model
-made it, and can only be loaded into such a model.
+A file is written under another name, synced to the disk, and then moved to its place, so a file is never half written,
+even if the machine loses power. It says which model made it, and can only be loaded into such a model. The folder of a
+whole training run is in `run_folder`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -37,6 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if the folder of `path` does not exist, or if `path` is a folder itself.
+        OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,10 +48,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise ValueError(f'{path} cannot be written: the folder {path.parent} is not there, make it first')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask makes of a new file; safetensors makes files for their owner alone
         yield part
+        part.chmod(mode)
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f'{path} cannot be written: {error}') from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Waits until the content of a file, or the list of the files in a folder, is on the disk.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if os.name == 'nt':  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -65,6 +96,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: if the folder does not exist, or if the model is on the meta device.
+        OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     check_has_weights(model)
     made_by = _made_by(model)
@@ -132,6 +164,7 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
 
     Raises:
         ValueError: if the cursor does not fit the model, or if the folder does not exist.
+        OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     _check_model(model)
     cursor = _checked(cursor, model)
@@ -250,12 +283,16 @@ def save_training_state(state: dict[str, Any], path: str | Path) -> None:
 
     Raises:
         ValueError: if the folder does not exist, or if a value cannot be written.
+        OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     with replacing(path) as part:
         try:
-            torch.save(state, part)
+            with open(part, 'wb') as file:
+                torch.save(state, file)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise ValueError(f'the training state cannot be written, give tensors and plain values: {error}') from error
+        except RuntimeError as error:  # torch's writer meets a full disk twice: the first error is the reason
+            raise OSError(f'{path} cannot be written: {error.__context__ or error}') from error
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:

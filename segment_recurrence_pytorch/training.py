@@ -1,6 +1,6 @@
-"""What a script that trains on bytes needs besides its loop: a stop on Ctrl-C, a schedule, scores, samples and plots.
+"""What a script that trains on bytes needs besides its loop: an orderly stop, a schedule, scores and samples.
 
-It needs the extra `train` of the package.
+The folder of a run is in `run_folder`, its log in `metrics`, its plots in `plots`, the search for NaN in `bad_steps`.
 
 Letters: b rows of the batch, n bytes.
 """
@@ -8,18 +8,14 @@ Letters: b rows of the batch, n bytes.
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import Piece, Streams
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import State, detach
@@ -28,28 +24,37 @@ from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 TOP_P = 0.9  # top_p of the samples that are printed
 
 
-class StopRequest:
-    """A `with` block in which Ctrl-C only sets `requested`, so that a loop can stop after its step.
+# the signals that end programs; SIGHUP comes when a terminal is closed, and Windows has none
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
-    A second Ctrl-C interrupts the program as usual.
+
+class StopRequest:
+    """A `with` block in which a signal to end only sets `signal`, so that a loop can end after its step.
+
+    The signals are Ctrl-C, SIGTERM, by which systems end programs, and SIGHUP. A second Ctrl-C interrupts the program
+    as usual; more of the others change nothing. A signal that is ignored, as by `nohup`, stays ignored.
 
     Attributes:
-        requested: whether Ctrl-C was pressed.
+        signal: the number of the signal. None if there was no signal.
     """
 
-    requested = False
+    signal: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self.before = signal.signal(signal.SIGINT, self.request)
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.request) for number in heeded}
         return self
 
-    def request(self, *_: object) -> None:
-        """Handles the first Ctrl-C: sets `requested`, and lets Python handle the next Ctrl-C."""
-        self.requested = True
-        signal.signal(signal.SIGINT, self.before)
+    def request(self, number: int, *_: object) -> None:
+        """Handles a signal: sets `signal`, and lets Python handle the next Ctrl-C."""
+        if self.signal is None:
+            self.signal = number
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, before in self.before.items():
+            signal.signal(number, before)
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> float:
@@ -169,72 +174,26 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f'{folder} cannot be written to ({error.strerror}): give another --out') from error
 
 
-def drop_lines_after(folder: Path, step: int) -> None:
-    """Removes from metrics.jsonl the lines of the steps after `step`, and the line of the validation.
-
-    A run that was killed may have logged steps after its last save. The saved weights do not include these steps.
-
-    Args:
-        folder: the folder of the run.
-        step: the step of the last save.
-    """
-    path = folder / 'metrics.jsonl'
-    lines = [
-        line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step and '"valid"' not in line
-    ]
-    with replacing(path) as part:
-        part.write_text(''.join(f'{line}\n' for line in lines))
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Returns the random states of the CPU and of a device, for `set_random_states`."""
+    states = {'cpu': torch.get_rng_state()}
+    if device.type != 'cpu':
+        states[device.type] = torch.get_device_module(device).get_rng_state(*_number(device))
+    return states
 
 
-def plot_losses(folder: Path, levels: dict[str, float]) -> None:
-    """Plots the training losses in metrics.jsonl as loss.png.
+def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Goes back to the random states that `random_states` returned.
 
     Args:
-        folder: the folder of the run.
-        levels: bits per byte by name. Each is drawn as a horizontal line. The validation comes first.
+        device: the device. If the states are those of another kind of device, only that of the CPU is set.
+        states: what `random_states` returned.
     """
-    lines = _training_lines(folder)
-    megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
-    bits = torch.tensor([line['bits'] for line in lines])
-    width = max(1, len(bits) // 100)
-    smooth = bits[: len(bits) // width * width].view(-1, width).mean(1)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    axes.plot(megabytes, bits, color='tab:blue', alpha=0.25, linewidth=0.8)
-    axes.plot(megabytes[width - 1 :: width][: len(smooth)], smooth, color='tab:blue', label='training')
-    for (name, value), style in zip(levels.items(), ('-', ':', '--', '-.'), strict=True):
-        color = 'tab:red' if name == 'validation' else 'gray'
-        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
-    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name, ylim=(0, 8.5))
-    axes.legend()
-    _write(figure, folder / 'loss.png')
+    torch.set_rng_state(states['cpu'])
+    if device.type in states and device.type != 'cpu':
+        module = torch.get_device_module(device)
+        module.set_rng_state(states[device.type], *_number(device))
 
 
-def plot_memory_shares(folder: Path) -> None:
-    """Plots, as memory_shares.png, the share that the memory has in the output of each head at each training step.
-
-    Figure 3 of arXiv 2404.07143 shows these shares at the end of a training.
-
-    Args:
-        folder: the folder of the run.
-    """
-    lines = _training_lines(folder)
-    shares = torch.tensor([line['memory_shares'] for line in lines])  # (steps, depth, heads)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for layer in range(shares.shape[1]):
-        for head in range(shares.shape[2]):
-            label = f'layer {layer}' if head == 0 else None
-            axes.plot([line['step'] for line in lines], shares[:, layer, head], color=f'C{layer}', label=label)
-    axes.set(xlabel='step', ylabel="memory's share, 1 - sigmoid(gate)", ylim=(0, 1), title=folder.name)
-    axes.legend(title='one line a head')
-    _write(figure, folder / 'memory_shares.png')
-
-
-def _training_lines(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [line for line in lines if 'bits' in line]
-
-
-def _write(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f'plot        {path}')
+def _number(device: torch.device) -> list[torch.device]:
+    return [] if device.type == 'mps' else [device]  # of the kind mps there is one device, which has no number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -21,6 +23,34 @@ def pytest_collection_modifyitems(items):
 def seeded():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def made(tmp_path_factory):
+    """A folder with a corpus `text`, and the runs of four steps of the training script; and what they printed."""
+    from tests import script
+
+    folder, printed = tmp_path_factory.mktemp('made'), {}
+    (folder / 'text').write_bytes((script.ROOT / 'tests' / 'test_rmt.py').read_bytes())
+    with pytest.MonkeyPatch.context() as patch, script.tiny():
+        patch.chdir(folder)
+        patch.setattr(script.train_enwik8, 'import_plots', script.IMPORT_PLOTS)
+        for name in script.MODELS:
+            done = script.train('--steps', 4, '--model', name, name=name)
+            assert done.code == 0, done
+            printed[name] = done.out
+    return folder, printed
+
+
+@pytest.fixture
+def at_work(made, tmp_path, monkeypatch):
+    """The same folder, copied, as working directory: a test may change it."""
+    from tests import script
+
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with script.tiny():
+        yield tmp_path
 
 
 def ids(*shape) -> torch.Tensor:

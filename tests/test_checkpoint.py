@@ -1,6 +1,10 @@
 """Weights, cursors and training states on disk: what comes back, and what is refused with everything as it was."""
 
+import errno
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from segment_recurrence_pytorch.checkpoint import (
 from segment_recurrence_pytorch.state import leaves, to_list
 from tests.conftest import ids, make_infini, make_rmt, random_weights
 from tests.generating import wrapped
+from tests.script import full_disk
 
 MAKERS = pytest.mark.parametrize('make', [make_rmt, make_infini])
 
@@ -361,3 +366,44 @@ def test_a_file_of_another_kind_is_no_training_state(content, tmp_path):
     for path in (tmp_path / 'other', tmp_path, tmp_path / 'missing'):
         with pytest.raises(ValueError, match=rf'{path.name} is no training state that can be resumed'):
             load_training_state(path)
+
+
+@pytest.mark.parametrize('save', SAVES.values(), ids=SAVES)
+def test_a_full_disk_leaves_the_file_as_it_was(save, tmp_path):
+    wrapper = RecurrentMemoryTransformerWrapper(make_rmt())
+    (tmp_path / 'file').write_text('before')
+    with full_disk(300), pytest.raises(OSError, match='File too large') as error:
+        save(wrapper, tmp_path / 'file')
+    assert 'inline_container' not in str(error.value)  # torch's own words, which say nothing of the disk
+    assert (tmp_path / 'file').read_text() == 'before'
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('save', SAVES.values(), ids=SAVES)
+@pytest.mark.parametrize('umask', [0o022, 0o077])
+def test_a_file_has_the_mode_that_the_umask_gives(save, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        save(RecurrentMemoryTransformerWrapper(make_rmt()), tmp_path / 'file')
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / 'file').stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='asks /proc which file is synced')
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: [done.append(os.readlink(f'/proc/self/fd/{fd}')), fsync(fd)])
+    monkeypatch.setattr(os, 'replace', lambda part, path: [done.append('replace'), replace(part, path)])
+    save_training_state({'step': 3}, tmp_path / 'file')
+    assert done == [f'{tmp_path}/.file.{os.getpid()}.part', 'replace', str(tmp_path)]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_obstacle(tmp_path, monkeypatch):
+    def cannot(_):
+        raise OSError(errno.EINVAL, 'Invalid argument')
+
+    monkeypatch.setattr(os, 'fsync', cannot)
+    save_training_state({'step': 3}, tmp_path / 'file')
+    assert load_training_state(tmp_path / 'file') == {'step': 3}

@@ -1,9 +1,10 @@
-"""The training script as a user runs it."""
+"""The training script as a user runs it: what a run leaves, how it is stopped and resumed, and what is refused."""
 
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -13,174 +14,195 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_enwik8
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / 'train_enwik8.py'), '--device', 'cpu', *map(str, arguments)]
+from segment_recurrence_pytorch.checkpoint import load_weights
+from tests.script import MODELS, ROOT, at_step, files, main, metrics, steps, train, without_clock
 
 
-def run(folder, *arguments, fails=False):
-    done = subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stderr if fails else done.stdout
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp('corpus') / 'text'
-    path.write_bytes(Path(ROOT / 'tests' / 'test_rmt.py').read_bytes() * 8)
-    return path
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-
-
-@pytest.mark.parametrize('model', ['rmt', 'infini'])
-def test_a_run_leaves_what_it_says(tmp_path, corpus, model):
-    out = run(tmp_path, '--data', corpus, '--steps', 4, '--valid-bytes', 3000, '--name', 'a', '--model', model)
+@pytest.mark.parametrize('model', MODELS)
+def test_a_run_leaves_what_it_says(made, model):
+    folder, out = made[0] / 'runs' / model, made[1][model]
     assert re.search(r'corpus .*\n +sha256 [0-9a-f]{64}', out)
     for name in ('unigram', 'zlib', 'xz'):
         assert re.search(rf'{name} +\d\.\d+ bits per byte', out)
     carried, reset = re.findall(r'validation  (\d\.\d+) bits per byte, state (?:carried|reset)', out)
     assert 'is a diagnostic' in out
-    assert f'--memory off --steps 4 --model {model} --preset small --seed 0 --data {corpus}' in out
-    assert len(out.split('sample ')[1]) > 100
-    folder = tmp_path / 'runs' / 'a'
+    assert f'--memory off --steps 4 --model {model} --preset small --seed 0 --data text' in out
+    assert len(out.split('sample ')[1]) > 60
     assert {file.name for file in folder.iterdir()} == {
-        'config.json', 'loss.png', 'metrics.jsonl', 'model.safetensors', 'training.pt',
+        '.lock', 'checkpoints', 'config.json', 'loss.png', 'metrics.jsonl', 'model.safetensors', 'run.json',
         *(['memory_shares.png'] if model == 'infini' else []),
     }  # fmt: skip
+    assert steps(folder) == [0, 4]
+    for checkpoint in (folder / 'checkpoints').iterdir():
+        assert {file.name for file in checkpoint.iterdir()} == {'SHA256SUMS', 'model.safetensors', 'training.pt'}
     lines = metrics(folder)
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 4]
     assert f'{lines[-1]["valid"]["carried"]:.3f}' == carried
     assert f'{lines[-1]["valid"]["reset"]:.3f}' == reset
-    assert json.loads((folder / 'config.json').read_text())['run']['memory'] == 'on'
     assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_twin_without_memory_reads_the_same_bytes_and_needs_no_state(tmp_path, corpus):
-    run(tmp_path, '--data', corpus, '--steps', 3, '--valid-bytes', 3000, '--name', 'on')
-    out = run(tmp_path, '--data', corpus, '--steps', 3, '--valid-bytes', 3000, '--name', 'off', '--memory', 'off')
-    on, off = metrics(tmp_path / 'runs' / 'on'), metrics(tmp_path / 'runs' / 'off')
-    assert [line['bytes'] for line in on[:-1]] == [line['bytes'] for line in off[:-1]]
-    assert on[-2]['bits'] != off[-2]['bits']
-    assert torch.load(tmp_path / 'runs' / 'off' / 'training.pt', weights_only=True)['state'] is None
+@pytest.mark.parametrize('model', MODELS)
+def test_the_weights_beside_the_arguments_make_the_model_again(made, model):
+    folder = made[0] / 'runs' / model
+    again = MODELS[model](**json.loads((folder / 'config.json').read_text()))
+    load_weights(again, folder / 'model.safetensors')
+    newest = load_file(folder / 'checkpoints' / 'step-4' / 'model.safetensors')
+    assert all(torch.equal(tensor, newest[name]) for name, tensor in again.state_dict().items())
+    run = json.loads((folder / 'run.json').read_text())
+    assert run['run']['memory'] == 'on'
+    assert run['corpus'] == 'text'
+
+
+def test_a_checkpoint_holds_all_that_going_on_needs(made):
+    saved = torch.load(made[0] / 'runs' / 'rmt' / 'checkpoints' / 'step-4' / 'training.pt', weights_only=True)
+    assert saved['step'] == 4
+    assert saved['fixed']['sha256'] == json.loads((made[0] / 'runs' / 'rmt' / 'run.json').read_text())['sha256']
+    assert {'model', 'preset', 'memory', 'seed', 'sizes', 'training'} < set(saved['fixed'])
+    assert len(saved['streams']['position']) == 4
+    assert all(part is None or len(part) == 4 for part in saved['state'])  # the rows of the batch
+    assert len(saved['random']) == 1  # of each process
+    assert saved['optimizer']['state']
+
+
+def test_the_twin_without_memory_reads_the_same_bytes_and_needs_no_state(at_work):
+    out = train('--steps', 3, '--memory', 'off').out
+    on, off = metrics('runs/rmt'), metrics('runs/a')
+    assert [line['bytes'] for line in on[:3]] == [line['bytes'] for line in off[:3]]
+    assert on[2]['bits'] != off[2]['bits']
+    assert torch.load('runs/a/checkpoints/step-3/training.pt', weights_only=True)['state'] is None
     assert '--memory on --steps 3' in out
 
 
-@pytest.mark.parametrize('model', ['rmt', 'infini'])
-def test_a_stopped_and_resumed_run_is_one_run(tmp_path, corpus, monkeypatch, model):
-    """Stopped after two of four steps: the same weights, bit for bit, as without the stop."""
-
-    class StopAfterTwo(train_enwik8.StopRequest):
-        asked = 0
-
-        @property
-        def requested(self):
-            self.asked += 1
-            return self.asked > 2
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['train_enwik8.py', '--valid-bytes', '3000', *map(str, arguments)])
-        train_enwik8.main()
-
-    monkeypatch.chdir(tmp_path)
-    main('--data', corpus, '--steps', 4, '--name', 'whole', '--model', model)
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_says_how_to_go_on(at_work, monkeypatch, number):
     with monkeypatch.context() as patch:
-        patch.setattr(train_enwik8, 'StopRequest', StopAfterTwo)
-        main('--data', corpus, '--steps', 4, '--name', 'cut', '--model', model)
-    assert len(metrics(Path('runs/cut'))) == 2
-    with open('runs/cut/metrics.jsonl', 'a') as file:  # as a killed run would have left it
+        at_step(patch, {2: lambda: signal.raise_signal(number)})
+        done = train('--steps', 9)
+    assert done.code == 128 + number
+    assert 'stopped at step 2 and saved at step 2; to go on: python train_enwik8.py --resume runs/a\n' in done.out
+    assert steps('runs/a') == [0, 2]
+    assert len(metrics('runs/a')) == 2
+    assert 'from step 2 on' in main('--resume', 'runs/a', '--steps', 3).out
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_a_stopped_and_resumed_run_is_one_run(at_work, monkeypatch, model):
+    """Stopped after two of four steps: the same weights and losses, bit for bit, as without the stop."""
+    with monkeypatch.context() as patch:
+        at_step(patch, {2: lambda: signal.raise_signal(signal.SIGTERM)})
+        train('--steps', 4, '--model', model)
+    with open('runs/a/metrics.jsonl', 'a') as file:  # as a killed run would have left it
         file.write('{"step": 3, "bits": 0}\n')
-    main('--resume', 'runs/cut')
-    whole, cut = (load_file(f'runs/{name}/model.safetensors') for name in ('whole', 'cut'))
+    torch.manual_seed(5)
+    assert main('--resume', 'runs/a').code == 0
+    whole, cut = (load_file(f'runs/{name}/model.safetensors') for name in (model, 'a'))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    for line, other in zip(metrics(Path('runs/whole')), metrics(Path('runs/cut')), strict=True):
-        assert line.get('bits') == other.get('bits')
-        assert line.get('valid') == other.get('valid')
+    assert without_clock(metrics(f'runs/{model}')) == without_clock(metrics('runs/a'))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, corpus):
+def test_checkpoints_are_as_many_and_as_often_as_asked_for(at_work):
+    train('--steps', 5, '--save-minutes', 0, '--keep', 3)
+    assert steps('runs/a') == [3, 4, 5]
+    main('--resume', 'runs/a', '--steps', 6, '--keep', 1)
+    assert steps('runs/a') == [6]
+
+
+def test_a_longer_run_is_written_down(at_work):
+    """A run that was prolonged goes on for as long when it is resumed a second time."""
+    main('--resume', 'runs/rmt', '--steps', 6)
+    assert json.loads(Path('runs/rmt/run.json').read_text())['run']['steps'] == 6
+    assert 'trained     6 steps' in main('--resume', 'runs/rmt').out
+    assert [line['step'] for line in metrics('runs/rmt')] == [1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o027])
+def test_all_files_have_the_mode_that_the_umask_gives(at_work, umask):
+    before = os.umask(umask)
+    try:
+        train('--steps', 1, '--model', 'infini')
+    finally:
+        os.umask(before)
+    for path in Path('runs/a').rglob('*'):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_ctrl_c_in_a_real_process(at_work):
+    """The same as above with a process and the real presets: nothing but the printed lines, and a code of 130."""
     process = subprocess.Popen(
-        command('--data', corpus, '--steps', 2000, '--name', 'a'), cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    path = tmp_path / 'runs' / 'a' / 'metrics.jsonl'
+        [sys.executable, ROOT / 'train_enwik8.py', '--data', 'text', '--steps', '2000', '--name', 'a'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = Path('runs/a/metrics.jsonl')
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (path.exists() and len(path.read_text().splitlines()) >= 2):
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 2):
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert f'stopped at step {len(metrics(tmp_path / "runs" / "a"))} and saved' in out
-    assert 'python train_enwik8.py --resume runs/a' in out
-    done = len(metrics(tmp_path / 'runs' / 'a'))
-    assert f'from step {done} on' in run(tmp_path, '--resume', 'runs/a', '--steps', done + 1, '--valid-bytes', 3000)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    done = len(metrics('runs/a'))
+    assert (process.returncode, err) == (130, '')
+    assert f'stopped at step {done} and saved at step {done}; to go on: python {ROOT}/train_enwik8.py' in out
 
 
-def test_refusals_leave_nothing_behind(tmp_path, corpus):
-    run(tmp_path, '--data', corpus, '--steps', 1, '--valid-bytes', 3000, '--name', 'a')
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    (tmp_path / 'other').mkdir()
-    (tmp_path / 'other' / 'config.json').write_text('{"hidden_size": 8}')
-    before |= dict.fromkeys((tmp_path / 'other').rglob('*'), 0) | {tmp_path / 'other': 0}
-    (tmp_path / 'file').touch()
-    (tmp_path / 'empty').touch()
-    (tmp_path / 'small').write_bytes(b'a few bytes, ' * 10)
-    before[tmp_path / 'file'] = before[tmp_path / 'empty'] = before[tmp_path / 'small'] = 0
+def test_refusals_leave_nothing_behind(at_work):
+    Path('other').mkdir()
+    Path('other/run.json').write_text('{"hidden_size": 8}')
+    for name in ('file', 'empty'):
+        Path(name).touch()
+    Path('small').write_bytes(b'a few bytes, ' * 10)
+    before = files('.')
     for arguments, message in [
-        (('--resume', 'runs/a', '--preset', 'base'), 'was made with --preset small, not base'),
-        (('--resume', 'runs/a', '--memory', 'off'), 'was made with --memory on, not off'),
+        (('--resume', 'runs/rmt', '--preset', 'base'), 'was made with --preset small, not base'),
+        (('--resume', 'runs/rmt', '--memory', 'off'), 'was made with --memory on, not off'),
         (('--resume', 'runs/none'), 'no run to go on with'),
-        (('--resume', 'other'), 'no run to go on with'),
-        (('--data', corpus, '--device', 'nowhere'), 'is not there'),
-        (('--data', corpus, '--name', 'a'), 'is there already'),
-        (('--data', corpus, '--out', 'file/runs'), 'cannot be written to'),
+        (('--resume', 'other'), 'no run to go on with: other/run.json lacks'),
+        (('--resume', ''), '--resume is empty'),
+        (('--resume', 'x' * 300), 'no run to go on with'),
+        (('--resume', 'runs/rmt', '--name', 'b'), 'give one of them'),
+        (('--data', 'text', '--device', 'nowhere'), 'cannot be used here'),
+        (('--data', 'text', '--device', 'meta'), '--device meta cannot be used here'),
+        (('--data', 'text', '--name', 'rmt'), 'is there already'),
+        (('--data', 'text', '--name', ''), "--name is ''"),
+        (('--data', 'text', '--name', '..'), "--name is '..'"),
+        (('--data', 'text', '--name', 'a/b'), "--name is 'a/b': give the name of one folder"),
+        (('--data', 'text', '--name', 'ä' * 150), '--name has 300 bytes: give at most 200'),
+        (('--data', 'text', '--out', 'file/runs'), 'cannot be written to'),
+        (('--data', 'text', '--out', 'x' * 300), 'File name too long'),
         (('--data', 'empty'), 'is empty'),
         (('--data', 'small'), 'less than one batch'),
         (('--data', 'absent'), 'cannot be read'),
-        (('--data', corpus, '--steps', '0'), 'must be above 0'),
+        (('--data', 'text', '--steps', 0), 'must be above 0'),
+        (('--data', 'text', '--minutes', 'inf'), '--minutes is inf: it must be above 0, and finite'),
+        (('--data', 'text', '--minutes', 'nan'), '--minutes is nan'),
+        (('--data', 'text', '--save-minutes', 'nan'), '--save-minutes is nan'),
+        (('--data', 'text', '--save-minutes', -1), '--save-minutes is -1.0: give 0'),
+        (('--data', 'text', '--keep', 0), '--keep is 0'),
+        (('--data', 'text', '--skip-bad-steps', -1), '--skip-bad-steps is -1'),
+        (('--data', 'text', '--seed', 2**64), 'must fit into 64 bits'),
+        (('--data', 'text', '--download'), 'give one of them'),
     ]:
-        error = run(tmp_path, *arguments, fails=True)
-        assert message in error
-        assert 'Traceback' not in error
-    assert set(tmp_path.rglob('*')) == set(before)
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if time)
+        done = main(*arguments)
+        assert done.code != 0, arguments
+        assert message in done.err, (arguments, done)
+    assert files('.') == before
 
 
-def test_weights_of_another_model_are_refused(tmp_path, corpus):
-    run(tmp_path, '--data', corpus, '--steps', 1, '--valid-bytes', 3000, '--name', 'a')
-    config = tmp_path / 'runs' / 'a' / 'config.json'
-    config.write_text(config.read_text().replace('"small"', '"base"'))
-    error = run(tmp_path, '--resume', 'runs/a', fails=True)
-    assert 'model.safetensors was made with depth=3, this model has 8' in error
-
-
-def test_a_damaged_training_state_is_refused(tmp_path, corpus):
-    run(tmp_path, '--data', corpus, '--steps', 1, '--valid-bytes', 3000, '--name', 'a')
-    (tmp_path / 'runs' / 'a' / 'training.pt').write_bytes(b'garbage')
-    error = run(tmp_path, '--resume', 'runs/a', fails=True)
-    assert 'no training state' in error
-    assert 'Traceback' not in error
-
-
-def test_a_trained_model_writes_on(tmp_path, corpus):
-    run(tmp_path, '--data', corpus, '--steps', 2, '--valid-bytes', 3000, '--name', 'a')
-    run(tmp_path, '--data', corpus, '--steps', 2, '--valid-bytes', 3000, '--name', 'off', '--memory', 'off')
-    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*'))
-    options = '--sample', '--resume', 'runs/a', '--prompt', 'import ', '--temperature', 0
-    out = run(tmp_path, *options, '--bytes', 150)
+def test_a_trained_model_writes_on(at_work):
+    train('--steps', 2, '--memory', 'off', name='off')
+    before = files('runs')
+    options = '--sample', '--resume', 'runs/rmt', '--prompt', 'import ', '--bytes', 60
+    out = main(*options, '--temperature', 0).out
     assert out.startswith('import ')
-    assert run(tmp_path, *options, '--bytes', 150) == out
-    drawn = [run(tmp_path, *options[:-2], '--bytes', 150, '--seed', seed) for seed in (5, 5, 6)]
+    assert main(*options, '--temperature', 0).out == out
+    drawn = [main(*options, '--seed', seed).out for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert 'give --bytes' not in run(tmp_path, '--sample', '--resume', 'runs/off', '--bytes', 20)
-    assert '7 in the prompt leave --bytes 57' in run(tmp_path, '--sample', '--resume', 'runs/off', fails=True)
-    assert 'needs a trained model' in run(tmp_path, '--sample', fails=True)
-    assert '--prompt is empty' in run(tmp_path, '--sample', '--resume', 'runs/a', '--prompt', '', fails=True)
-    assert '--bytes is 0' in run(tmp_path, '--sample', '--resume', 'runs/a', '--bytes', 0, fails=True)
-    assert 'no run to go on with' in run(tmp_path, '--sample', '--resume', 'runs/b', fails=True)
-    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*')) == before
+    assert main('--sample', '--resume', 'runs/off', '--bytes', 9).code == 0
+    for arguments, message in [
+        (('--resume', 'runs/off'), '7 in the prompt leave --bytes 9'),
+        ((), 'needs a trained model'),
+        (('--resume', 'runs/rmt', '--prompt', ''), '--prompt is empty'),
+        (('--resume', 'runs/rmt', '--bytes', 0), '--bytes is 0'),
+        (('--resume', 'runs/b'), 'no run to go on with'),
+    ]:
+        assert message in main('--sample', *arguments).err
+    assert files('runs') == before
