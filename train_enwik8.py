@@ -27,7 +27,8 @@ import os
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,10 +37,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
-from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+from infini_transformer_pytorch import InfiniTransformer
+from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.bad_steps import all_finite, bad_weight, first_bad_tensor
+from segment_recurrence_pytorch.bad_steps import NOTHING_BY_ITSELF, all_finite, bad_weight, first_bad_tensor
 from segment_recurrence_pytorch.checkpoint import (
     load_training_state,
     load_weights,
@@ -49,8 +50,10 @@ from segment_recurrence_pytorch.checkpoint import (
 from segment_recurrence_pytorch.checks import is_number, is_whole
 from segment_recurrence_pytorch.console import discard_output, prepare_output, say
 from segment_recurrence_pytorch.data import Corpus, Streams, baselines, load_corpus
+from segment_recurrence_pytorch.distributed import gathered
 from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps
-from segment_recurrence_pytorch.model import SegmentModel, plain_arguments
+from segment_recurrence_pytorch.model import SegmentModel, plain_arguments, whole
+from segment_recurrence_pytorch.ranks import TIMEOUT, Ranks, is_lost_rank
 from segment_recurrence_pytorch.run_folder import (
     checkpoints,
     copy_weights,
@@ -61,14 +64,16 @@ from segment_recurrence_pytorch.run_folder import (
     step_of,
     write_json,
 )
-from segment_recurrence_pytorch.state import from_list, leaves, map_state, to_list
+from segment_recurrence_pytorch.state import from_list, leaves, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
     bits_per_byte,
     check_writable,
     first_bytes,
     has_bfloat16,
+    optimizer_state,
     random_states,
+    set_optimizer_state,
     set_random_states,
     train_loss,
     valid_streams,
@@ -105,28 +110,33 @@ RUN_CHECKS = {
     'memory': lambda value: value in VALIDATED,
     'seed': lambda value: is_whole(value) and -(2**63) <= value < 2**64,
     'data': lambda value: value is None or isinstance(value, str),
+    'precision': lambda value: value in PRECISIONS,
     'steps': lambda value: value is None or (is_whole(value) and value > 0),
     'minutes': lambda value: value is None or (is_number(value) and 0 < value < math.inf),
     'valid_bytes': lambda value: is_whole(value) and value >= 0,
 }
 CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}
+PRECISIONS = 'float32', 'bfloat16'
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
 VALIDATED: dict[str, str] = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
 
 def main() -> None:
     """Trains a model, or samples from a trained one. Ends the program with one line where something is wrong."""
-    prepare_output()
+    is_first = os.environ.get('RANK', '0') == '0'
+    prepare_output(silent=not is_first)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = None
+    folder = ranks = None
     try:
         args = parse_arguments()
-        run, folder = open_run(args)
-        if args.sample:
+        ranks = Ranks(args.device, context=args.context_parallel, timeout=args.timeout_minutes)
+        run, folder = ranks.first(lambda: open_run(args))
+        if not args.sample:
+            train(args, run, folder, ranks)
+        elif ranks.is_first:
             sample_run(args, run, folder)
-        else:
-            train(args, run, folder)
+        ranks.close()
     except KeyboardInterrupt:
         with suppress(BrokenPipeError):
             say(f'\nstopped{"" if folder is None or args.sample or not checkpoints(folder) else going_on(folder)}')
@@ -135,16 +145,27 @@ def main() -> None:
         discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+        sys.exit(1 if ranks is not None and ranks.told is error else f'error: {of_rank(ranks)}{error}')
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        on = '' if folder is None or not checkpoints(folder) else going_on(folder)
+        sys.exit(f'error: {of_rank(ranks)}another rank has ended or does not answer: {str(error).splitlines()[0]}{on}')
 
 
-def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
+def of_rank(ranks: Ranks | None) -> str:
+    """Returns the beginning of an error message, which tells the rank if there are several."""
+    return '' if ranks is None or ranks.size == 1 else f'rank {ranks.rank} of {ranks.size}: '
+
+
+def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     """Makes one run, from loading the corpus to printing a sample.
 
     Args:
         args: the command line.
         run: the settings of the run.
         folder: the folder of the run.
+        ranks: the processes that make the run together. The first one prints and writes.
     """
     plots = import_plots()
     preset = PRESETS[run['preset']]
@@ -152,27 +173,32 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
     steps, minutes, memory = run['steps'], run['minutes'], run['memory'] == 'on'
     if args.threads:
         torch.set_num_threads(args.threads)
+    ranks.first(lambda: check_parallel(args, run, ranks))
 
+    ranks.first(lambda: load_run_corpus(args, run, folder).sha256)  # one rank downloads
     corpus = load_run_corpus(args, run, folder)
     say(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
     say(f'            sha256 {corpus.sha256}')
     torch.manual_seed(run['seed'])
-    device = torch.device(args.device)
-    wrapper = MODELS[run['model']](**preset[run['model']]).to(device)
+    wrapper = build(run, ranks)
     model = wrapper.model
     length = wrapper.segment_length * training['segments']
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run['seed'])).tolist()
     streams = Streams([corpus.train[i] for i in order], training['batch_size'], length, loop=True)
     valid = first_bytes(corpus.valid, run['valid_bytes'])
     valid_streams(valid, length)  # a corpus that is too small is refused now, not after the training
-    optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
-    scales = [group['lr'] / training['lr'] for group in optimizer.param_groups]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    bfloat16 = run['precision'] == 'bfloat16'
+    precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bfloat16)
     say(
         f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
-        f' {device.type}, {"bfloat16" if has_bfloat16(device) else "float32"}, attention {model.attention_backend}'
+        f' {ranks.device.type}, {run["precision"]}, attention {model.attention_backend}'
     )
+    if ranks.size > 1:
+        context = f', {ranks.context} for the segments of a row' if ranks.context > 1 else ''
+        say(f'ranks       {ranks.size}, {args.parallel}{context}')
+    if not ranks.is_first:
+        torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
     fixed = {name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256}
     about = {'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
     state, step, seconds, skipped, saved_step = None, 0, 0.0, 0, 0
@@ -182,39 +208,61 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
 
     def save(place: Path) -> None:
         nonlocal saved_step
-        if bad := bad_weight(model):
-            raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(folder)}')
-        with new_checkpoint(place, step, keep=args.keep) as aside:
-            save_weights(model, aside / 'model.safetensors')
-            counts = {'step': step, 'seconds': seconds, 'skipped': skipped, 'fixed': fixed}
-            parts = {'optimizer': optimizer.state_dict(), 'streams': streams.state_dict()}
-            carried = {'state': None if state is None else to_list(state), 'random': [random_states(device)]}
-            save_training_state(counts | parts | carried, aside / 'training.pt')
-        saved_step = step
-        copy_weights(place, step)
+        # what needs all ranks comes before the first file, since an error while writing is met by one rank alone
+        plain = unsharded(wrapper, run, ranks).model
+        parts = {
+            'optimizer': optimizer_state(model, optimizer),
+            'streams': streams.state_dict(),
+            'state': [None if each is None else to_list(each) for each in ranks.states_of_all(state)],
+            'random': ranks.all(random_states(ranks.device)),
+        }
 
-    with held(folder, new=not args.resume) as place:
+        def write() -> None:
+            if bad := bad_weight(plain):
+                raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(folder)}')
+            with new_checkpoint(place, step, keep=args.keep) as aside:
+                save_weights(plain, aside / 'model.safetensors')
+                counts = {'step': step, 'seconds': seconds, 'skipped': skipped, 'fixed': fixed}
+                save_training_state(counts | parts, aside / 'training.pt')
+
+        ranks.first(write)
+        saved_step = step
+        ranks.first(lambda: copy_weights(place, step))
+
+    with ExitStack() as stack:
+        place = ranks.first(lambda: stack.enter_context(held(folder, new=not args.resume)))
+        saved = None
         if args.resume:
-            saved, refused = newest_usable(
-                folder, lambda checkpoint: load_checkpoint(checkpoint, fixed, model, optimizer, streams)
-            )
+
+            def usable(checkpoint: Path) -> Path:
+                load_checkpoint(checkpoint, fixed, model, streams)
+                return checkpoint
+
+            checkpoint, refused = ranks.first(lambda: newest_usable(folder, usable))
             for why in refused:
                 say(f'refused     {why}')
+            saved = load_checkpoint(checkpoint, fixed, model, streams)
+        loss_of = ranks.parallel(wrapper, args.parallel)
+        optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
+        scales = [group['lr'] / training['lr'] for group in optimizer.param_groups]
+        if saved is not None:
+            set_optimizer_state(model, optimizer, saved['optimizer'])
             step, seconds, skipped = saved['step'], saved['seconds'], saved['skipped']
-            if saved['state'] is not None:
-                state = map_state(lambda t: t.to(device), from_list(saved['state'], model.initial_state(1)))
-            set_random_states(device, saved['random'][0])
+            if saved['state'][0] is not None:
+                like = model.initial_state(1)
+                state = ranks.own_state(model, [from_list(each, like) for each in saved['state']])
+            set_random_states_of_rank(saved['random'], ranks, run['seed'] + step)
             saved_step = step
-            copy_weights(folder, step)
-            write_json(folder / 'run.json', about)
+            ranks.first(lambda: copy_weights(folder, step))
+            ranks.first(lambda: write_json(folder / 'run.json', about))
         else:
-            write_json(place / 'run.json', about)
-            write_json(place / 'config.json', plain_arguments(model))
+            ranks.first(lambda: write_json(place / 'run.json', about))
+            ranks.first(lambda: write_json(place / 'config.json', plain_arguments(model)))
             save(place)
-            reveal(place, folder)
+            ranks.first(lambda: reveal(place, folder))
         say(f'run         {folder}{f", from step {step:,} on" if step else ""}')
         log = folder / 'metrics.jsonl'
-        if lost := keep_steps(log, step):
+        if lost := ranks.first(lambda: keep_steps(log, step)):
             say(f'metrics     {log} has no line of {lost:,} of {step:,} steps: plots leave them out')
         reference = baselines(corpus.train, valid)
         for name, bits in reference.items():
@@ -224,53 +272,58 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
         total, done, unit = (steps, step, 'step') if steps else (round(60 * minutes), round(seconds), 's')
         last_save = time.perf_counter()
         with (
-            closing(MetricsLog(log)) as metrics,
-            tqdm(total=total, initial=done, unit=unit, desc='training', disable=None) as bar,
+            closing(MetricsLog(log if ranks.is_first else Path(os.devnull))) as metrics,
+            tqdm(total=total, initial=done, unit=unit, desc='training', disable=None if ranks.is_first else True) as bar,
             StopRequest() as stop,
         ):
 
             def save_or_say() -> None:
                 try:
-                    metrics.sync()
+                    ranks.first(metrics.sync)
                     save(folder)
                 except OSError as error:  # the disk is full, or gone
                     say(f'not saved   step {step:,}: {error}. The newest checkpoint is that of step {saved_step:,}')
 
-            while progress() < 1 and stop.signal is None:
+            (stopped,) = ranks.largest(stop.signal or 0)
+            while progress() < 1 and not stopped:
                 start = time.perf_counter()
                 lr = training['lr'] * warmup_cosine(progress())
                 for group, scale in zip(optimizer.param_groups, scales, strict=True):
                     group['lr'] = lr * scale
-                piece = next(streams)
-                with precision:
-                    loss, num_targets, next_state = train_loss(wrapper, piece, state, memory)
-                optimizer.zero_grad()
-                loss.backward()
-                gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                piece = ranks.piece(next(streams))
+                with ranks.in_context(model):
+                    with precision:
+                        loss, num_targets, next_state = train_loss(wrapper, piece, state, memory, loss_of)
+                    optimizer.zero_grad()
+                    loss.backward()
+                gradient_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
                 step += 1
                 line: dict[str, Any] = {'step': step}
-                if all_finite(loss, gradient_norm, *leaves(next_state)):
+                if not any(ranks.largest(not all_finite(loss, gradient_norm, *leaves(next_state)))):
                     optimizer.step()
                     state = next_state
                     bits = loss.item() / math.log(2)
                     line |= {'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm.item(), 'bytes': int(num_targets)}
                     shown = f'{bits:.3f} bits per byte'
                 else:
+                    plain = unsharded(wrapper, run, ranks)
                     with precision:
-                        bad = first_bad_tensor(wrapper, piece, state, memory)
+                        bad = named(ranks.all(first_bad_tensor(plain, piece, state, memory)))
                     skipped += 1
-                    check_may_skip(args, folder, step, skipped, bad, model)
+                    ranks.first(partial(check_may_skip, args, folder, step, skipped, bad, plain.model))
                     state = None  # every row starts anew
                     line |= {'skipped': bad}
                     shown = f'left out, not finite: {bad}'
                 taken = time.perf_counter() - start
-                seconds += taken
                 if isinstance(model, InfiniTransformer):
                     line['memory_shares'] = [
                         [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
                     ]
+                # a signal and the clock are seen by each rank for itself, and acted on by all of them after the same step
+                is_due = time.perf_counter() - last_save >= 60 * args.save_minutes
+                stopped, seconds, is_due = ranks.largest(stop.signal or 0, seconds + taken, is_due)
                 metrics.write(line | {'seconds': round(seconds, 2)})
-                if time.perf_counter() - last_save >= 60 * args.save_minutes and progress() < 1:
+                if is_due and progress() < 1:
                     save_or_say()
                     last_save = time.perf_counter()
                 bar.update(1 if steps else min(taken, bar.total - bar.n))
@@ -283,22 +336,106 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:
 
             if saved_step != step:
                 save_or_say()
-        if stop.signal is not None:
+        if stopped:
             with suppress(BrokenPipeError):
                 say(f'stopped at step {step:,} and saved at step {saved_step:,}{going_on(folder)}')
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + int(stopped))
 
         scores = {}
         for name, carry in (('carried', True), ('reset', False)):
             with precision:
-                scores[name] = bits_per_byte(wrapper, valid_streams(valid, length), carry)
+                scores[name] = bits_per_byte(wrapper, map(ranks.piece, valid_streams(valid, length)), carry)
         report(run, scores, step, seconds)
-        with closing(MetricsLog(log)) as metrics:
-            metrics.write({'step': step, 'valid': scores, **reference})
-        draw_plots(plots, folder, {'validation': scores[VALIDATED[run['memory']]], **reference}, run['model'])
-        print_sample(wrapper, valid[0], memory)
+        with gathered(model):
+            if ranks.is_first:
+                with closing(MetricsLog(log)) as metrics:
+                    metrics.write({'step': step, 'valid': scores, **reference})
+                levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
+                draw_plots(plots, folder, levels, run['model'])
+                print_sample(wrapper, valid[0], memory)
         if saved_step != step:
             raise ValueError(f'the end of the training is not saved, only step {saved_step:,}{going_on(folder)}')
+
+
+def build(run: dict[str, Any], ranks: Ranks) -> SegmentWrapper:
+    """Returns the model of a run in its wrapper, whose losses are those of all ranks, on the device of this rank."""
+    model, segment_length = MODELS[run['model']](**PRESETS[run['preset']][run['model']])
+    return SegmentWrapper(model, segment_length=segment_length, process_group=ranks.group).to(ranks.device)
+
+
+def unsharded(wrapper: SegmentWrapper, run: dict[str, Any], ranks: Ranks) -> SegmentWrapper:
+    """Returns a wrapper whose model has whole parameters, and which makes no call to other ranks.
+
+    If the parameters are sharded, it is a copy of the model, and all ranks have to make the call.
+
+    Args:
+        wrapper: the model in its wrapper.
+        run: the settings of the run.
+        ranks: the processes.
+    """
+    model = wrapper.model
+    if model.mesh is not None:
+        with torch.random.fork_rng(devices=[]):
+            copy = build(run, ranks).model
+        copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
+        model = copy
+    return SegmentWrapper(model, segment_length=wrapper.segment_length)
+
+
+def check_parallel(args: argparse.Namespace, run: dict[str, Any], ranks: Ranks) -> None:
+    """Raises ValueError if the ranks cannot divide the work of a run.
+
+    Args:
+        args: the command line.
+        run: the settings of the run.
+        ranks: the processes.
+    """
+    training = PRESETS[run['preset']]['training']
+    if training['batch_size'] % ranks.data_size:
+        raise ValueError(
+            f'the {training["batch_size"]} rows of a batch cannot be divided among {ranks.data_size} ranks: start '
+            'another number of processes'
+        )
+    if ranks.context == 1:
+        return
+    if run['model'] != 'infini' or run['memory'] != 'on':
+        raise ValueError(
+            f'--context-parallel {ranks.context} needs --model infini with memory, whose segments different ranks can '
+            'read at once: leave it out'
+        )
+    if training['segments'] < ranks.context:
+        raise ValueError(
+            f'--context-parallel is {ranks.context}, but a row of this preset has {training["segments"]} segments, and '
+            'each rank needs one: give a smaller number'
+        )
+
+
+def set_random_states_of_rank(states: list[dict[str, Tensor]], ranks: Ranks, seed: int) -> None:
+    """Goes back to the random state of this rank.
+
+    Args:
+        states: the random states of the ranks of a checkpoint.
+        ranks: the processes now. If they are not as many, only the first one goes on with the random numbers that it
+            had, and the others start new ones.
+        seed: seed of the new ones.
+    """
+    if len(states) != ranks.size:
+        say(f'ranks       {ranks.size} instead of {len(states)}: dropout draws other random numbers from here on')
+        torch.manual_seed(ranks.seed(seed))
+    if len(states) == ranks.size or ranks.is_first:
+        set_random_states(ranks.device, states[ranks.rank])
+
+
+def named(found: list[str]) -> str:
+    """Returns which tensor is the first bad one, if the ranks have found different ones.
+
+    Args:
+        found: what `first_bad_tensor` returned on each rank.
+    """
+    bad = [(rank, what) for rank, what in enumerate(found) if what != NOTHING_BY_ITSELF]
+    if len(found) == 1 or not bad:
+        return found[0]
+    return f'the rows of rank {bad[0][0]}, {bad[0][1]}'
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -330,6 +467,13 @@ def parse_arguments() -> argparse.Namespace:
     sample.add_argument('--prompt', default=PROMPT, help=f'what it goes on after, default {PROMPT!r}')
     sample.add_argument('--bytes', type=int, default=SAMPLE_BYTES, help=f'how far, default {SAMPLE_BYTES}')
     sample.add_argument('--temperature', type=float, default=1.0, help='0: always the most likely byte; default 1')
+    many = parser.add_argument_group('many processes (start them with torchrun)')
+    many.add_argument('--parallel', choices=['ddp', 'fsdp'], default='ddp',
+                      help='each process has a copy of the parameters, or a part of them; default ddp')  # fmt: skip
+    many.add_argument('--context-parallel', type=int, default=1, metavar='N',
+                      help='N processes read the segments of the same rows; only --model infini; default 1')  # fmt: skip
+    many.add_argument('--timeout-minutes', type=float, default=TIMEOUT,
+                      help=f'how long a process waits for another one, default {TIMEOUT:g}')  # fmt: skip
     where = parser.add_argument_group('where')
     where.add_argument('--out', default='runs', help='folder of the runs, default runs')
     where.add_argument('--name', help='folder of this run in --out; default MODEL-PRESET-TIME')
@@ -337,6 +481,8 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--download', action='store_true', help='fetch enwik8 into data/ if it is not there')
     where.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     where.add_argument('--threads', type=int, help='CPU threads')
+    where.add_argument('--precision', choices=PRECISIONS, default=argparse.SUPPRESS,
+                       help='of matrix products; default bfloat16 where the device has it')  # fmt: skip
     args = parser.parse_args()
     if args.sample and not args.resume:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
@@ -350,10 +496,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f'--name is {args.name!r}: give the name of one folder, and the folder that holds it as --out')
     if args.name is not None and len(os.fsencode(args.name)) > LONGEST_NAME:
         parser.error(f'--name has {len(os.fsencode(args.name))} bytes: give at most {LONGEST_NAME}')
-    for name in ('steps', 'minutes', 'threads', 'bytes', 'keep'):
+    for name in ('steps', 'minutes', 'threads', 'bytes', 'keep', 'context_parallel', 'timeout_minutes'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            parser.error(f'--{name} is {value}: it must be above 0{", and finite" if value > 0 else ""}')
+            parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{", and finite" if value > 0 else ""}')
     for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps'):
         value = getattr(args, name) or 0
         if not 0 <= value < math.inf:
@@ -379,6 +525,7 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         args: the command line.
     """
     default: dict[str, Any] = {'model': 'rmt', 'preset': 'small', 'memory': 'on', 'seed': 0, 'data': None}
+    default['precision'] = 'bfloat16' if has_bfloat16(torch.device(args.device)) else 'float32'
     given = {name: value for name, value in vars(args).items() if name in default}
     if args.sample:  # with --sample, --seed is the seed of the sample and not that of the run
         given.pop('seed', None)
@@ -468,15 +615,14 @@ def load_run_corpus(args: argparse.Namespace, run: dict[str, Any], folder: Path)
 
 
 def load_checkpoint(
-    checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, optimizer: torch.optim.Optimizer, streams: Streams
+    checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, streams: Streams
 ) -> dict[str, Any]:
-    """Goes back to a checkpoint, and returns what it holds besides weights, optimizer and streams.
+    """Goes back to the weights and the positions of a checkpoint, and returns what else it holds.
 
     Args:
         checkpoint: the folder of the checkpoint.
         fixed: what the run fixes.
         model: the model, which gets the weights.
-        optimizer: the optimizer, which gets its state.
         streams: the training bytes, which get their positions.
 
     Raises:
@@ -490,7 +636,6 @@ def load_checkpoint(
         if have.get(name) != value:
             raise ValueError(f'{checkpoint} is of another run: its {name} is {have.get(name)}, not {value}')
     load_weights(model, checkpoint / 'model.safetensors')
-    optimizer.load_state_dict(saved['optimizer'])
     streams.load_state_dict(saved['streams'])
     return saved
 
@@ -552,17 +697,17 @@ def going_on(folder: Path) -> str:
     return f'; to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}'
 
 
-def build_rmt(**sizes: Any) -> SegmentWrapper:
-    """Returns a Recurrent Memory Transformer over bytes, in its wrapper."""
-    return RecurrentMemoryTransformerWrapper(RecurrentMemoryTransformer(num_tokens=256, use_flash_attn=True, **sizes))
+def build_rmt(**sizes: Any) -> tuple[SegmentModel, int]:
+    """Returns a Recurrent Memory Transformer over bytes, and the length of its segments."""
+    return RecurrentMemoryTransformer(num_tokens=256, use_flash_attn=True, **sizes), sizes['seq_len']
 
 
-def build_infini(*, segment_length: int, **sizes: Any) -> SegmentWrapper:
-    """Returns an Infini-Transformer over bytes, in its wrapper."""
-    return InfiniTransformerWrapper(InfiniTransformer(num_tokens=256, **sizes), segment_length)
+def build_infini(*, segment_length: int, **sizes: Any) -> tuple[SegmentModel, int]:
+    """Returns an Infini-Transformer over bytes, and the length of its segments."""
+    return InfiniTransformer(num_tokens=256, **sizes), segment_length
 
 
-MODELS: dict[str, Callable[..., SegmentWrapper]] = {'rmt': build_rmt, 'infini': build_infini}
+MODELS: dict[str, Callable[..., tuple[SegmentModel, int]]] = {'rmt': build_rmt, 'infini': build_infini}
 
 
 def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:
@@ -616,7 +761,7 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
         torch.set_num_threads(args.threads)
     if hasattr(args, 'seed'):
         torch.manual_seed(args.seed)
-    wrapper = MODELS[run['model']](**PRESETS[run['preset']][run['model']]).to(args.device)
+    wrapper = build(run, Ranks(args.device))
     load_weights(wrapper.model, folder / 'model.safetensors')
     prompt = torch.tensor([list(os.fsencode(args.prompt))], device=args.device)
     count, room = args.bytes, wrapper.segment_length - prompt.shape[1]

@@ -1,10 +1,10 @@
 """Kills a training with SIGKILL at random moments, and resumes it each time: it must end as if nothing had happened.
 
-    python -m benchmarks.kill                              # 20 kills of each model
-    python -m benchmarks.kill --kills 3 --models rmt       # does not write the JSON
+    python -m benchmarks.kill                              # each model: 20 kills in one process, 5 in two
+    python -m benchmarks.kill --kills 3 0 --models rmt     # does not write the JSON
 
-One run goes to its end undisturbed. Another one of the same settings is killed again and again: each of its processes
-is left alone until it has made the model, and for a random time after that. This time can end while the first
+One run goes to its end undisturbed. Another one of the same settings is killed again and again: it is left alone until
+it has made the model, and for a random time after that. This time can end while the first
 checkpoint is made, while a checkpoint is loaded, in a step, or while a checkpoint is saved, which every second process
 on average does after each step. At the end the weights, the state of the optimizer and all of metrics.jsonl but the
 clock must be those of the undisturbed run, bit for bit.
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,37 +31,53 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.interleave import ROOT, write_results
 
 MODELS = ('rmt', 'infini')
-KILLS, STEPS = 20, 60
+KILLS, STEPS = [20, 5], 60  # kills in one process, and in two
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Starts the training script in a folder, and returns the process once it has made its model.
+def start(folder: Path, *arguments: str, ranks: int = 1) -> list[subprocess.Popen]:
+    """Starts the training script in a folder, and returns its processes once the first one has made its model.
 
     Args:
         folder: the working directory.
         arguments: the command line.
+        ranks: number of processes, which find each other as those of torchrun do. Default: 1.
     """
     command = [sys.executable, str(ROOT / 'train_enwik8.py'), '--device', 'cpu', '--threads', '1', *arguments]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    many = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        own = {**os.environ, **(many | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if ranks > 1 else {})}
+        processes.append(
+            subprocess.Popen(
+                command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )  # fmt: skip
+    first = processes[0]
+    assert first.stdout is not None
     lines = []
-    for line in process.stdout:
+    for line in first.stdout:
         lines.append(line)
         if line.startswith('model '):
-            return process
+            return processes
     raise SystemExit(f'{" ".join(command)} ended early:\n{"".join(lines)}')
 
 
-def finish(process: subprocess.Popen) -> float:
-    """Waits for the end of a process, which must be a good one, and returns the seconds until then."""
+def finish(processes: list[subprocess.Popen]) -> float:
+    """Waits for the end of all processes, which must be a good one, and returns the seconds until then."""
     begin = time.perf_counter()
-    out, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f'{process.args!r} ended with status {process.returncode}:\n{out}')
+    for process in processes:
+        out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f'{process.args!r} ended with status {process.returncode}:\n{out}')
     return time.perf_counter() - begin
 
 
-def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+def kill_and_compare(
+    model: str, kills: int, steps: int, folder: Path, seed: int = 0, ranks: int = 1
+) -> dict[str, Any]:
     """Makes the two runs, and returns what the kills met and whether the runs are equal.
 
     Args:
@@ -68,12 +86,13 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
         steps: number of steps of the runs.
         folder: an empty folder.
         seed: seed of the moments. Default: 0.
+        ranks: number of processes of a run. Default: 1.
     """
     moments = random.Random(f'{model} {seed}')
     sources = sorted(path for path in ROOT.glob('*_pytorch/*.py'))
     (folder / 'text').write_bytes(b''.join(path.read_bytes() for path in sources))
     settings = ['--model', model, '--data', 'text', '--valid-bytes', '5000', '--steps', str(steps)]
-    seconds = finish(start(folder, *settings, '--name', 'whole', '--save-minutes', '0'))
+    seconds = finish(start(folder, *settings, '--name', 'whole', '--save-minutes', '0', ranks=ranks))
 
     run = folder / 'runs' / 'killed'
     before_the_first_checkpoint = while_saving = 0
@@ -81,16 +100,18 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
     for kill in range(kills + 1):
         begun = ['--resume', str(run)] if run.exists() else [*settings, '--name', 'killed']
         half_written = hidden(run)
-        process = start(folder, *begun, '--save-minutes', moments.choice(['0', '0.02']))
+        processes = start(folder, *begun, '--save-minutes', moments.choice(['0', '0.02']), ranks=ranks)
         if kill == kills:
-            finish(process)
+            finish(processes)
             break
         time.sleep(moments.uniform(0, 2 * seconds / (kills + 1)))
-        process.kill()
-        if process.wait() == 0:
-            raise SystemExit(f'the run ended before kill {kill + 1} of {kills}: give more --steps than {steps}')
-        assert process.stdout is not None
-        process.stdout.close()
+        for process in processes:
+            process.kill()
+        for process in processes:
+            if process.wait() == 0:
+                raise SystemExit(f'the run ended before kill {kill + 1} of {kills}: give more --steps than {steps}')
+            assert process.stdout is not None
+            process.stdout.close()
         before_the_first_checkpoint += not run.exists()
         while_saving += bool(hidden(run) - half_written)
         steps_at_kills.append(len(lines_of(run)))
@@ -98,6 +119,7 @@ def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int
     whole = folder / 'runs' / 'whole'
     return {
         'model': model,
+        'ranks': ranks,
         'steps': steps,
         'kills': kills,
         'kills_before_the_first_checkpoint': before_the_first_checkpoint,
@@ -135,18 +157,20 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def main() -> None:
-    """Kills a run of each model. Writes the JSON, if nothing was asked for that is not the default."""
+    """Kills a run of each model, and runs of two processes. Writes the JSON, if all is default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--kills', type=int, default=KILLS, help=f'of each model, default {KILLS}')
+    parser.add_argument('--kills', type=int, nargs=2, default=KILLS, metavar=('ONE', 'TWO'),
+                        help='of each model in one process and in two, default %(default)s')  # fmt: skip
     parser.add_argument('--steps', type=int, default=STEPS, help=f'of each run, default {STEPS}')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     arguments = parser.parse_args()
     rows = []
-    for model in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(kill_and_compare(model, arguments.kills, arguments.steps, Path(folder), arguments.seed))
-        print(json.dumps(rows[-1]), flush=True)
+    for ranks, kills in enumerate(arguments.kills, start=1):
+        for model in arguments.models if kills else ():
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(kill_and_compare(model, kills, arguments.steps, Path(folder), arguments.seed, ranks))
+            print(json.dumps(rows[-1]), flush=True)
     if vars(arguments) == vars(parser.parse_args([])):
         write_results(__file__, {'torch': torch.__version__, 'rows': rows})
     if not all(value for row in rows for name, value in row.items() if name.endswith('_equal')):

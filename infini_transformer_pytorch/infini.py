@@ -40,6 +40,7 @@ from segment_recurrence_pytorch.checks import (
     check_probability,
 )
 from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
+from segment_recurrence_pytorch.model import whole
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
@@ -229,8 +230,11 @@ class InfiniTransformer(SegmentTransformer):
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
-        """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (depth, heads)."""
-        gates = [gate.sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
+        """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (depth, heads).
+
+        If the parameters are sharded, all ranks have to make the call.
+        """
+        gates = [whole(gate).sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
         return 1 - torch.stack(gates)
 
     def forward(

@@ -13,6 +13,8 @@ from segment_recurrence_pytorch.data import Piece
 from segment_recurrence_pytorch.state import State, leaves
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
+NOTHING_BY_ITSELF = 'nothing in a segment by itself: the sum of the gradients of all segments'
+
 
 def all_finite(*tensors: Tensor) -> bool:
     """Returns whether no value is NaN or infinite. It waits for the device once.
@@ -75,7 +77,7 @@ def first_bad_tensor(wrapper: SegmentWrapper, piece: Piece, state: State, memory
         bad = (name for name, parameter in model.named_parameters() if not _finite_gradient(parameter))
         if name := next(iter(gradients), None) or next(bad, None):
             return f'segment {i + 1} of {len(segments)}: the gradient of {name}, which comes from the loss there'
-    return 'nothing in a segment by itself: the sum of the gradients of all segments'
+    return NOTHING_BY_ITSELF
 
 
 @contextmanager

@@ -9,11 +9,16 @@ import sys
 from tqdm import tqdm
 
 
-def prepare_output() -> None:
+def prepare_output(*, silent: bool = False) -> None:
     """Makes standard output take any text: characters that it does not have are printed as ?.
 
     An output that was closed before the program began is replaced by one that goes nowhere.
+
+    Args:
+        silent: whether what is printed goes nowhere. Errors are still shown. Default: False.
     """
+    if silent:
+        sys.stdout = None  # type: ignore[assignment]
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  open until the program ends

@@ -11,10 +11,13 @@ import codecs
 import math
 import signal
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as distributed_state
 
 from segment_recurrence_pytorch.data import Piece, Streams
 from segment_recurrence_pytorch.generation import evaluating
@@ -22,7 +25,7 @@ from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 
 TOP_P = 0.9  # top_p of the samples that are printed
-
+WHOLE = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 # the signals that end programs; SIGHUP comes when a terminal is closed, and Windows has none
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
@@ -71,7 +74,9 @@ def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> 
     return last + (1 - last) * cosine
 
 
-def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool) -> LossReturn:
+def train_loss(
+    wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool, loss: Callable[..., LossReturn] | None = None
+) -> LossReturn:
     """Computes the loss of one piece of the streams.
 
     Args:
@@ -80,27 +85,32 @@ def train_loss(wrapper: SegmentWrapper, piece: Piece, state: State, memory: bool
         state: the state that the last call returned. None at the start.
         memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
             own.
+        loss: the function that computes the loss, such as the wrapper inside DistributedDataParallel. Default: None,
+            `wrapper.loss`.
 
     Returns:
         The loss, the number of targets, and the state to give with the next piece: detached, and None without memory.
     """
     device = wrapper.model.device
+    loss = loss or wrapper.loss
     tokens = piece.tokens.to(device)
     if not memory:
         # every segment becomes a row of its own, followed by the next token as its last target
         rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
-        return wrapper.loss(rows)._replace(state=None)
-    returned = wrapper.loss(tokens, wrapper.reset(state, piece.starts.to(device)))
+        return loss(rows)._replace(state=None)
+    returned = loss(tokens, wrapper.reset(state, piece.starts.to(device)))
     return returned._replace(state=detach(returned.state))
 
 
 @torch.no_grad()
-def bits_per_byte(wrapper: SegmentWrapper, streams: Streams, memory: bool) -> float:
+def bits_per_byte(wrapper: SegmentWrapper, streams: Iterable[Piece], memory: bool) -> float:
     """Returns the mean loss in bits per byte, over all bytes except the first one of each document.
+
+    If the wrapper has a process_group, it is the mean over the bytes of all ranks.
 
     Args:
         wrapper: the model in its wrapper.
-        streams: the validation bytes, with loop=False.
+        streams: the validation bytes, `data.Streams` with loop=False, or the rows of this rank of them.
         memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
             own.
     """
@@ -193,6 +203,35 @@ def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
     if device.type in states and device.type != 'cpu':
         module = torch.get_device_module(device)
         module.set_rng_state(states[device.type], *_number(device))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Returns the state of an optimizer by the names of the parameters, on the CPU. All ranks have to make the call.
+
+    It is the same whether and over how many ranks the parameters are sharded.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer of its parameters.
+
+    Returns:
+        The state, on the first rank; the others get an empty one if parameters are sharded. None before the first step.
+    """
+    if not optimizer.state:  # PyTorch would make an empty step to fill it
+        return None
+    return distributed_state.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+
+def set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None) -> None:
+    """Gives an optimizer the state that `optimizer_state` returned. All ranks have to make the call.
+
+    Args:
+        model: the model.
+        optimizer: a new optimizer of its parameters.
+        state: the state, on all ranks.
+    """
+    if state is not None:
+        distributed_state.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
 
 
 def _number(device: torch.device) -> list[torch.device]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_OF_A_WAIT = 60  # of one rank for another, before it is an error
@@ -41,15 +42,42 @@ def cases(module, ranks: int) -> list[str]:
     return [name for name, each in vars(module).items() if ranks in getattr(each, 'numbers', ())]
 
 
+def once(module, tmp_path_factory, config, prepare=lambda folder: None):
+    """A function from a number of processes to what went wrong in each case. The processes are started once, by
+    whichever worker of pytest-xdist comes first.
+
+    Args:
+        module: the module of cases.
+        tmp_path_factory: the fixture.
+        config: that of pytest.
+        prepare: called with the folder of the processes before they start.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(config, 'workerinput'):  # the folder of all workers
+        base = base.parent
+    name = module.__name__.rpartition('.')[2]
+
+    def of(ranks: int) -> dict[str, str]:
+        with FileLock(base / f'{name}-{ranks}.lock'):
+            path, own = base / f'{name}-{ranks}.json', base / f'{name}-{ranks}'
+            if not path.exists():
+                own.mkdir()
+                prepare(own)
+                path.write_text(json.dumps(run(module, ranks, own)))
+            return json.loads(path.read_text())
+
+    return of
+
+
 def run(module, ranks: int, folder: Path) -> dict[str, str]:
     """What went wrong in each case, by its name: nothing, or the errors of all ranks."""
     command = [sys.executable, '-W', 'error', '-m', 'tests.ranks', str(folder)]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'WORLD_SIZE': str(ranks)}
     outputs = [(folder / f'output-{rank}').open('w') for rank in range(ranks)]
     running = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), module.__name__],
-            cwd=ROOT, env=environment, stdout=outputs[rank], stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            cwd=ROOT, env={**environment, 'RANK': str(rank)}, stdout=outputs[rank], stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -83,6 +111,7 @@ def _run_as_rank(folder: Path, rank: int, ranks: int, module) -> None:
     torch.set_num_threads(1)
     wait = timedelta(seconds=SECONDS_OF_A_WAIT)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=ranks, timeout=wait)
+    module.FOLDER = folder
     with (folder / f'results-{rank}').open('w') as results:
         for name in cases(module, ranks):
             torch.manual_seed(0)

@@ -63,6 +63,8 @@ def main(*arguments, encoding='utf-8') -> Done:
             if isinstance(code, str):
                 print(code, file=err)
                 code = 1
+        if sys.stdout is not out:  # that of a rank which prints nowhere
+            sys.stdout.close()
     assert before == {number: signal.getsignal(number) for number in before}
     out.flush()
     return Done(code, out.buffer.getvalue().decode(encoding), err.getvalue())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from benchmarks import context_parallel
 from segment_recurrence_pytorch import SegmentWrapper
@@ -19,19 +18,7 @@ from tests.conftest import make_rmt, same_gradients
 @pytest.fixture(scope='session')
 def results(tmp_path_factory, request):
     """A function from a number of processes to what went wrong in each case. The processes are started once."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, 'workerinput'):  # the folder of all workers of pytest-xdist
-        folder = folder.parent
-
-    def of(count: int) -> dict[str, str]:
-        with FileLock(folder / f'ranks-{count}.lock'):
-            path, own = folder / f'ranks-{count}.json', folder / f'ranks-{count}'
-            if not path.exists():
-                own.mkdir()
-                path.write_text(json.dumps(ranks.run(distributed_cases, count, own)))
-            return json.loads(path.read_text())
-
-    return of
+    return ranks.once(distributed_cases, tmp_path_factory, request.config)
 
 
 NAMED = [(count, name) for count in (2, 4) for name in ranks.cases(distributed_cases, count)]

@@ -60,9 +60,10 @@ def test_a_checkpoint_holds_all_that_going_on_needs(made):
     assert saved['fixed']['sha256'] == json.loads((made[0] / 'runs' / 'rmt' / 'run.json').read_text())['sha256']
     assert {'model', 'preset', 'memory', 'seed', 'sizes', 'training'} < set(saved['fixed'])
     assert len(saved['streams']['position']) == 4
-    assert all(part is None or len(part) == 4 for part in saved['state'])  # the rows of the batch
-    assert len(saved['random']) == 1  # of each process
-    assert saved['optimizer']['state']
+    (state,), (random,) = saved['state'], saved['random']  # of each process
+    assert all(part is None or len(part) == 4 for part in state)  # the rows of the batch
+    assert set(random) == {'cpu'}
+    assert set(saved['optimizer']['state']) == set(load_file(made[0] / 'runs' / 'rmt' / 'model.safetensors'))
 
 
 def test_the_twin_without_memory_reads_the_same_bytes_and_needs_no_state(at_work):
@@ -70,7 +71,7 @@ def test_the_twin_without_memory_reads_the_same_bytes_and_needs_no_state(at_work
     on, off = metrics('runs/rmt'), metrics('runs/a')
     assert [line['bytes'] for line in on[:3]] == [line['bytes'] for line in off[:3]]
     assert on[2]['bits'] != off[2]['bits']
-    assert torch.load('runs/a/checkpoints/step-3/training.pt', weights_only=True)['state'] is None
+    assert torch.load('runs/a/checkpoints/step-3/training.pt', weights_only=True)['state'] == [None]
     assert '--memory on --steps 3' in out
 
 
