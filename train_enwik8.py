@@ -4,6 +4,7 @@
     python train_enwik8.py --data enwik8.gz --preset base     # one GPU
     python train_enwik8.py --steps 500 --memory off           # the twin to compare with --steps 500
     python train_enwik8.py --resume runs/NAME                 # continues a run that was stopped
+    torchrun --nproc-per-node=2 train_enwik8.py               # the same run in two processes; docs/distributed.md
     python train_enwik8.py --sample --resume runs/NAME --prompt "import "
 
 Each row of a batch goes through its documents in order. Its state is carried from step to step, and reset where a
@@ -28,7 +29,6 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +64,7 @@ from segment_recurrence_pytorch.run_folder import (
     step_of,
     write_json,
 )
-from segment_recurrence_pytorch.state import from_list, leaves, to_list
+from segment_recurrence_pytorch.state import State, from_list, leaves, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
     bits_per_byte,
@@ -103,6 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 SAMPLE_BYTES, PROMPT = 256, 'import '
 FIXED = 'model', 'preset', 'memory', 'seed'  # the settings that cannot change in a run; the bytes of the corpus neither
+PRECISIONS = 'float32', 'bfloat16'
 # what run.json says of each setting, and what a checkpoint holds
 RUN_CHECKS = {
     'model': lambda value: value in MODELS,
@@ -116,7 +117,6 @@ RUN_CHECKS = {
     'valid_bytes': lambda value: is_whole(value) and value >= 0,
 }
 CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}
-PRECISIONS = 'float32', 'bfloat16'
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
 VALIDATED: dict[str, str] = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
@@ -168,193 +168,265 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
         ranks: the processes that make the run together. The first one prints and writes.
     """
     plots = import_plots()
-    preset = PRESETS[run['preset']]
-    training = preset['training']
-    steps, minutes, memory = run['steps'], run['minutes'], run['memory'] == 'on'
     if args.threads:
         torch.set_num_threads(args.threads)
     ranks.first(lambda: check_parallel(args, run, ranks))
-
     ranks.first(lambda: load_run_corpus(args, run, folder).sha256)  # one rank downloads
     corpus = load_run_corpus(args, run, folder)
     say(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
     say(f'            sha256 {corpus.sha256}')
-    torch.manual_seed(run['seed'])
-    wrapper = build(run, ranks)
-    model = wrapper.model
-    length = wrapper.segment_length * training['segments']
-    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run['seed'])).tolist()
-    streams = Streams([corpus.train[i] for i in order], training['batch_size'], length, loop=True)
-    valid = first_bytes(corpus.valid, run['valid_bytes'])
-    valid_streams(valid, length)  # a corpus that is too small is refused now, not after the training
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    bfloat16 = run['precision'] == 'bfloat16'
-    precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bfloat16)
-    say(
-        f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
-        f' {ranks.device.type}, {run["precision"]}, attention {model.attention_backend}'
-    )
-    if ranks.size > 1:
-        context = f', {ranks.context} for the segments of a row' if ranks.context > 1 else ''
-        say(f'ranks       {ranks.size}, {args.parallel}{context}')
-    if not ranks.is_first:
-        torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
-    fixed = {name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256}
-    about = {'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__}
-    state, step, seconds, skipped, saved_step = None, 0, 0.0, 0, 0
+    training = Training(args, run, folder, ranks, corpus)
+    valid, model, memory = training.valid, training.model, training.memory
+    with ExitStack() as stack:
+        place = ranks.first(lambda: stack.enter_context(held(folder, new=not args.resume)))
+        training.begin(place)
+        say(f'run         {folder}{f", from step {training.step:,} on" if training.step else ""}')
+        log = folder / 'metrics.jsonl'
+        if lost := ranks.first(lambda: keep_steps(log, training.step)):
+            say(f'metrics     {log} has no line of {lost:,} of {training.step:,} steps: plots leave them out')
+        reference = baselines(corpus.train, valid)
+        for name, bits in reference.items():
+            say(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
+        training.go_on(log)
 
-    def progress() -> float:
-        return max(step / steps if steps else 0, seconds / (60 * minutes) if minutes else 0)
+        scores = {}
+        for name, carry in (('carried', True), ('reset', False)):
+            with training.precision:
+                pieces = map(ranks.piece, valid_streams(valid, training.streams.length))
+                scores[name] = bits_per_byte(training.wrapper, pieces, carry)
+        report(run, scores, training.step, training.seconds)
+        with gathered(model):
+            if ranks.is_first:
+                with closing(MetricsLog(log)) as metrics:
+                    metrics.write({'step': training.step, 'valid': scores, **reference})
+                levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
+                draw_plots(plots, folder, levels, run['model'])
+                print_sample(training.wrapper, valid[0], memory)
+        if training.saved_step != training.step:
+            raise ValueError(
+                f'the end of the training is not saved, only step {training.saved_step:,}{going_on(folder)}'
+            )
 
-    def save(place: Path) -> None:
-        nonlocal saved_step
+
+class Training:
+    """A run while it is trained: the model, and all that a checkpoint holds.
+
+    Args:
+        args: the command line.
+        run: the settings of the run.
+        folder: the folder of the run.
+        ranks: the processes that make the run together.
+        corpus: the bytes.
+
+    Attributes:
+        wrapper: the model in its wrapper.
+        streams: the training bytes, of all rows of the batch.
+        valid: the validation bytes.
+        state: what the model carries from the last step to the next one. None at the start, and without memory.
+        step: number of steps done.
+        seconds: seconds of training.
+        skipped: number of steps that were left out.
+        saved_step: the step of the newest checkpoint.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks, corpus: Corpus):
+        self.args, self.run, self.folder, self.ranks = args, run, folder, ranks
+        self.settings = PRESETS[run['preset']]['training']
+        self.memory = run['memory'] == 'on'
+        torch.manual_seed(run['seed'])
+        self.wrapper = build(run, ranks)
+        self.model = model = self.wrapper.model
+        length = self.wrapper.segment_length * self.settings['segments']
+        order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run['seed'])).tolist()
+        documents = [corpus.train[i] for i in order]
+        self.streams = Streams(documents, self.settings['batch_size'], length, loop=True)
+        self.valid = first_bytes(corpus.valid, run['valid_bytes'])
+        valid_streams(self.valid, length)  # a corpus that is too small is refused now, not after the training
+        self.precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=run['precision'] == 'bfloat16')
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        say(
+            f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
+            f' {ranks.device.type}, {run["precision"]}, attention {model.attention_backend}'
+        )
+        if ranks.size > 1:
+            context = f', {ranks.context} for the segments of a row' if ranks.context > 1 else ''
+            say(f'ranks       {ranks.size}, {args.parallel}{context}')
+        if not ranks.is_first:
+            torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
+        self.fixed = {name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256}
+        self.about = {'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256}
+        self.about['torch'] = torch.__version__
+        self.state: State = None
+        self.step, self.seconds, self.skipped, self.saved_step = 0, 0.0, 0, 0
+
+    def progress(self) -> float:
+        """Returns the share of the training that is done."""
+        steps, minutes = self.run['steps'], self.run['minutes']
+        return max(self.step / steps if steps else 0, self.seconds / (60 * minutes) if minutes else 0)
+
+    def begin(self, place: Path) -> None:
+        """Goes back to the newest checkpoint of an old run, or makes the folder of a new one.
+
+        Args:
+            place: the folder in which the run is prepared, from `run_folder.held`.
+        """
+        ranks, folder, saved = self.ranks, self.folder, None
+        if self.args.resume:
+            checkpoint, refused = ranks.first(lambda: newest_usable(folder, self.usable))
+            for why in refused:
+                say(f'refused     {why}')
+            saved = load_checkpoint(checkpoint, self.fixed, self.model, self.streams)
+        self.loss = ranks.parallel(self.wrapper, self.args.parallel)
+        lr = self.settings['lr']
+        self.optimizer = torch.optim.AdamW(self.model.param_groups(lr, WEIGHT_DECAY), betas=(0.9, 0.95))
+        self.scales = [group['lr'] / lr for group in self.optimizer.param_groups]
+        if saved is None:
+            ranks.first(lambda: write_json(place / 'run.json', self.about))
+            ranks.first(lambda: write_json(place / 'config.json', plain_arguments(self.model)))
+            self.save(place)
+            ranks.first(lambda: reveal(place, folder))
+            return
+        set_optimizer_state(self.model, self.optimizer, saved['optimizer'])
+        self.step, self.seconds, self.skipped = saved['step'], saved['seconds'], saved['skipped']
+        if saved['state'][0] is not None:
+            like = self.model.initial_state(1)
+            self.state = ranks.own_state(self.model, [from_list(each, like) for each in saved['state']])
+        set_random_states_of_rank(saved['random'], ranks, self.run['seed'] + self.step)
+        self.saved_step = self.step
+        ranks.first(lambda: copy_weights(folder, self.step))
+        ranks.first(lambda: write_json(folder / 'run.json', self.about))
+
+    def usable(self, checkpoint: Path) -> Path:
+        """Returns a checkpoint that can be loaded. Raises ValueError if it is not one of this run."""
+        load_checkpoint(checkpoint, self.fixed, self.model, self.streams)
+        return checkpoint
+
+    def save(self, place: Path) -> None:
+        """Saves a checkpoint.
+
+        Args:
+            place: the folder of the run.
+
+        Raises:
+            OSError: on all ranks, if the first one cannot write it.
+        """
+        ranks, step = self.ranks, self.step
         # what needs all ranks comes before the first file, since an error while writing is met by one rank alone
-        plain = unsharded(wrapper, run, ranks).model
+        plain = unsharded(self.wrapper, self.run, ranks).model
         parts = {
-            'optimizer': optimizer_state(model, optimizer),
-            'streams': streams.state_dict(),
-            'state': [None if each is None else to_list(each) for each in ranks.states_of_all(state)],
+            'optimizer': optimizer_state(self.model, self.optimizer),
+            'streams': self.streams.state_dict(),
+            'state': [None if each is None else to_list(each) for each in ranks.states_of_all(self.state)],
             'random': ranks.all(random_states(ranks.device)),
         }
 
         def write() -> None:
             if bad := bad_weight(plain):
-                raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(folder)}')
-            with new_checkpoint(place, step, keep=args.keep) as aside:
+                raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(self.folder)}')
+            with new_checkpoint(place, step, keep=self.args.keep) as aside:
                 save_weights(plain, aside / 'model.safetensors')
-                counts = {'step': step, 'seconds': seconds, 'skipped': skipped, 'fixed': fixed}
+                counts = {'step': step, 'seconds': self.seconds, 'skipped': self.skipped, 'fixed': self.fixed}
                 save_training_state(counts | parts, aside / 'training.pt')
 
         ranks.first(write)
-        saved_step = step
+        self.saved_step = step
         ranks.first(lambda: copy_weights(place, step))
 
-    with ExitStack() as stack:
-        place = ranks.first(lambda: stack.enter_context(held(folder, new=not args.resume)))
-        saved = None
-        if args.resume:
+    def save_or_say(self, metrics: MetricsLog) -> None:
+        """Saves a checkpoint, or says why it cannot be saved."""
+        try:
+            self.ranks.first(metrics.sync)
+            self.save(self.folder)
+        except OSError as error:  # the disk is full, or gone
+            newest = f'The newest checkpoint is that of step {self.saved_step:,}'
+            say(f'not saved   step {self.step:,}: {error}. {newest}')
 
-            def usable(checkpoint: Path) -> Path:
-                load_checkpoint(checkpoint, fixed, model, streams)
-                return checkpoint
+    def go_on(self, log: Path) -> None:
+        """Trains until the run is done. If a signal comes, it saves after the step and ends the program.
 
-            checkpoint, refused = ranks.first(lambda: newest_usable(folder, usable))
-            for why in refused:
-                say(f'refused     {why}')
-            saved = load_checkpoint(checkpoint, fixed, model, streams)
-        loss_of = ranks.parallel(wrapper, args.parallel)
-        optimizer = torch.optim.AdamW(model.param_groups(training['lr'], WEIGHT_DECAY), betas=(0.9, 0.95))
-        scales = [group['lr'] / training['lr'] for group in optimizer.param_groups]
-        if saved is not None:
-            set_optimizer_state(model, optimizer, saved['optimizer'])
-            step, seconds, skipped = saved['step'], saved['seconds'], saved['skipped']
-            if saved['state'][0] is not None:
-                like = model.initial_state(1)
-                state = ranks.own_state(model, [from_list(each, like) for each in saved['state']])
-            set_random_states_of_rank(saved['random'], ranks, run['seed'] + step)
-            saved_step = step
-            ranks.first(lambda: copy_weights(folder, step))
-            ranks.first(lambda: write_json(folder / 'run.json', about))
-        else:
-            ranks.first(lambda: write_json(place / 'run.json', about))
-            ranks.first(lambda: write_json(place / 'config.json', plain_arguments(model)))
-            save(place)
-            ranks.first(lambda: reveal(place, folder))
-        say(f'run         {folder}{f", from step {step:,} on" if step else ""}')
-        log = folder / 'metrics.jsonl'
-        if lost := ranks.first(lambda: keep_steps(log, step)):
-            say(f'metrics     {log} has no line of {lost:,} of {step:,} steps: plots leave them out')
-        reference = baselines(corpus.train, valid)
-        for name, bits in reference.items():
-            say(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
-
-        wrapper.train()
-        total, done, unit = (steps, step, 'step') if steps else (round(60 * minutes), round(seconds), 's')
+        Args:
+            log: the file of the metrics.
+        """
+        ranks, args, steps, minutes = self.ranks, self.args, self.run['steps'], self.run['minutes']
+        self.wrapper.train()
+        unit = 'step' if steps else 's'
+        total, done = (steps, self.step) if steps else (round(60 * minutes), round(self.seconds))
+        hidden = None if ranks.is_first else True  # None: hidden where the output is no terminal
         last_save = time.perf_counter()
         with (
             closing(MetricsLog(log if ranks.is_first else Path(os.devnull))) as metrics,
-            tqdm(total=total, initial=done, unit=unit, desc='training', disable=None if ranks.is_first else True) as bar,
+            tqdm(total=total, initial=done, unit=unit, desc='training', disable=hidden) as bar,
             StopRequest() as stop,
         ):
-
-            def save_or_say() -> None:
-                try:
-                    ranks.first(metrics.sync)
-                    save(folder)
-                except OSError as error:  # the disk is full, or gone
-                    say(f'not saved   step {step:,}: {error}. The newest checkpoint is that of step {saved_step:,}')
-
             (stopped,) = ranks.largest(stop.signal or 0)
-            while progress() < 1 and not stopped:
+            while self.progress() < 1 and not stopped:
                 start = time.perf_counter()
-                lr = training['lr'] * warmup_cosine(progress())
-                for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                    group['lr'] = lr * scale
-                piece = ranks.piece(next(streams))
-                with ranks.in_context(model):
-                    with precision:
-                        loss, num_targets, next_state = train_loss(wrapper, piece, state, memory, loss_of)
-                    optimizer.zero_grad()
-                    loss.backward()
-                gradient_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
-                step += 1
-                line: dict[str, Any] = {'step': step}
-                if not any(ranks.largest(not all_finite(loss, gradient_norm, *leaves(next_state)))):
-                    optimizer.step()
-                    state = next_state
-                    bits = loss.item() / math.log(2)
-                    line |= {'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm.item(), 'bytes': int(num_targets)}
-                    shown = f'{bits:.3f} bits per byte'
-                else:
-                    plain = unsharded(wrapper, run, ranks)
-                    with precision:
-                        bad = named(ranks.all(first_bad_tensor(plain, piece, state, memory)))
-                    skipped += 1
-                    ranks.first(partial(check_may_skip, args, folder, step, skipped, bad, plain.model))
-                    state = None  # every row starts anew
-                    line |= {'skipped': bad}
-                    shown = f'left out, not finite: {bad}'
+                line, shown = self.make_step()
                 taken = time.perf_counter() - start
-                if isinstance(model, InfiniTransformer):
-                    line['memory_shares'] = [
-                        [round(share, 4) for share in layer] for layer in model.memory_shares().tolist()
-                    ]
-                # a signal and the clock are seen by each rank for itself, and acted on by all of them after the same step
+                # each rank sees signals and the clock for itself, and all have to act on them after the same step
                 is_due = time.perf_counter() - last_save >= 60 * args.save_minutes
-                stopped, seconds, is_due = ranks.largest(stop.signal or 0, seconds + taken, is_due)
-                metrics.write(line | {'seconds': round(seconds, 2)})
-                if is_due and progress() < 1:
-                    save_or_say()
+                stopped, self.seconds, is_due = ranks.largest(stop.signal or 0, self.seconds + taken, is_due)
+                metrics.write(line | {'seconds': round(self.seconds, 2)})
+                if is_due and self.progress() < 1:
+                    self.save_or_say(metrics)
                     last_save = time.perf_counter()
                 bar.update(1 if steps else min(taken, bar.total - bar.n))
-                bar.set_postfix_str(f'step {step}, {shown}')
-                if 'skipped' in line or (bar.disable and step & (step - 1) == 0):
+                bar.set_postfix_str(f'step {self.step}, {shown}')
+                if 'skipped' in line or (bar.disable and self.step & (self.step - 1) == 0):
                     try:
-                        say(f'step {step:6} {shown:>21} {seconds:6.0f} s')
+                        say(f'step {self.step:6} {shown:>21} {self.seconds:6.0f} s')
                     except BrokenPipeError:  # nobody reads the output any more
                         stop.signal = stop.signal or signal.SIGPIPE
 
-            if saved_step != step:
-                save_or_say()
+            if self.saved_step != self.step:
+                self.save_or_say(metrics)
         if stopped:
             with suppress(BrokenPipeError):
-                say(f'stopped at step {step:,} and saved at step {saved_step:,}{going_on(folder)}')
+                how = f'stopped at step {self.step:,} and saved at step {self.saved_step:,}'
+                say(f'{how}{going_on(self.folder)}')
             sys.exit(128 + int(stopped))
 
-        scores = {}
-        for name, carry in (('carried', True), ('reset', False)):
-            with precision:
-                scores[name] = bits_per_byte(wrapper, map(ranks.piece, valid_streams(valid, length)), carry)
-        report(run, scores, step, seconds)
-        with gathered(model):
-            if ranks.is_first:
-                with closing(MetricsLog(log)) as metrics:
-                    metrics.write({'step': step, 'valid': scores, **reference})
-                levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
-                draw_plots(plots, folder, levels, run['model'])
-                print_sample(wrapper, valid[0], memory)
-        if saved_step != step:
-            raise ValueError(f'the end of the training is not saved, only step {saved_step:,}{going_on(folder)}')
+    def make_step(self) -> tuple[dict[str, Any], str]:
+        """Makes the next step.
+
+        Returns:
+            What metrics.jsonl gets, and what is shown.
+
+        Raises:
+            ValueError: if loss, gradients or state are not finite, and the step may not be left out.
+        """
+        ranks, model = self.ranks, self.model
+        lr = self.settings['lr'] * warmup_cosine(self.progress())
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group['lr'] = lr * scale
+        piece = ranks.piece(next(self.streams))
+        with ranks.in_context(model):
+            with self.precision:
+                loss, num_targets, next_state = train_loss(self.wrapper, piece, self.state, self.memory, self.loss)
+            self.optimizer.zero_grad()
+            loss.backward()
+        gradient_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        self.step += 1
+        line: dict[str, Any] = {'step': self.step}
+        if not any(ranks.largest(not all_finite(loss, gradient_norm, *leaves(next_state)))):
+            self.optimizer.step()
+            self.state = next_state
+            bits = loss.item() / math.log(2)
+            line |= {'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm.item(), 'bytes': int(num_targets)}
+            shown = f'{bits:.3f} bits per byte'
+        else:
+            plain = unsharded(self.wrapper, self.run, ranks)
+            with self.precision:
+                bad = named(ranks.all(first_bad_tensor(plain, piece, self.state, self.memory)))
+            self.skipped += 1
+            ranks.first(lambda: check_may_skip(self.args, self.folder, self.step, self.skipped, bad, plain.model))
+            self.state = None  # every row starts anew
+            line |= {'skipped': bad}
+            shown = f'left out, not finite: {bad}'
+        if isinstance(model, InfiniTransformer):
+            shares = model.memory_shares().tolist()
+            line['memory_shares'] = [[round(share, 4) for share in layer] for layer in shares]
+        return line, shown
 
 
 def build(run: dict[str, Any], ranks: Ranks) -> SegmentWrapper:
@@ -471,7 +543,7 @@ def parse_arguments() -> argparse.Namespace:
     many.add_argument('--parallel', choices=['ddp', 'fsdp'], default='ddp',
                       help='each process has a copy of the parameters, or a part of them; default ddp')  # fmt: skip
     many.add_argument('--context-parallel', type=int, default=1, metavar='N',
-                      help='N processes read the segments of the same rows; only --model infini; default 1')  # fmt: skip
+                      help='N processes read the segments of the same rows (--model infini); default 1')  # fmt: skip
     many.add_argument('--timeout-minutes', type=float, default=TIMEOUT,
                       help=f'how long a process waits for another one, default {TIMEOUT:g}')  # fmt: skip
     where = parser.add_argument_group('where')
@@ -499,7 +571,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ('steps', 'minutes', 'threads', 'bytes', 'keep', 'context_parallel', 'timeout_minutes'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{", and finite" if value > 0 else ""}')
+            finite = ', and finite' if value > 0 else ''
+            parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{finite}')
     for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps'):
         value = getattr(args, name) or 0
         if not 0 <= value < math.inf:
@@ -614,9 +687,7 @@ def load_run_corpus(args: argparse.Namespace, run: dict[str, Any], folder: Path)
     return corpus
 
 
-def load_checkpoint(
-    checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, streams: Streams
-) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, streams: Streams) -> dict[str, Any]:
     """Goes back to the weights and the positions of a checkpoint, and returns what else it holds.
 
     Args:

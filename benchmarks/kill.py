@@ -75,9 +75,7 @@ def finish(processes: list[subprocess.Popen]) -> float:
     return time.perf_counter() - begin
 
 
-def kill_and_compare(
-    model: str, kills: int, steps: int, folder: Path, seed: int = 0, ranks: int = 1
-) -> dict[str, Any]:
+def kill_and_compare(model: str, kills: int, steps: int, folder: Path, seed: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Makes the two runs, and returns what the kills met and whether the runs are equal.
 
     Args:

@@ -18,7 +18,7 @@ def prepare_output(*, silent: bool = False) -> None:
         silent: whether what is printed goes nowhere. Errors are still shown. Default: False.
     """
     if silent:
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  open until the program ends

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -176,9 +175,9 @@ class Ranks:
         joined = None
         for i, state in enumerate(states):
             # a state of all rows, in which those of one rank are right; ranks may hold histories of different lengths
-            spread = map_state(lambda t, first=i * share: t[(row - first).clamp(0, share - 1)], state)
+            spread = rows_of(state, (row - i * share).clamp(0, share - 1))
             joined = spread if joined is None else model.where(row >= i * share, spread, joined)
-        return map_state(lambda t: t[self.rows(len(row))].to(self.device), joined)
+        return map_state(lambda t: t.to(self.device), rows_of(joined, row[self.rows(len(row))]))
 
     def parallel(self, wrapper: SegmentWrapper, how: str) -> Callable[..., Any]:
         """Divides the work of a wrapper over the ranks. Make the optimizer afterwards.
@@ -210,7 +209,11 @@ class Ranks:
         return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**64 if self.rank else seed
 
 
+def rows_of(state: State, rows: torch.Tensor) -> State:
+    """Returns some rows of a state, in the order of their numbers (n,), which may repeat."""
+    return map_state(lambda t: t[rows], state)
+
+
 def is_lost_rank(error: BaseException) -> bool:
     """Returns whether an error says that another rank has ended, or has not answered in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error).lower())
-

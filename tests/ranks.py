@@ -77,7 +77,8 @@ def run(module, ranks: int, folder: Path) -> dict[str, str]:
     running = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), module.__name__],
-            cwd=ROOT, env={**environment, 'RANK': str(rank)}, stdout=outputs[rank], stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            cwd=ROOT, env={**environment, 'RANK': str(rank)},
+            stdout=outputs[rank], stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )
         for rank in range(ranks)
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_rank_that_dies(tmp_path):
             assert running[0].poll() is None, running[0].communicate()
             time.sleep(0.1)
         running[1].kill()
-        out, err = running[0].communicate(timeout=60)
+        _, err = running[0].communicate(timeout=60)
     finally:
         for process in running:
             process.kill()
