@@ -22,62 +22,40 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
 
 import argparse
+import io
 import json
 import math
 import os
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.bad_steps import NOTHING_BY_ITSELF, all_finite, bad_weight, first_bad_tensor
-from segment_recurrence_pytorch.checkpoint import (
-    load_training_state,
-    load_weights,
-    save_training_state,
-    save_weights,
-)
+from segment_recurrence_pytorch.checkpoint import load_weights
 from segment_recurrence_pytorch.checks import is_number, is_whole
-from segment_recurrence_pytorch.console import discard_output, prepare_output, say
+from segment_recurrence_pytorch.console import discard_output, prepare_output, reader_is_gone, say
 from segment_recurrence_pytorch.data import Corpus, Streams, baselines, load_corpus
 from segment_recurrence_pytorch.distributed import gathered
 from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps
-from segment_recurrence_pytorch.model import SegmentModel, plain_arguments, whole
-from segment_recurrence_pytorch.ranks import TIMEOUT, Ranks, is_lost_rank
-from segment_recurrence_pytorch.run_folder import (
-    checkpoints,
-    copy_weights,
-    held,
-    new_checkpoint,
-    newest_usable,
-    reveal,
-    step_of,
-    write_json,
-)
-from segment_recurrence_pytorch.state import State, from_list, leaves, to_list
+from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.ranks import TIMEOUT, Ranks, lost_rank, rank_of_environment
+from segment_recurrence_pytorch.run_folder import checkpoints, held
+from segment_recurrence_pytorch.trainer import Training
 from segment_recurrence_pytorch.training import (
-    StopRequest,
     bits_per_byte,
     check_writable,
     first_bytes,
     has_bfloat16,
-    optimizer_state,
-    random_states,
-    set_optimizer_state,
-    set_random_states,
-    train_loss,
     valid_streams,
-    warmup_cosine,
     write_on,
 )
 
@@ -100,11 +78,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         'training': dict(segments=3, batch_size=22, lr=2.5e-4, steps=400_000),
     },
 }
-WEIGHT_DECAY, CLIP = 0.01, 1.0
 SAMPLE_BYTES, PROMPT = 256, 'import '
 FIXED = 'model', 'preset', 'memory', 'seed'  # the settings that cannot change in a run; the bytes of the corpus neither
 PRECISIONS = 'float32', 'bfloat16'
-# what run.json says of each setting, and what a checkpoint holds
+# what run.json says of each setting
 RUN_CHECKS = {
     'model': lambda value: value in MODELS,
     'preset': lambda value: value in PRESETS,
@@ -116,41 +93,49 @@ RUN_CHECKS = {
     'minutes': lambda value: value is None or (is_number(value) and 0 < value < math.inf),
     'valid_bytes': lambda value: is_whole(value) and value >= 0,
 }
-CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}
+OWN_OPTIONS = 'device', 'threads'  # options that may differ from rank to rank
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
 VALIDATED: dict[str, str] = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
 
 def main() -> None:
     """Trains a model, or samples from a trained one. Ends the program with one line where something is wrong."""
-    is_first = os.environ.get('RANK', '0') == '0'
+    is_first = not rank_of_environment()
     prepare_output(silent=not is_first)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = ranks = None
+    args = folder = ranks = None
     try:
-        args = parse_arguments()
-        ranks = Ranks(args.device, context=args.context_parallel, timeout=args.timeout_minutes)
-        run, folder = ranks.first(lambda: open_run(args))
+        with nullcontext() if is_first else redirect_stderr(io.StringIO()):  # what all ranks would say, one says
+            args = parse_arguments()
+        ranks = Ranks(args.device, timeout=args.timeout_minutes)
+        options = ranks.gather({name: value for name, value in vars(args).items() if name not in OWN_OPTIONS})
+        ranks.on_first(lambda: check_same_options(options))
+        run, folder = ranks.on_first(lambda: open_run(args))
         if not args.sample:
             train(args, run, folder, ranks)
         elif ranks.is_first:
             sample_run(args, run, folder)
         ranks.close()
     except KeyboardInterrupt:
-        with suppress(BrokenPipeError):
-            say(f'\nstopped{"" if folder is None or args.sample or not checkpoints(folder) else going_on(folder)}')
+        say(f'\nstopped{"" if args is None or args.sample else going_on(folder, args)}')
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         discard_output()
-        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        sys.exit(1 if ranks is not None and ranks.told is error else f'error: {of_rank(ranks)}{error}')
+        is_shown = ranks is not None and ranks.shown_elsewhere is error
+        sys.exit(1 if is_shown else f'error: {of_rank(ranks)}{error}')
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        how = lost_rank(error)
+        if ranks is None or how is None:
             raise
-        on = '' if folder is None or not checkpoints(folder) else going_on(folder)
-        sys.exit(f'error: {of_rank(ranks)}another rank has ended or does not answer: {str(error).splitlines()[0]}{on}')
+        message = f'error: {of_rank(ranks)}another rank has ended or does not answer ({how}){going_on(folder, args)}'
+        if ranks.owns_group:  # nothing that waits for the others may run any more
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(message)
+    if reader_is_gone():
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def of_rank(ranks: Ranks | None) -> str:
@@ -170,21 +155,26 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
     plots = import_plots()
     if args.threads:
         torch.set_num_threads(args.threads)
-    ranks.first(lambda: check_parallel(args, run, ranks))
-    ranks.first(lambda: load_run_corpus(args, run, folder).sha256)  # one rank downloads
-    corpus = load_run_corpus(args, run, folder)
+    ranks.on_first(lambda: check_parallel(args, run, ranks))
+    ranks.divide(args.context_parallel)
+    if args.download and ranks.size > 1:  # by one rank
+        ranks.on_first(lambda: load_run_corpus(args, run, folder).sha256)
+    corpus = ranks.together(lambda: load_run_corpus(args, run, folder))
+    sums = ranks.gather(corpus.sha256)
+    ranks.on_first(lambda: check_same_corpus(sums))
     say(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
     say(f'            sha256 {corpus.sha256}')
-    training = Training(args, run, folder, ranks, corpus)
-    valid, model, memory = training.valid, training.model, training.memory
+    training = ranks.together(lambda: make_training(args, run, folder, ranks, corpus))
+    model, memory = training.model, training.memory
+    valid = first_bytes(corpus.valid, run['valid_bytes'])
     with ExitStack() as stack:
-        place = ranks.first(lambda: stack.enter_context(held(folder, new=not args.resume)))
+        place = ranks.on_first(lambda: stack.enter_context(held(folder, new=not args.resume)))
         training.begin(place)
         say(f'run         {folder}{f", from step {training.step:,} on" if training.step else ""}')
         log = folder / 'metrics.jsonl'
-        if lost := ranks.first(lambda: keep_steps(log, training.step)):
+        if lost := ranks.on_first(lambda: keep_steps(log, training.step)):
             say(f'metrics     {log} has no line of {lost:,} of {training.step:,} steps: plots leave them out')
-        reference = baselines(corpus.train, valid)
+        reference = ranks.on_first(lambda: baselines(corpus.train, valid))
         for name, bits in reference.items():
             say(f'{name:11} {bits:.3f} bits per byte, of the same {sum(map(len, valid)):,} validation bytes')
         training.go_on(log)
@@ -197,19 +187,17 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
         report(run, scores, training.step, training.seconds)
         with gathered(model):
             if ranks.is_first:
-                with closing(MetricsLog(log)) as metrics:
-                    metrics.write({'step': training.step, 'valid': scores, **reference})
                 levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
+                write_validation(log, {'step': training.step, 'valid': scores, **reference})
                 draw_plots(plots, folder, levels, run['model'])
                 print_sample(training.wrapper, valid[0], memory)
-        if training.saved_step != training.step:
-            raise ValueError(
-                f'the end of the training is not saved, only step {training.saved_step:,}{going_on(folder)}'
-            )
+        ranks.on_first(training.check_saved)  # the others wait for the first one, and end as it does
 
 
-class Training:
-    """A run while it is trained: the model, and all that a checkpoint holds.
+def make_training(
+    args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks, corpus: Corpus
+) -> Training:
+    """Returns a run that can begin, and says what it is. It writes nothing.
 
     Args:
         args: the command line.
@@ -217,241 +205,77 @@ class Training:
         folder: the folder of the run.
         ranks: the processes that make the run together.
         corpus: the bytes.
-
-    Attributes:
-        wrapper: the model in its wrapper.
-        streams: the training bytes, of all rows of the batch.
-        valid: the validation bytes.
-        state: what the model carries from the last step to the next one. None at the start, and without memory.
-        step: number of steps done.
-        seconds: seconds of training.
-        skipped: number of steps that were left out.
-        saved_step: the step of the newest checkpoint.
     """
+    settings = PRESETS[run['preset']]['training']
 
-    def __init__(self, args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks, corpus: Corpus):
-        self.args, self.run, self.folder, self.ranks = args, run, folder, ranks
-        self.settings = PRESETS[run['preset']]['training']
-        self.memory = run['memory'] == 'on'
-        torch.manual_seed(run['seed'])
-        self.wrapper = build(run, ranks)
-        self.model = model = self.wrapper.model
-        length = self.wrapper.segment_length * self.settings['segments']
+    def streams(wrapper: SegmentWrapper) -> Streams:
+        length = wrapper.segment_length * settings['segments']
         order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(run['seed'])).tolist()
-        documents = [corpus.train[i] for i in order]
-        self.streams = Streams(documents, self.settings['batch_size'], length, loop=True)
-        self.valid = first_bytes(corpus.valid, run['valid_bytes'])
-        valid_streams(self.valid, length)  # a corpus that is too small is refused now, not after the training
-        self.precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=run['precision'] == 'bfloat16')
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        say(
-            f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
-            f' {ranks.device.type}, {run["precision"]}, attention {model.attention_backend}'
-        )
-        if ranks.size > 1:
-            context = f', {ranks.context} for the segments of a row' if ranks.context > 1 else ''
-            say(f'ranks       {ranks.size}, {args.parallel}{context}')
-        if not ranks.is_first:
-            torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
-        self.fixed = {name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256}
-        self.about = {'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256}
-        self.about['torch'] = torch.__version__
-        self.state: State = None
-        self.step, self.seconds, self.skipped, self.saved_step = 0, 0.0, 0, 0
+        valid_streams(first_bytes(corpus.valid, run['valid_bytes']), length)  # too small a corpus is refused now
+        return Streams([corpus.train[i] for i in order], settings['batch_size'], length, loop=True)
 
-    def progress(self) -> float:
-        """Returns the share of the training that is done."""
-        steps, minutes = self.run['steps'], self.run['minutes']
-        return max(self.step / steps if steps else 0, self.seconds / (60 * minutes) if minutes else 0)
-
-    def begin(self, place: Path) -> None:
-        """Goes back to the newest checkpoint of an old run, or makes the folder of a new one.
-
-        Args:
-            place: the folder in which the run is prepared, from `run_folder.held`.
-        """
-        ranks, folder, saved = self.ranks, self.folder, None
-        if self.args.resume:
-            checkpoint, refused = ranks.first(lambda: newest_usable(folder, self.usable))
-            for why in refused:
-                say(f'refused     {why}')
-            saved = load_checkpoint(checkpoint, self.fixed, self.model, self.streams)
-        self.loss = ranks.parallel(self.wrapper, self.args.parallel)
-        lr = self.settings['lr']
-        self.optimizer = torch.optim.AdamW(self.model.param_groups(lr, WEIGHT_DECAY), betas=(0.9, 0.95))
-        self.scales = [group['lr'] / lr for group in self.optimizer.param_groups]
-        if saved is None:
-            ranks.first(lambda: write_json(place / 'run.json', self.about))
-            ranks.first(lambda: write_json(place / 'config.json', plain_arguments(self.model)))
-            self.save(place)
-            ranks.first(lambda: reveal(place, folder))
-            return
-        set_optimizer_state(self.model, self.optimizer, saved['optimizer'])
-        self.step, self.seconds, self.skipped = saved['step'], saved['seconds'], saved['skipped']
-        if saved['state'][0] is not None:
-            like = self.model.initial_state(1)
-            self.state = ranks.own_state(self.model, [from_list(each, like) for each in saved['state']])
-        set_random_states_of_rank(saved['random'], ranks, self.run['seed'] + self.step)
-        self.saved_step = self.step
-        ranks.first(lambda: copy_weights(folder, self.step))
-        ranks.first(lambda: write_json(folder / 'run.json', self.about))
-
-    def usable(self, checkpoint: Path) -> Path:
-        """Returns a checkpoint that can be loaded. Raises ValueError if it is not one of this run."""
-        load_checkpoint(checkpoint, self.fixed, self.model, self.streams)
-        return checkpoint
-
-    def save(self, place: Path) -> None:
-        """Saves a checkpoint.
-
-        Args:
-            place: the folder of the run.
-
-        Raises:
-            OSError: on all ranks, if the first one cannot write it.
-        """
-        ranks, step = self.ranks, self.step
-        # what needs all ranks comes before the first file, since an error while writing is met by one rank alone
-        plain = unsharded(self.wrapper, self.run, ranks).model
-        parts = {
-            'optimizer': optimizer_state(self.model, self.optimizer),
-            'streams': self.streams.state_dict(),
-            'state': [None if each is None else to_list(each) for each in ranks.states_of_all(self.state)],
-            'random': ranks.all(random_states(ranks.device)),
-        }
-
-        def write() -> None:
-            if bad := bad_weight(plain):
-                raise ValueError(f'step {step:,} is not saved: the weight {bad} is not finite{going_on(self.folder)}')
-            with new_checkpoint(place, step, keep=self.args.keep) as aside:
-                save_weights(plain, aside / 'model.safetensors')
-                counts = {'step': step, 'seconds': self.seconds, 'skipped': self.skipped, 'fixed': self.fixed}
-                save_training_state(counts | parts, aside / 'training.pt')
-
-        ranks.first(write)
-        self.saved_step = step
-        ranks.first(lambda: copy_weights(place, step))
-
-    def save_or_say(self, metrics: MetricsLog) -> None:
-        """Saves a checkpoint, or says why it cannot be saved."""
-        try:
-            self.ranks.first(metrics.sync)
-            self.save(self.folder)
-        except OSError as error:  # the disk is full, or gone
-            newest = f'The newest checkpoint is that of step {self.saved_step:,}'
-            say(f'not saved   step {self.step:,}: {error}. {newest}')
-
-    def go_on(self, log: Path) -> None:
-        """Trains until the run is done. If a signal comes, it saves after the step and ends the program.
-
-        Args:
-            log: the file of the metrics.
-        """
-        ranks, args, steps, minutes = self.ranks, self.args, self.run['steps'], self.run['minutes']
-        self.wrapper.train()
-        unit = 'step' if steps else 's'
-        total, done = (steps, self.step) if steps else (round(60 * minutes), round(self.seconds))
-        hidden = None if ranks.is_first else True  # None: hidden where the output is no terminal
-        last_save = time.perf_counter()
-        with (
-            closing(MetricsLog(log if ranks.is_first else Path(os.devnull))) as metrics,
-            tqdm(total=total, initial=done, unit=unit, desc='training', disable=hidden) as bar,
-            StopRequest() as stop,
-        ):
-            (stopped,) = ranks.largest(stop.signal or 0)
-            while self.progress() < 1 and not stopped:
-                start = time.perf_counter()
-                line, shown = self.make_step()
-                taken = time.perf_counter() - start
-                # each rank sees signals and the clock for itself, and all have to act on them after the same step
-                is_due = time.perf_counter() - last_save >= 60 * args.save_minutes
-                stopped, self.seconds, is_due = ranks.largest(stop.signal or 0, self.seconds + taken, is_due)
-                metrics.write(line | {'seconds': round(self.seconds, 2)})
-                if is_due and self.progress() < 1:
-                    self.save_or_say(metrics)
-                    last_save = time.perf_counter()
-                bar.update(1 if steps else min(taken, bar.total - bar.n))
-                bar.set_postfix_str(f'step {self.step}, {shown}')
-                if 'skipped' in line or (bar.disable and self.step & (self.step - 1) == 0):
-                    try:
-                        say(f'step {self.step:6} {shown:>21} {self.seconds:6.0f} s')
-                    except BrokenPipeError:  # nobody reads the output any more
-                        stop.signal = stop.signal or signal.SIGPIPE
-
-            if self.saved_step != self.step:
-                self.save_or_say(metrics)
-        if stopped:
-            with suppress(BrokenPipeError):
-                how = f'stopped at step {self.step:,} and saved at step {self.saved_step:,}'
-                say(f'{how}{going_on(self.folder)}')
-            sys.exit(128 + int(stopped))
-
-    def make_step(self) -> tuple[dict[str, Any], str]:
-        """Makes the next step.
-
-        Returns:
-            What metrics.jsonl gets, and what is shown.
-
-        Raises:
-            ValueError: if loss, gradients or state are not finite, and the step may not be left out.
-        """
-        ranks, model = self.ranks, self.model
-        lr = self.settings['lr'] * warmup_cosine(self.progress())
-        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
-            group['lr'] = lr * scale
-        piece = ranks.piece(next(self.streams))
-        with ranks.in_context(model):
-            with self.precision:
-                loss, num_targets, next_state = train_loss(self.wrapper, piece, self.state, self.memory, self.loss)
-            self.optimizer.zero_grad()
-            loss.backward()
-        gradient_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
-        self.step += 1
-        line: dict[str, Any] = {'step': self.step}
-        if not any(ranks.largest(not all_finite(loss, gradient_norm, *leaves(next_state)))):
-            self.optimizer.step()
-            self.state = next_state
-            bits = loss.item() / math.log(2)
-            line |= {'bits': bits, 'lr': lr, 'gradient_norm': gradient_norm.item(), 'bytes': int(num_targets)}
-            shown = f'{bits:.3f} bits per byte'
-        else:
-            plain = unsharded(self.wrapper, self.run, ranks)
-            with self.precision:
-                bad = named(ranks.all(first_bad_tensor(plain, piece, self.state, self.memory)))
-            self.skipped += 1
-            ranks.first(lambda: check_may_skip(self.args, self.folder, self.step, self.skipped, bad, plain.model))
-            self.state = None  # every row starts anew
-            line |= {'skipped': bad}
-            shown = f'left out, not finite: {bad}'
-        if isinstance(model, InfiniTransformer):
-            shares = model.memory_shares().tolist()
-            line['memory_shares'] = [[round(share, 4) for share in layer] for layer in shares]
-        return line, shown
+    training = Training(
+        lambda device, group: build(run, device, group),
+        streams,
+        run,
+        about={'run': run, **sizes(run), 'corpus': corpus.name, 'sha256': corpus.sha256, 'torch': torch.__version__},
+        fixed={name: run[name] for name in FIXED} | sizes(run) | {'sha256': corpus.sha256},
+        lr=settings['lr'],
+        folder=folder,
+        ranks=ranks,
+        options=args,
+        going_on=lambda: going_on(folder, args),
+    )
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    say(
+        f'model       {run["model"]}, memory {run["memory"]}, {parameters:,} parameters,'
+        f' {ranks.device.type}, {run["precision"]}, attention {training.model.attention_backend}'
+    )
+    if ranks.size > 1:
+        context = f', {ranks.context} for the segments of a row' if ranks.context > 1 else ''
+        say(f'ranks       {ranks.size}, {args.parallel}{context}')
+    return training
 
 
-def build(run: dict[str, Any], ranks: Ranks) -> SegmentWrapper:
-    """Returns the model of a run in its wrapper, whose losses are those of all ranks, on the device of this rank."""
-    model, segment_length = MODELS[run['model']](**PRESETS[run['preset']][run['model']])
-    return SegmentWrapper(model, segment_length=segment_length, process_group=ranks.group).to(ranks.device)
-
-
-def unsharded(wrapper: SegmentWrapper, run: dict[str, Any], ranks: Ranks) -> SegmentWrapper:
-    """Returns a wrapper whose model has whole parameters, and which makes no call to other ranks.
-
-    If the parameters are sharded, it is a copy of the model, and all ranks have to make the call.
+def build(run: dict[str, Any], device: torch.device, group: Any) -> SegmentWrapper:
+    """Returns the model of a run in its wrapper.
 
     Args:
-        wrapper: the model in its wrapper.
         run: the settings of the run.
-        ranks: the processes.
+        device: the device.
+        group: the ranks over which losses are summed, or None.
     """
-    model = wrapper.model
-    if model.mesh is not None:
-        with torch.random.fork_rng(devices=[]):
-            copy = build(run, ranks).model
-        copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
-        model = copy
-    return SegmentWrapper(model, segment_length=wrapper.segment_length)
+    model, segment_length = MODELS[run['model']](**PRESETS[run['preset']][run['model']])
+    return SegmentWrapper(model, segment_length=segment_length, process_group=group).to(device)
+
+
+def check_same_options(options: list[dict[str, Any]]) -> None:
+    """Raises ValueError if the ranks were started with different command lines.
+
+    Args:
+        options: the command line of each rank.
+    """
+    for rank, given in enumerate(options):
+        for name in sorted(set(given) | set(options[0])):
+            if given.get(name) != options[0].get(name):
+                raise ValueError(
+                    f'--{name.replace("_", "-")} is {given.get(name)} for rank {rank}, and {options[0].get(name)} for '
+                    'rank 0: start all ranks with the same command line'
+                )
+
+
+def check_same_corpus(sums: list[str]) -> None:
+    """Raises ValueError if the ranks have different bytes.
+
+    Args:
+        sums: the sha256 of the corpus of each rank.
+    """
+    for rank, found in enumerate(sums):
+        if found != sums[0]:
+            raise ValueError(
+                f'rank {rank} has other bytes than rank 0: their sha256 are {found} and {sums[0]}. Put the same corpus '
+                'on all machines, or give it as --data'
+            )
 
 
 def check_parallel(args: argparse.Namespace, run: dict[str, Any], ranks: Ranks) -> None:
@@ -462,52 +286,29 @@ def check_parallel(args: argparse.Namespace, run: dict[str, Any], ranks: Ranks) 
         run: the settings of the run.
         ranks: the processes.
     """
-    training = PRESETS[run['preset']]['training']
-    if training['batch_size'] % ranks.data_size:
+    training, context = PRESETS[run['preset']]['training'], args.context_parallel
+    if ranks.size % context:
         raise ValueError(
-            f'the {training["batch_size"]} rows of a batch cannot be divided among {ranks.data_size} ranks: start '
-            'another number of processes'
+            f'--context-parallel {context} does not divide the number of processes, {ranks.size}: start a multiple '
+            'of it'
         )
-    if ranks.context == 1:
+    if training['batch_size'] % (ranks.size // context):
+        raise ValueError(
+            f'the {training["batch_size"]} rows of a batch cannot be divided among {ranks.size // context} ranks: '
+            'start another number of processes'
+        )
+    if context == 1:
         return
     if run['model'] != 'infini' or run['memory'] != 'on':
         raise ValueError(
-            f'--context-parallel {ranks.context} needs --model infini with memory, whose segments different ranks can '
-            'read at once: leave it out'
+            f'--context-parallel {context} needs --model infini with memory, whose segments different ranks can read '
+            'at once: leave it out'
         )
-    if training['segments'] < ranks.context:
+    if training['segments'] < context:
         raise ValueError(
-            f'--context-parallel is {ranks.context}, but a row of this preset has {training["segments"]} segments, and '
-            'each rank needs one: give a smaller number'
+            f'--context-parallel is {context}, but a row of this preset has {training["segments"]} segments, and each '
+            'rank needs one: give a smaller number'
         )
-
-
-def set_random_states_of_rank(states: list[dict[str, Tensor]], ranks: Ranks, seed: int) -> None:
-    """Goes back to the random state of this rank.
-
-    Args:
-        states: the random states of the ranks of a checkpoint.
-        ranks: the processes now. If they are not as many, only the first one goes on with the random numbers that it
-            had, and the others start new ones.
-        seed: seed of the new ones.
-    """
-    if len(states) != ranks.size:
-        say(f'ranks       {ranks.size} instead of {len(states)}: dropout draws other random numbers from here on')
-        torch.manual_seed(ranks.seed(seed))
-    if len(states) == ranks.size or ranks.is_first:
-        set_random_states(ranks.device, states[ranks.rank])
-
-
-def named(found: list[str]) -> str:
-    """Returns which tensor is the first bad one, if the ranks have found different ones.
-
-    Args:
-        found: what `first_bad_tensor` returned on each rank.
-    """
-    bad = [(rank, what) for rank, what in enumerate(found) if what != NOTHING_BY_ITSELF]
-    if len(found) == 1 or not bad:
-        return found[0]
-    return f'the rows of rank {bad[0][0]}, {bad[0][1]}'
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -687,50 +488,6 @@ def load_run_corpus(args: argparse.Namespace, run: dict[str, Any], folder: Path)
     return corpus
 
 
-def load_checkpoint(checkpoint: Path, fixed: dict[str, Any], model: SegmentModel, streams: Streams) -> dict[str, Any]:
-    """Goes back to the weights and the positions of a checkpoint, and returns what else it holds.
-
-    Args:
-        checkpoint: the folder of the checkpoint.
-        fixed: what the run fixes.
-        model: the model, which gets the weights.
-        streams: the training bytes, which get their positions.
-
-    Raises:
-        ValueError: if the checkpoint is one of another run, or of another version of this program.
-    """
-    saved = load_training_state(checkpoint / 'training.pt')
-    if missing := CHECKPOINT - set(saved):
-        raise ValueError(f'{checkpoint} is of another version of this program: it has no {min(missing)!r}')
-    have = saved['fixed'] | {'step': saved['step']}
-    for name, value in (fixed | {'step': step_of(checkpoint)}).items():
-        if have.get(name) != value:
-            raise ValueError(f'{checkpoint} is of another run: its {name} is {have.get(name)}, not {value}')
-    load_weights(model, checkpoint / 'model.safetensors')
-    streams.load_state_dict(saved['streams'])
-    return saved
-
-
-def check_may_skip(
-    args: argparse.Namespace, folder: Path, step: int, skipped: int, bad: str, model: SegmentModel
-) -> None:
-    """Raises ValueError, which names the step and the tensor, unless a step with NaN may be left out.
-
-    Args:
-        args: the command line.
-        folder: the folder of the run.
-        step: the step.
-        skipped: number of steps of the run that are left out, this one included.
-        bad: what `first_bad_tensor` returned.
-        model: the model. If its weights are not finite, leaving out a step does not help.
-    """
-    found = f'step {step:,} has NaN or infinite values, first in {bad}. It was not made, and the checkpoints stay'
-    if bad_weight(model):
-        raise ValueError(f'{found} as they are')
-    if skipped > args.skip_bad_steps:
-        raise ValueError(f'{found}{going_on(folder)} --skip-bad-steps {skipped}, which leaves out such steps')
-
-
 def import_plots() -> ModuleType | None:
     """Returns the module that plots. Without matplotlib it says what is missing, and returns None: a plot can be made
     after the training, from metrics.jsonl."""
@@ -763,9 +520,35 @@ def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float],
         say(f'no plot     {error}')
 
 
-def going_on(folder: Path) -> str:
-    """Returns the end of a message that tells how to go on with a run."""
-    return f'; to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}'
+def write_validation(log: Path, line: dict[str, Any]) -> None:
+    """Appends a line to metrics.jsonl, or says why it cannot be written.
+
+    Args:
+        log: the file.
+        line: the line.
+    """
+    try:
+        with closing(MetricsLog(log)) as metrics:
+            metrics.write(line)
+    except OSError as error:  # the folder is gone
+        say(f'not logged  {error}')
+
+
+def going_on(folder: Path | None, args: argparse.Namespace | None) -> str:
+    """Returns the end of a message that tells how to go on with a run. It is empty if there is nothing to go on with.
+
+    Args:
+        folder: the folder of the run. None: it is not known yet.
+        args: the command line. None: it is not known yet.
+    """
+    if args is None or folder is None or not checkpoints(folder):
+        return ''
+    start = 'python'
+    if rank_of_environment() is not None:
+        start = f'torchrun --nproc-per-node={os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])}'
+    how = '' if args.parallel == 'ddp' else f' --parallel {args.parallel}'
+    how += '' if args.context_parallel == 1 else f' --context-parallel {args.context_parallel}'
+    return f'; to go on: {start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}{how}'
 
 
 def build_rmt(**sizes: Any) -> tuple[SegmentModel, int]:
@@ -794,7 +577,8 @@ def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: fl
     for name, bits in scores.items():
         say(f'validation  {bits:.3f} bits per byte, state {name}{" at every segment" if name == "reset" else ""}')
     twin = 'off' if run['memory'] == 'on' else 'on'
-    given = {name: run[name] for name in ('model', 'preset', 'seed', 'data') if run[name] is not None}
+    names = 'model', 'preset', 'seed', 'data', 'precision', 'valid_bytes'
+    given = {name.replace('_', '-'): run[name] for name in names if run[name] is not None}
     others = ''.join(f' --{name} {shlex.quote(str(value))}' for name, value in given.items())
     difference = scores['reset'] - scores['carried']
     say(
@@ -832,7 +616,7 @@ def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> N
         torch.set_num_threads(args.threads)
     if hasattr(args, 'seed'):
         torch.manual_seed(args.seed)
-    wrapper = build(run, Ranks(args.device))
+    wrapper = build(run, torch.device(args.device), None)
     load_weights(wrapper.model, folder / 'model.safetensors')
     prompt = torch.tensor([list(os.fsencode(args.prompt))], device=args.device)
     count, room = args.bytes, wrapper.segment_length - prompt.shape[1]

@@ -154,6 +154,23 @@ def equal(one: Any, other: Any) -> bool:
     return all(torch.equal(mine, yours) for mine, yours in pairs)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the table of docs/reliability.md.
+
+    Args:
+        rows: what `kill_and_compare` returned.
+    """
+    lines = [
+        '| model | processes | kills | of them while saving | weights, optimizer, metrics |',
+        '|---|---|---|---|---|',
+    ]
+    for row in rows:
+        equal = all(value for name, value in row.items() if name.endswith('_equal'))
+        how = 'bit-equal' if equal else 'differ'
+        lines.append(f'| {row["model"]} | {row["ranks"]} | {row["kills"]} | {row["kills_while_saving"]} | {how} |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
     """Kills a run of each model, and runs of two processes. Writes the JSON, if all is default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

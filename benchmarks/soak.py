@@ -82,6 +82,20 @@ def summary(by_minute: list[float]) -> dict[str, Any]:
     }
 
 
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Returns the table of docs/reliability.md.
+
+    Args:
+        rows: the results by the name of the process.
+    """
+    lines = ['| process | done | MB in minute 6 | in the last minute | largest change |', '|---|---|---|---|---|']
+    for name, row in rows.items():
+        done = f'{row["steps"]:,} steps' if 'steps' in row else f'{row["tokens_a_row"]:,} tokens a row'
+        megabytes = f'{row["megabytes_in_minute_6"]} | {row["megabytes_in_the_last_minute"]}'
+        lines.append(f'| {name} | {done} | {megabytes} | {row["largest_change_percent"]:+.2f} % |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
     """Runs the processes and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,26 +29,32 @@ def prepare_output(*, silent: bool = False) -> None:
 def say(text: str) -> None:
     """Prints a line, above the progress bar if there is one.
 
-    If the output goes to a file on a full disk, Python keeps the text and writes it with a later one.
+    If the output goes to a file on a full disk, Python keeps the text and writes it with a later one. If nobody reads
+    the output any more, it goes nowhere, and `reader_is_gone` tells it.
 
     Args:
         text: the line.
-
-    Raises:
-        BrokenPipeError: if nobody reads the output any more. What is printed later goes nowhere.
     """
     try:
         tqdm.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
-        raise
     except OSError:
         pass
 
 
 def discard_output() -> None:
-    """Sends nowhere what is printed from now on, and what Python has not written yet."""
+    """Sends nowhere what is printed from now on, and what Python has not written yet, since nobody reads it."""
+    _gone.append(sys.stdout)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def reader_is_gone() -> bool:
+    """Returns whether the reader of standard output has gone away, as `head` does."""
+    return sys.stdout in _gone
+
+
+_gone: list[object] = []  # outputs that nobody reads

@@ -11,6 +11,7 @@ error while writing, is told to all before anyone acts on it: a rank that stops 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -28,6 +29,7 @@ from segment_recurrence_pytorch.state import State, leaves, map_state
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 TIMEOUT = 10.0  # minutes that a rank waits for another one
+LOST = r'connect|closed|timed out|timeout|broken pipe|reset'  # in what gloo says when a rank is gone
 T = TypeVar('T')
 
 
@@ -37,7 +39,6 @@ class Ranks:
     Args:
         device: the kind of device, as 'cpu' or 'cuda'. With several processes, each uses the GPU of its own number on
             its machine.
-        context: number of ranks that read the segments of the same rows (context parallel). Default: 1.
         timeout: minutes that a rank waits for another one before it gives up with an error. Default: 10.
 
     Attributes:
@@ -46,54 +47,61 @@ class Ranks:
         is_first: whether this is the process that prints and writes.
         device: the device of this process.
         group: the process group of all ranks. None for one process alone.
+        owns_group: whether this object has made the group.
+        context: number of ranks that read the segments of the same rows. `divide` sets it.
         data_rank: the number of the rows that this process reads, of `data_size`.
         data_size: number of parts into which the rows of a batch are divided.
-        told: the last error that `first` raised here although the first rank met it, which shows it.
+        shown_elsewhere: the last error that was raised here although another rank met it, which shows it.
 
     Raises:
-        ValueError: if the number of processes cannot be divided by `context`.
+        ValueError: if there are more processes on this machine than GPUs.
     """
 
-    def __init__(self, device: str = 'cpu', *, context: int = 1, timeout: float = TIMEOUT):
-        started = int(os.environ.get('WORLD_SIZE', '1')) > 1 and 'RANK' in os.environ
+    def __init__(self, device: str = 'cpu', *, timeout: float = TIMEOUT):
         self.device = torch.device(device)
         self.group: Any = None
         self.rank, self.size = 0, 1
-        self._owns_group = False
-        self.told: Exception | None = None
-        if started or dist.is_initialized():
+        self.owns_group = False
+        self.shown_elsewhere: Exception | None = None
+        if rank_of_environment() is not None or dist.is_initialized():
             self._join(timeout)
         self.is_first = self.rank == 0
-        self.context = context
-        if self.size % context:
-            raise ValueError(
-                f'--context-parallel {context} does not divide the number of processes, {self.size}: start '
-                'torchrun --nproc-per-node with a multiple of it'
-            )
-        self.data_size = self.size // context
-        self.data_rank = self.rank // context
-        if context > 1:
-            shape = self.data_size, context
-            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=('data', 'context'))
+        self.divide(1)
 
     def _join(self, timeout: float) -> None:
         if self.device.type == 'cuda':
-            self.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', '0')))
+            number, count = int(os.environ.get('LOCAL_RANK', '0')), torch.cuda.device_count()
+            if number >= count:
+                raise ValueError(f'process {number + 1} of this machine has no GPU, there are {count}: start fewer')
+            self.device = torch.device('cuda', number)
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             # numbers and words are exchanged on the CPU, so that no rank waits for its GPU because of them
             backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
-            self._owns_group = True
+            self.owns_group = True
         self.group = dist.group.WORLD
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
+    def divide(self, context: int) -> None:
+        """Sets how many ranks read the segments of the same rows (context parallel). All ranks have to make the call.
+
+        Args:
+            context: the number, which must divide `size`.
+        """
+        self.context = context
+        self.data_size, self.data_rank = self.size // context, self.rank // context
+        self._mesh: Any = None
+        if context > 1:
+            shape = self.data_size, context
+            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=('data', 'context'))
+
     def close(self) -> None:
         """Ends the work together. Call it when all ranks have done all they do."""
-        if self._owns_group:
+        if self.owns_group:
             dist.destroy_process_group()
 
-    def first(self, function: Callable[[], T]) -> T:
+    def on_first(self, function: Callable[[], T]) -> T:
         """Calls a function on the first rank, and returns on all ranks what it returned.
 
         Args:
@@ -112,11 +120,35 @@ class Ranks:
                 told[1] = error
         dist.broadcast_object_list(told, src=0, device=torch.device('cpu'))
         if told[1] is not None:
-            self.told = None if self.is_first else told[1]
-            raise told[1]
+            raise self._as_shown_by(0, told[1])
         return told[0]
 
-    def all(self, value: T) -> list[T]:
+    def together(self, function: Callable[[], T]) -> T:
+        """Calls a function on all ranks, and returns on each what it returned there.
+
+        Args:
+            function: a function without arguments. It must not exchange anything with other ranks.
+
+        Raises:
+            ValueError | OSError: on all ranks, if the function raised one on any. It is that of the first such rank.
+        """
+        if self.size == 1:
+            return function()
+        error: Exception | None = None
+        try:
+            result = function()
+        except (ValueError, OSError) as caught:
+            error = caught
+        for rank, met in enumerate(self.gather(error)):
+            if met is not None:
+                raise self._as_shown_by(rank, error if rank == self.rank and error is not None else met)
+        return result
+
+    def _as_shown_by(self, rank: int, error: Exception) -> Exception:
+        self.shown_elsewhere = None if rank == self.rank else error
+        return error
+
+    def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, in their order, on all ranks.
 
         Args:
@@ -158,7 +190,7 @@ class Ranks:
         Args:
             state: the state of the rows of this rank.
         """
-        return self.all(map_state(lambda t: t.detach().cpu(), state))[:: self.context]
+        return self.gather(map_state(lambda t: t.detach().cpu(), state))[:: self.context]
 
     def own_state(self, model: SegmentModel, states: list[State]) -> State:
         """Returns the state of the rows of this rank, on its device. It makes no call to other ranks.
@@ -214,6 +246,18 @@ def rows_of(state: State, rows: torch.Tensor) -> State:
     return map_state(lambda t: t[rows], state)
 
 
-def is_lost_rank(error: BaseException) -> bool:
-    """Returns whether an error says that another rank has ended, or has not answered in time."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error).lower())
+def rank_of_environment() -> int | None:
+    """Returns the number of this process among several that were started together, as torchrun tells it. None: it was
+    started alone."""
+    return int(os.environ['RANK']) if int(os.environ.get('WORLD_SIZE', '1')) > 1 and 'RANK' in os.environ else None
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Returns how an error says that another rank has ended or has not answered in time. None: it says something else.
+
+    Args:
+        error: the error.
+    """
+    text = re.sub(r'\[\S+/gloo/\S+\]', 'gloo:', str(error))
+    is_lost = isinstance(error, dist.DistError) or ('gloo' in text.lower() and re.search(LOST, text.lower()))
+    return text.splitlines()[0].split('. ')[0] if is_lost else None

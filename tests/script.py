@@ -16,6 +16,7 @@ import torch
 import train_enwik8
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
+from segment_recurrence_pytorch import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 # dropout and XL memories, so that random states and the whole carried state matter
@@ -109,7 +110,7 @@ def full_disk(limit=0):
 
 def at_step(monkeypatch, actions):
     """Calls an action when the loss of a step was computed. If it returns a tensor, this is the loss instead."""
-    train_loss = train_enwik8.train_loss
+    train_loss = trainer.train_loss
     step = 0
 
     def acting(*arguments):
@@ -119,13 +120,13 @@ def at_step(monkeypatch, actions):
         loss = actions[step]() if step in actions else None
         return returned._replace(loss=loss) if isinstance(loss, torch.Tensor) else returned
 
-    monkeypatch.setattr(train_enwik8, 'train_loss', acting)
+    monkeypatch.setattr(trainer, 'train_loss', acting)
 
 
 @contextmanager
 def spoiled(step, segment):
     """The second layer of an RMT writes NaN in one segment of one step, however often this segment is read."""
-    now, advance, train_loss = {'step': 0}, RecurrentMemoryTransformer.advance, train_enwik8.train_loss
+    now, advance, train_loss = {'step': 0}, RecurrentMemoryTransformer.advance, trainer.train_loss
 
     def advancing(model, tokens, *arguments, **options):
         now.update(module=model.layers[1].ff.proj_out, tokens=tokens)
@@ -146,7 +147,7 @@ def spoiled(step, segment):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RecurrentMemoryTransformer, 'advance', advancing)
-            patch.setattr(train_enwik8, 'train_loss', counting)
+            patch.setattr(trainer, 'train_loss', counting)
             yield
     finally:
         handle.remove()

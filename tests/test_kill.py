@@ -10,24 +10,24 @@ from safetensors.torch import load_file
 
 import train_enwik8
 from benchmarks.kill import kill_and_compare
-from segment_recurrence_pytorch import run_folder
+from segment_recurrence_pytorch import run_folder, trainer
 from segment_recurrence_pytorch.metrics import MetricsLog
 from tests.script import main, metrics, steps, train, without_clock
 
 MOMENTS = {
-    'while the first checkpoint is written': (train_enwik8, 'save_training_state', 1),
-    'before the folder of the run appears': (train_enwik8, 'reveal', 1),
+    'while the first checkpoint is written': (trainer, 'save_training_state', 1),
+    'before the folder of the run appears': (trainer, 'reveal', 1),
     'before the first step': (train_enwik8, 'keep_steps', 1),
-    'in a step': (train_enwik8, 'train_loss', 3),
+    'in a step': (trainer, 'train_loss', 3),
     'after a step, before its line': (MetricsLog, 'write', 3),
     'after the line of a step, before its checkpoint': (MetricsLog, 'sync', 3),
-    'before the weights are written': (train_enwik8, 'save_weights', 4),
-    'between weights and training state': (train_enwik8, 'save_training_state', 4),
+    'before the weights are written': (trainer, 'save_weights', 4),
+    'between weights and training state': (trainer, 'save_training_state', 4),
     'before the sums are written': (run_folder, '_sha256', 8),
     'before a checkpoint is renamed': (run_folder, 'sync', 20),
     'before an old checkpoint is removed': (run_folder, 'checkpoints', 4),
     'while an old checkpoint is removed': (run_folder.shutil, 'rmtree', 2),
-    'before the weights are copied': (train_enwik8, 'copy_weights', 4),
+    'before the weights are copied': (trainer, 'copy_weights', 4),
     'while the weights are copied': (run_folder.shutil, 'copyfile', 4),
     'in validation': (train_enwik8, 'bits_per_byte', 2),
     'before the last line': (MetricsLog, 'write', 5),

@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests import ranks, train_cases
-from tests.script import ROOT, main
+from tests.script import ROOT, main, metrics
 
 
 @pytest.fixture(scope='session')
@@ -41,39 +42,76 @@ def test_a_run_of_two_goes_on_in_one(results, tmp_path_factory, request, monkeyp
     train_cases.same_losses(name, whole)
 
 
-def test_a_rank_that_dies(tmp_path):
-    """The others end with an error, at once and not after the timeout, and the last checkpoint stays."""
-    (tmp_path / 'text').write_bytes((ROOT / 'tests' / 'test_rmt.py').read_bytes())
+def start(folder, *arguments, command=(sys.executable,), **environment):
+    """The script with its real sizes, on a corpus of its own."""
     command = [
-        sys.executable, str(ROOT / 'train_enwik8.py'), '--device', 'cpu', '--threads', '1', '--data', 'text',
-        '--steps', '1000', '--name', 'a', '--save-minutes', '0', '--valid-bytes', '5000',
+        *command, str(ROOT / 'train_enwik8.py'), '--device', 'cpu', '--threads', '1', '--data', 'text',
+        '--valid-bytes', '5000', *arguments,
     ]  # fmt: skip
+    (folder / 'text').write_bytes(b''.join(path.read_bytes() for path in sorted((ROOT / 'tests').glob('test_*.py'))))
+    return subprocess.Popen(
+        command, cwd=folder, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_does_not_answer(tmp_path, how):
+    """The other one ends with an error, at once or after the timeout, and the last checkpoint stays."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
-        port = str(free.getsockname()[1])
-    address = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1'}
-    running = [
-        subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, **address, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        address = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2'}
+    minutes = '10' if how == signal.SIGKILL else '0.2'
+    arguments = '--steps', '1000', '--name', 'a', '--save-minutes', '0', '--timeout-minutes', minutes
+    running = [start(tmp_path, *arguments, **address, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / 'runs' / 'a' / 'checkpoints' / 'step-2').exists():
-            assert time.monotonic() < end
-            assert running[0].poll() is None, running[0].communicate()
-            time.sleep(0.1)
-        running[1].kill()
+        wait_for(tmp_path / 'runs' / 'a' / 'checkpoints' / 'step-2', running[0])
+        running[1].send_signal(how)
         _, err = running[0].communicate(timeout=60)
     finally:
         for process in running:
             process.kill()
             process.communicate()
-    assert running[1].returncode == -signal.SIGKILL
     assert running[0].returncode == 1
-    assert 'error: rank 0 of 2: another rank has ended or does not answer: ' in err
-    assert 'Traceback' not in err
-    assert 'to go on: python' in err
+    assert err.startswith('error: rank 0 of 2: another rank has ended or does not answer (gloo: ')
+    assert len(err.splitlines()) == 1
+    assert '; to go on: torchrun --nproc-per-node=2 ' in err
     assert list((tmp_path / 'runs' / 'a' / 'checkpoints').glob('step-*'))
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of torchrun in /proc')
+def test_two_processes_of_torchrun_are_killed_and_one_goes_on(tmp_path):
+    """As the README says it: two processes train, are killed, one goes on, and samples."""
+    torchrun = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'
+    many = start(tmp_path, '--steps', '6', '--name', 'a', '--save-minutes', '0', command=torchrun)
+    try:
+        wait_for(tmp_path / 'runs' / 'a' / 'checkpoints' / 'step-2', many)
+        children = [
+            int(pid)
+            for task in Path(f'/proc/{many.pid}/task').iterdir()
+            for pid in (task / 'children').read_text().split()
+        ]
+        assert len(children) == 2
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        many.communicate(timeout=120)
+    finally:
+        many.kill()
+        many.communicate()
+    one = start(tmp_path, '--resume', 'runs/a')
+    out, err = one.communicate(timeout=120)
+    assert (one.returncode, err) == (0, '')
+    assert 'ranks       1 instead of 2' in out
+    assert metrics(tmp_path / 'runs' / 'a')[-1]['step'] == 6
+    sample = start(tmp_path, '--sample', '--resume', 'runs/a', '--bytes', '20', '--prompt', 'import ')
+    out, err = sample.communicate(timeout=120)
+    assert (sample.returncode, err) == (0, '')
+    assert out.startswith('import ')

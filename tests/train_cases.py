@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_enwik8
+from segment_recurrence_pytorch import console, trainer
+from segment_recurrence_pytorch.trainer import Training
 from tests import script
 from tests.ranks import case
 from tests.script import MODELS, at_step, main, metrics, spoiled, steps, without_clock
@@ -182,14 +186,29 @@ def a_checkpoint_for_one_process(rank, ranks):
 
 @case(2)
 def the_clock_is_one(rank, ranks):
-    with at_work():
-        ended(new('rmt', '--minutes', 0.02, '--name', 'clock'), 0, rank)
-        assert metrics(run('clock'))[-2]['seconds'] >= 1.2
+    """The clock of one rank runs 50 times as fast: all stop, and all save, when the fastest says so."""
+    saved, clock = [], time.perf_counter
+    save = Training.save
+    with at_work(), pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(trainer.time, 'perf_counter', lambda: 50 * clock())
+        patch.setattr(Training, 'save', lambda training, place: (saved.append(training.step), save(training, place)))
+        begun = clock()
+        done = main(
+            '--data', 'text', '--valid-bytes', 600, '--minutes', 0.2, '--save-minutes', 0.02, '--name', 'clock'
+        )  # fmt: skip
+        ended(done, 0, rank)
+        assert clock() - begun < 10
+        of_ranks = [None] * ranks
+        dist.all_gather_object(of_ranks, saved)
+        assert of_ranks[0] == of_ranks[1]
+        assert len(saved) > 2
+        assert metrics(run('clock'))[-2]['seconds'] >= 12
 
 
 @case(2)
 def every_rank_draws_its_own_dropout(rank, ranks):
-    drawn, train_loss = [], train_enwik8.train_loss
+    drawn, train_loss = [], trainer.train_loss
 
     def watching(wrapper, *arguments):
         weights = torch.cat([parameter.detach().flatten() for parameter in wrapper.parameters()])
@@ -197,7 +216,7 @@ def every_rank_draws_its_own_dropout(rank, ranks):
         return train_loss(wrapper, *arguments)
 
     with at_work(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_enwik8, 'train_loss', watching)
+        patch.setattr(trainer, 'train_loss', watching)
         ended(new('rmt', '--steps', 1, '--name', 'dropout'), 0, rank)
     of_ranks = [None] * ranks
     dist.all_gather_object(of_ranks, drawn[0])
@@ -216,7 +235,7 @@ def nan_on_one_rank(rank, ranks):
                 done = new('rmt', '--steps', 6, '--name', name, '--parallel', parallel)
             ended(done, 1, rank)
             assert rank or 'step 3 has NaN' in done.err
-            assert rank or 'the rows of rank 1, segment 2 of 4: the output of layers.1.ff' in done.err, done.err
+            assert rank or 'what rank 1 reads, segment 2 of 4: the output of layers.1.ff' in done.err, done.err
             assert steps(run(name)) == [0]
             assert len(metrics(run(name))) == 2
 
@@ -225,14 +244,14 @@ def nan_on_one_rank(rank, ranks):
 def nan_on_one_rank_that_is_left_out(rank, ranks):
     with at_work(), spoiled(3, 2) if rank == 1 else nullcontext():
         ended(new('rmt', '--steps', 6, '--name', 'skipped', '--skip-bad-steps', 1), 0, rank)
-        assert 'the rows of rank 1' in metrics(run('skipped'))[2]['skipped']
+        assert 'what rank 1 reads' in metrics(run('skipped'))[2]['skipped']
         assert steps(run('skipped')) == [0, 6]
 
 
 @case(2)
 def a_full_disk_while_saving(rank, ranks):
     """Only the first rank meets it. All go on, and the next checkpoint is saved."""
-    saved, save_weights = [], train_enwik8.save_weights
+    saved, save_weights = [], trainer.save_weights
 
     def full_once(model, path):
         saved.append(path)
@@ -241,11 +260,78 @@ def a_full_disk_while_saving(rank, ranks):
         save_weights(model, path)
 
     with at_work(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_enwik8, 'save_weights', full_once)
+        patch.setattr(trainer, 'save_weights', full_once)
         done = new('rmt', '--steps', 3, '--name', 'full', '--save-minutes', 0)
         ended(done, 0, rank)
         assert rank or 'not saved   step 1: ' in done.out
         assert steps(run('full')) == [2, 3]
+
+
+@case(2)
+def a_disk_that_stays_full(rank, ranks):
+    """The first rank shows validation and sample, and then the error. The other one waits, and is silent."""
+
+    def full(model, path):
+        if saved:
+            raise OSError(28, 'No space left on device')
+        saved.append(path)
+        save_weights(model, path)
+
+    saved, save_weights = [], trainer.save_weights
+    with at_work(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, 'save_weights', full)
+        done = new('rmt', '--steps', 3, '--name', 'stays-full')
+        ended(done, 1, rank)
+        assert rank or 'sample      ' in done.out
+        assert rank or 'error: rank 0 of 2: the end of the training is not saved, only step 0; to go on' in done.err
+
+
+@case(2)
+def a_reader_that_goes_away(rank, ranks):
+    """Nobody reads what the first rank prints: both save after the step, and end."""
+    for place, name, saved in ((train_enwik8, 'before', [0]), (trainer, 'in-a-step', [0, 2])):
+        say, lines = place.say, []
+
+        def closed(text, say=say, lines=lines):
+            lines.append(text)
+            if len(lines) == 1:
+                console._gone.append(sys.stdout)
+            say(text)
+
+        with at_work(), pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(place, 'say', closed)
+            ended(new('rmt', '--steps', 6, '--name', name), 128 + signal.SIGPIPE, rank)
+            assert steps(run(name)) == saved
+
+
+@case(2)
+def different_bytes_or_options(rank, ranks):
+    """Ranks on different machines may have been started differently: refused, by one of them alone."""
+    (FOLDER / f'text-{rank}').write_bytes((FOLDER / 'text').read_bytes() + b'x' * rank)
+    cases = (
+        (('--data', f'text-{rank}'), '--data is text-1 for rank 1, and text-0 for rank 0'),
+        (('--keep', rank + 1), '--keep is 2 for rank 1, and 1 for rank 0'),
+        (('--parallel', ('ddp', 'fsdp')[rank]), '--parallel is fsdp for rank 1'),
+    )
+    for arguments, why in cases:
+        with at_work():
+            done = new('rmt', '--steps', 2, '--name', 'different', *arguments)
+            ended(done, 1, rank)
+            assert rank or why in done.err, done.err
+    load_corpus = train_enwik8.load_corpus
+    with at_work(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_enwik8, 'load_corpus', lambda path, **options: load_corpus(f'text-{rank}', **options))
+        done = new('rmt', '--steps', 2, '--name', 'different')
+        ended(done, 1, rank)
+        assert rank or 'rank 1 has other bytes than rank 0: their sha256 are ' in done.err, done.err
+    with at_work(), pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(train_enwik8, 'load_corpus', lambda path, **options: load_corpus('missing', **options))
+        done = new('rmt', '--steps', 2, '--name', 'different')
+        assert done.code == 1
+        assert done.err.startswith('error: rank 1 of 2: missing') if rank == 1 else done.err == ''
+        assert not run('different').exists()
 
 
 @case(2)
@@ -259,8 +345,10 @@ def what_is_refused(rank, ranks):
         (SIZES, 'infini', ('--context-parallel', 2, '--memory', 'off'), 'needs --model infini with memory'),
         (short, 'infini', ('--context-parallel', 2), 'has 1 segments, and each rank needs one'),
         (SIZES, 'rmt', ('--data', 'missing'), 'missing'),
+        (SIZES, 'rmt', ('--data', 'tiny'), 'bytes'),
         (SIZES, 'rmt', ('--name', 'rmt-whole'), 'is there already'),
     )
+    (FOLDER / 'tiny').write_bytes(b'too small')
     for sizes, model, arguments, why in cases:
         with at_work(sizes):
             before = sorted(Path('runs').iterdir())
@@ -269,6 +357,6 @@ def what_is_refused(rank, ranks):
             assert rank or why in done.err, done.err
             assert sorted(Path('runs').iterdir()) == before
     with at_work():
-        done = new('infini', '--context-parallel', 3)
-        assert done.code == 1
-        assert 'does not divide the number of processes, 2' in done.err
+        done = new('rmt', '--minutes', 'nan')
+        ended(done, 2, rank)
+        assert rank or 'it must be above 0' in done.err
