@@ -318,7 +318,7 @@ def sharded(make, way=None, mesh=None, passes=None, **options):
 def fsdp(rank, ranks):
     x = batch()
     mine = rows_of(x, rank, ranks)
-    every = {2: ('rmt', 'infini delta, decay, gqa'), 4: ('rmt',)}[ranks]
+    every = 'rmt', 'infini delta, decay, gqa'
     others = () if ranks == 4 else MODELS
     for name, way in [*((name, way) for name in every for way in WAYS), *((name, 'replay') for name in others)]:
         make, passes = MODELS[name], 1 if name == 'infini above' else None
@@ -336,8 +336,8 @@ def fsdp(rank, ranks):
 def fsdp_on_a_mesh_of_two_dimensions(rank, ranks):
     """Parameters are copied along the first dimension and spread along the second one."""
     x, mesh = batch(), init_device_mesh('cpu', (2, 2), mesh_dim_names=('copy', 'spread'))
-    want = alone(MODELS['rmt'], 'one graph', x)
-    for way in ('one graph', 'replay'):
+    for way in WAYS:
+        want = alone(MODELS['rmt'], way, x)
         wrapper = sharded(MODELS['rmt'], way, mesh)
         returned = train(wrapper, wrapper, way, rows_of(x, rank, ranks))
         same(wrapper, returned, want)
