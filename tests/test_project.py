@@ -34,7 +34,7 @@ torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 import recurrent_memory_transformer_pytorch, infini_transformer_pytorch
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
-loaded = {'flash_attn', 'safetensors', 'matplotlib'} & set(sys.modules)
+loaded = {'flash_attn', 'safetensors', 'matplotlib', 'huggingface_hub', 'onnx', 'onnxscript'} & set(sys.modules)
 assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
