@@ -5,8 +5,7 @@ import warnings
 import pytest
 import torch
 
-from segment_recurrence_pytorch.export import export_segment, fixed_state
-from segment_recurrence_pytorch.state import leaves
+from segment_recurrence_pytorch.export import export_segment, state_tensors
 from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, ids, make_infini, make_rmt
 
 NEEDS = 'needs onnx, onnxscript and onnxruntime: make test-onnx'
@@ -33,17 +32,20 @@ def test_onnxruntime_computes_what_the_model_computes(name, tmp_path):
     model = make(**options).float().eval()
     session = to_onnx(model, tmp_path / 'segment.onnx')
     names = [each.name for each in session.get_inputs()]
-    for rows, tokens in ((1, 1), (3, 2), (2, model.max_segment_length or 70)):
-        state = fixed_state(model, rows)
-        for segment in ids(rows, 3 * tokens).split(tokens, dim=1):
-            hidden, after = model.advance(segment, state)
-            feeds = dict(zip(names, [each.numpy() for each in (segment, *leaves(state))], strict=True))
-            logits, *parts = map(torch.from_numpy, session.run(None, feeds))
-            for have, want in zip((logits, *parts), (model.to_logits(hidden), *leaves(after)), strict=True):
+    for rows, length in ((1, 1), (3, 2), (2, model.max_segment_length or 70)):
+        state = None
+        for tokens in ids(rows, 3 * length).split(length, dim=1):
+            inputs = [tokens, *state_tensors(model, rows, state)]
+            outputs = session.run(None, dict(zip(names, [each.numpy() for each in inputs], strict=True)))
+            hidden, state = model.advance(tokens, state)
+            for have, want in zip(
+                map(torch.from_numpy, outputs),
+                (model.to_logits(hidden), *state_tensors(model, rows, state)),
+                strict=True,
+            ):
                 assert (have.shape, have.dtype) == (want.shape, want.dtype)
                 # sums round by the size of what they sum up, which is that of the largest values
                 assert not want.numel() or (have - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
-            state = after
 
 
 def test_deltanet_has_no_onnx_form(tmp_path):
