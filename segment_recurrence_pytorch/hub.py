@@ -44,10 +44,10 @@ def save_pretrained(model: SegmentModel, folder: str | Path, *, run: str | Path 
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS)
     with replacing(folder / CONFIG) as part:
-        part.write_text(config)
+        part.write_text(config, encoding='utf-8')
     if not (folder / CARD).exists():
         with replacing(folder / CARD) as part:
-            part.write_text(card)
+            part.write_text(card, encoding='utf-8')
 
 
 def from_pretrained(
@@ -141,7 +141,7 @@ def _config(model: SegmentModel) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror}') from error
     except ValueError as error:
@@ -186,7 +186,7 @@ def _card(model: SegmentModel, run: Path, *, needed: bool) -> str:
     about: dict[str, Any] = {}
     if needed or (run / 'run.json').exists():
         try:
-            about = json.loads((run / 'run.json').read_text())
+            about = json.loads((run / 'run.json').read_text(encoding='utf-8'))
             settings, training = about['run'], about['training']
             data = settings['data'] and Path(settings['data']).name  # a path tells about the machine, and not the model
             about = {**settings, **training, 'data': data or about['corpus'], 'sha256': about['sha256']}
