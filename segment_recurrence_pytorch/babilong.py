@@ -253,7 +253,8 @@ def score(
     """Returns the share of the questions that a model answers exactly, and its answers.
 
     An answer is what the model most likely writes up to the end of the line. Upper and lower case, and a full stop at
-    the end, make no difference.
+    the end, make no difference. (The published leaderboard also counts a longer answer, in which the target is the only
+    word that could be an answer.)
 
     Args:
         wrapper: the model in a wrapper.
