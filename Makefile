@@ -1,11 +1,11 @@
-# make train | test | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
+# make train | test | test-onnx | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test lint bench evidence clean
+.PHONY: train test test-onnx lint bench evidence clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -14,6 +14,10 @@ train: $(VENV)/ready
 # one thread a test process: the models are tiny, and two processes use two cores better
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+# what needs ONNX, in an environment of its own
+test-onnx: .venv-onnx/ready
+	OMP_NUM_THREADS=1 .venv-onnx/bin/python -m pytest tests/test_onnx.py $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -33,12 +37,17 @@ evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report
 
 clean:
-	rm -rf $(VENV) .venv-peer build dist *.egg-info
+	rm -rf $(VENV) .venv-onnx .venv-peer build dist *.egg-info
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
 	  { echo 'setting up $(VENV) failed: the packages of pyproject.toml, extra dev, in the versions of constraints.txt, are needed from an index or from PIP_FIND_LINKS' >&2; exit 1; }
+	touch $@
+
+.venv-onnx/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,onnx]'
 	touch $@
 
 # the published packages have our import names: they live in an environment of their own, for comparison only

@@ -356,27 +356,30 @@ class InfiniTransformer(SegmentTransformer):
             raise ValueError("mem_read_from='above' reads one segment at a time")
         if write_scale is not None and (self.memory_rule == 'deltanet' or self.memory_decay):
             raise ValueError("write_scale needs memory_rule 'linear' or 'delta', and memory_decay=False")
-        shape = tokens.shape[0], -(-tokens.shape[1] // max(1, length))
-        if write_scale is not None and write_scale.shape != shape:
-            raise ValueError(f'write_scale has shape {tuple(write_scale.shape)}: give (batch, segments) = {shape}')
+        if write_scale is not None:
+            shape = tokens.shape[0], -(-tokens.shape[1] // max(1, length))
+            if write_scale.shape != shape:
+                raise ValueError(f'write_scale has shape {tuple(write_scale.shape)}: give (batch, segments) = {shape}')
         state = self.initial_state(tokens.shape[0]) if state is None else state
         if not tokens.shape[1]:
             return (self.token_emb.weight.new_zeros(tokens.shape[0], 0, self.dim) if need_hidden else None), copied(
                 state
             )
-        # a GPU is fastest with all segments at once, a CPU with so few that their activations stay in its cache
-        at_once = tokens.shape[1]
         ranks = None if self.chain is None else {'chain': self.chain, 'cuts': cuts}
-        # with a chain of ranks, a part of the segments would have to wait for the rank before, which has to end first
-        if tokens.device.type == 'cpu' and self.chain is None:
-            at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * length
+        # A GPU is fastest with all segments at once, a CPU with so few that their activations stay in its cache. With a
+        # chain of ranks, a part of the segments would have to wait for the rank before, which has to end first. A
+        # single segment needs no arithmetic with sizes, which `torch.export` could not keep dynamic
+        if tokens.shape[1] == length or tokens.device.type != 'cpu' or self.chain is not None:
+            scale = None if write_scale is None else write_scale.mT
+            return self._read(tokens, state, length, mask, need_hidden=need_hidden, scale=scale, ranks=ranks)[:2]
+        at_once = max(1, CPU_ROWS // max(1, tokens.shape[0] * length)) * length
         hiddens = []
         for start in range(0, tokens.shape[1], at_once):
             part = slice(start, start + at_once)
             part_mask = None if mask is None else mask[:, part]
             scale = None if write_scale is None else write_scale[:, start // length : -(-part.stop // length)].mT
             hidden, state, _ = self._read(
-                tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale, ranks=ranks
+                tokens[:, part], state, length, part_mask, need_hidden=need_hidden, scale=scale
             )
             hiddens.append(hidden)
         return (torch.cat(hiddens, dim=1) if need_hidden else None), state

@@ -184,12 +184,13 @@ def recall(queries: Tensor, memories: Recallable, rule: str) -> Tensor:
     with no_autocast(queries.device.type):
         q = phi(queries, rule)
         # one product for each memory: its rows are all tokens of all query heads that share it
-        q = q.reshape(len(memories.kv_mem), -1 if q.numel() else 0, q.shape[-1])
+        q = q.reshape(memories.kv_mem.shape[0], -1 if q.numel() else 0, q.shape[-1])
         values = torch.bmm(q, memories.kv_mem)
         if rule != 'deltanet':
             normaliser = torch.bmm(q, memories.k_norm)
             values = values / (normaliser + (normaliser == 0))  # for an empty memory this is 0 / 1
-        return values.reshape(*queries.shape[:-1], values.shape[-1])
+        # a reshape would be the same, but `torch.export` gets lost in the strides when several heads share a memory
+        return values.flatten().view(*queries.shape[:-1], values.shape[-1])
 
 
 def local_share(gates: Tensor, written: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,7 +251,7 @@ def _write_deltanet(
     keys, values, strength, log_decay, mask, _ = writes
     strength = keys.new_ones(keys.shape[:-1]) if strength is None else strength
     segments, n = keys.shape[0], keys.shape[3]
-    size = min(n, DELTANET_CHUNK)
+    size = n if _is_exporting() else min(n, DELTANET_CHUNK)  # one chunk: `torch.export` fixes the number of chunks
     chunks = -(-n // size)
     strength = strength[..., None]
     # the keys that fill up the last chunk are 0, so they write nothing
@@ -323,11 +324,28 @@ def affine_scan(
         M_0 to M_s, (s + 1, b, g, d, e). It can be differentiated once.
     """
     if chain is None:
+        if write.shape[0] == 1 and _is_exporting():
+            return _one_step(write, start, erase, decay)
         return _scan(write, start, erase, decay)
     if torch.is_grad_enabled() and not start.requires_grad:
         # all ranks must run backward, even if only another one has something to learn
         start = start.detach().requires_grad_()
     return _ChainedScan.apply(write, start, erase, decay, chain, cuts)
+
+
+def _is_exporting() -> bool:
+    """Returns whether `torch.export` or `torch.onnx` is tracing the call. PyTorch 2.5 cannot tell: it exports the
+    custom operator."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
+
+
+def _one_step(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:
+    """Returns the scan over a single segment, in plain operations: the custom operator exists in this library
+    only."""
+    after = write[0] + (start if decay is None else start * decay[0, ..., None, None])
+    if erase is not None:
+        after = after - erase[0] @ start
+    return torch.stack((start, after))
 
 
 @torch.library.custom_op('infini_transformer_pytorch::affine_scan', mutates_args=())

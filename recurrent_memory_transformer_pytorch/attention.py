@@ -87,7 +87,8 @@ def attention_calls(layout: Layout, first_row: int = 0) -> list[Call]:
         calls = [Call(0, rows, 0, keys, True)]
     else:
         calls = [Call(0, read, xl, xl + read, pattern == 'causal'), Call(read, rows, 0, keys, True)]
-    calls = [call._replace(start=max(call.start, first_row)) for call in calls]
+    # a comparison, since `torch.export` takes a maximum for a new size, of which it knows nothing
+    calls = [call if call.start >= first_row else call._replace(start=first_row) for call in calls]
     return [call for call in calls if call.start < call.stop]
 
 

@@ -59,7 +59,7 @@ class AxialAttention(nn.Module):
         q = self.to_q(normed[:, -1:]).unflatten(-1, (heads, d)).transpose(1, 2)
         k, v = self.to_kv(normed).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4)
         k = k + self.positions.transpose(0, 1).to(k.dtype)
-        null_k, null_v = self.null_kv.to(k.dtype)[:, None].expand(-1, len(k), -1, -1, -1)
+        null_k, null_v = self.null_kv.to(k.dtype)[:, None].expand(-1, k.shape[0], -1, -1, -1)
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
         valid = F.pad(past.valid(), (1, 1), value=True)  # the null key and the newest value are always valid
         mask = valid[:, None, None].repeat_interleave(m, dim=0)

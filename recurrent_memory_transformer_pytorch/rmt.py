@@ -399,7 +399,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         """
         if self.write_init == 'previous':
             return memory
-        tokens = self.memory_tokens.expand(len(memory), -1, -1)
+        tokens = self.memory_tokens.expand(memory.shape[0], -1, -1)  # `len` would fix the batch in `torch.export`
         return tokens if self.write_init == 'learned' else tokens + memory
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:

@@ -76,8 +76,12 @@ class XLMemory(NamedTuple):
             return XLMemory(new[0], new[1], None)
         text_valid = keys.new_ones(keys.shape[0], keys.shape[3], dtype=torch.bool) if mask is None else mask
         valid = torch.cat((self.valid(), text_valid), dim=1)
-        # a stable sort moves the positions that are not valid to the front, and keeps the order of the others
-        order = valid.int().argsort(dim=1, stable=True)[:, -max_length:]
+        # Moves the positions that are not valid to the front, and keeps the order of the others: a stable sort of two
+        # values, which takes no comparisons and has a form in ONNX
+        columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        counts = valid.cumsum(dim=1)
+        target = torch.where(valid, counts - counts[:, -1:] + valid.shape[1] - 1, columns - counts)
+        order = torch.empty_like(target).scatter_(1, target, columns)[:, -max_length:]
         kept = valid.gather(1, order)
         index = order[:, None, None, :, None]
         new = []

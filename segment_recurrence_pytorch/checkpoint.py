@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         with safe_open(str(path), framework='pt') as file:
             saved = json.loads((file.metadata() or {}).get('model', 'null'))
         if saved is not None and made_by is not None:
-            _check_made_by(path, saved, made_by)
+            check_made_by(path, saved, made_by)
         load_model(model, str(path), device=str(device))
     except (RuntimeError, SafetensorError, OSError, json.JSONDecodeError) as error:
         model.load_state_dict(before)
@@ -196,7 +196,7 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no cursor: {error}') from error
     now = model.fingerprint()
-    _check_made_by(path, saved, now)
+    check_made_by(path, saved, now)
     if saved.get('sha256') != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
@@ -207,6 +207,24 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         return _checked(from_list([parts.get(i) for i in range(len(needed))], like), model)
     except ValueError as error:
         raise ValueError(f'{path} holds no cursor of this model: {error}') from error
+
+
+def check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
+    """Raises ValueError if a file was made by a model of another class, or with other arguments.
+
+    Args:
+        path: the file.
+        saved: what the file says of the model that made it: its class and its arguments.
+        now: the class and the arguments of the present model.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
+        raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
+    if saved['class'] != now['class']:
+        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: load it into such a model')
+    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
+        have, want = saved['arguments'].get(name), now['arguments'].get(name)
+        if have != want:
+            raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
 
 
 def _mesh_of(module: nn.Module) -> Any:
@@ -230,18 +248,6 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, SegmentModel):
         raise ValueError(f'the model is a {type(model).__name__}: give a SegmentModel; a wrapper has it as .model')
     check_has_weights(model)
-
-
-def _check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
-    """Raises ValueError if a file was made by a model of another class, or with other arguments."""
-    if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
-        raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
-    if saved['class'] != now['class']:
-        raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: load it into such a model')
-    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
-        have, want = saved['arguments'].get(name), now['arguments'].get(name)
-        if have != want:
-            raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
 
 
 def _checked(cursor: Cursor, model: SegmentModel) -> Cursor:

@@ -81,7 +81,8 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from segment_recurrence_pytorch.distributed import Chain
+
+M = TypeVar('M', bound='SegmentModel')
 
 
 class SegmentModel(nn.Module, ABC):
@@ -301,6 +304,117 @@ class SegmentModel(nn.Module, ABC):
             digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
             digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return {'class': class_name(self), 'arguments': plain_arguments(self), 'sha256': digest.hexdigest()}
+
+    def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:
+        """Writes the model to a folder: its weights (model.safetensors), its arguments (config.json) and a model card
+        (README.md), which is not written if there is one.
+
+        The format is that of `huggingface_hub.PyTorchModelHubMixin`. The package itself is not needed.
+
+        Args:
+            folder: the folder. It is made if it is not there.
+            run: the folder of the training run that made the weights. The card then tells the settings and the
+                validation of the run. Default: None, `folder` itself, if it holds a run.
+
+        Raises:
+            ValueError: if an argument of the model cannot be stored as JSON, if `folder` is a file, if the folder of
+                the run does not tell how it was made, or if the model is on the meta device. Nothing has been written
+                then.
+            OSError: if a file cannot be written, for example because the disk is full.
+        """
+        from segment_recurrence_pytorch.hub import save_pretrained
+
+        save_pretrained(self, folder, run=run)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        name_or_folder: str | Path,
+        *,
+        device: torch.device | str = 'cpu',
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> M:
+        """Returns a model from a folder or from the Hugging Face Hub, in evaluation mode and in the dtype in which its
+        weights were saved.
+
+        A folder is one that `save_pretrained` or `huggingface_hub.PyTorchModelHubMixin` wrote, or that of a run of the
+        training script. Only the hub needs the package huggingface_hub (extra `hub`).
+
+        Args:
+            name_or_folder: a folder, or the name of a model on the hub, such as 'user/name'.
+            device: the device of the model. Default: 'cpu'.
+            revision: a branch, tag or commit on the hub. Default: None, the newest one.
+            token: the token with which to sign in to the hub. Default: None, the one that is stored on this machine.
+            cache_dir: the folder for what is downloaded. Default: None, that of huggingface_hub.
+            force_download: whether to download what is in that folder already. Default: False.
+            local_files_only: whether to download nothing, and to take what is in that folder. Default: False.
+            arguments: arguments of the constructor that replace those in config.json, for example another dropout.
+
+        Raises:
+            ValueError: if the folder or the model on the hub cannot be read, holds a model of another class or of a
+                newer version, or is damaged. The message names the file.
+            ImportError: if the model is on the hub and huggingface_hub is not installed.
+        """
+        from segment_recurrence_pytorch.hub import from_pretrained
+
+        return from_pretrained(
+            cls,
+            name_or_folder,
+            device=device,
+            arguments=arguments,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        commit_message: str = 'Push model using huggingface_hub.',
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face Hub. It needs the extra `hub`.
+
+        Args:
+            repo_id: the name of the model on the hub, such as 'user/name'. It is made if it is not there.
+            run: see `save_pretrained`. Default: None, the card tells of no run.
+            commit_message: the message of the commit. Default: that of `PyTorchModelHubMixin`.
+            private: whether a new model on the hub is private. Default: None, as the account is set up.
+            token: the token with which to sign in. Default: None, the one that is stored on this machine.
+            branch: the branch of the commit. Default: None, main.
+            create_pr: whether to open a pull request instead of committing. Default: None, False.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: see `save_pretrained`. Nothing has been made on the hub then.
+            ImportError: if huggingface_hub is not installed.
+        """
+        from segment_recurrence_pytorch.hub import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            run=run,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
 
     @property
     def device(self) -> torch.device:

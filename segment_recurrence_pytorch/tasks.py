@@ -136,7 +136,7 @@ class Memorize(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`. With one segment, mark and query are in the same segment, and no memory is needed."""
-        _check_batch(segments, batch_size)
+        check_batch(segments, batch_size)
         length, k = self.segment_length, self.key_length
         if segments < 1 or (segments == 1 and length < 2 * k + 1):
             raise ValueError(f'{segments} segments of {length}: give at least 1, of at least {2 * k + 1} tokens')
@@ -197,7 +197,7 @@ class AssociativeRetrieval(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`. A sequence has at least two segments."""
-        _check_batch(segments, batch_size)
+        check_batch(segments, batch_size)
         count = (segments - 1) * self.pairs
         if segments < 2 or (count > self.keys and not self.rewritten):
             limit = 1 + self.keys // self.pairs
@@ -246,7 +246,7 @@ class Copy(Task):
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`. The number of segments is a multiple of 1 + copies; with reverse=True, of 2."""
-        _check_batch(segments, batch_size)
+        check_batch(segments, batch_size)
         parts = 1 + self.copies
         if segments < parts or segments % parts:
             raise ValueError(f'{segments} segments: give a multiple of {parts}, a share for the source and each copy')
@@ -369,7 +369,8 @@ def accuracy(
     return right / asked
 
 
-def _check_batch(segments: int, batch_size: int) -> None:
+def check_batch(segments: int, batch_size: int) -> None:
+    """Raises ValueError if the number of segments is no whole number, or the batch size none from 1 on."""
     if not is_whole(segments):
         raise ValueError(f'{segments!r} segments: give a whole number')
     check_whole(batch_size=batch_size)

@@ -6,6 +6,7 @@ Nothing here is shared with the library but the weights.
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -261,3 +262,61 @@ def generate_by_rereading(model, prompt: Tensor, num_tokens: int, segment_length
         state = next_state if full else state
         current = tokens[-1] if full else torch.cat((current, tokens[-1]), dim=1)
     return torch.cat(tokens, dim=1)
+
+
+def babilong_answer(text: str, question: str) -> str:
+    """The answer to a question of qa1 to qa5, from the sentences of the text that are facts, by asking for each thing
+    when it last happened."""
+    who, the = r'(Bill|Daniel|Fred|Jeff|John|Mary|Sandra)', r'the (apple|football|milk)'
+    kinds = {
+        'move': rf'{who} (?:journeyed|moved|travelled|went|went back) to the (\w+)\.',
+        'take': rf'{who} (?:got|grabbed|picked up|took) {the} there\.',
+        'leave': rf'{who} (?:discarded|dropped|left|put down) {the}\.',
+        'give': rf'{who} (?:gave|handed|passed) {the} to {who}\.',
+        'relation': r'The (\w+) is (north|south|east|west) of the (\w+)\.',
+    }
+    found = sorted((m.start(), kind, m.groups()) for kind, form in kinds.items() for m in re.finditer(form, text))
+    events = [(kind, parts) for _, kind, parts in found]
+
+    def place_of(person, now):
+        for kind, parts in reversed(events[:now]):
+            if kind == 'move' and parts[0] == person:
+                return parts[1]
+        return None
+
+    def place_of_thing(thing, now):
+        for i in reversed(range(now)):
+            kind, parts = events[i]
+            if kind != 'move' and kind != 'relation' and parts[1] == thing:
+                return place_of(parts[0], i) if kind == 'leave' else place_of(parts[2 if kind == 'give' else 0], now)
+        return None
+
+    if m := re.fullmatch(rf'Where is {who}\?', question):
+        return place_of(m[1], len(events))
+    if m := re.fullmatch(rf'Where is {the}\?', question):
+        return place_of_thing(m[1], len(events))
+    if m := re.fullmatch(rf'Where was {the} before the (\w+)\?', question):
+        places = [place_of_thing(m[1], now) for now in range(len(events) + 1)]
+        arrivals = [now for now in range(1, len(places)) if places[now] == m[2] != places[now - 1]]
+        return places[arrivals[-1] - 1]
+    relations = {parts for kind, parts in events if kind == 'relation'}
+    turned = dict(north='south', south='north', east='west', west='east')
+    relations |= {(b, turned[direction], a) for a, direction, b in relations}
+    if m := re.fullmatch(r'What is (\w+) of the (\w+)\?', question):
+        (answer,) = [a for a, direction, b in relations if (direction, b) == m.groups()]
+        return answer
+    if m := re.fullmatch(r'What is the (\w+) (\w+) of\?', question):
+        (answer,) = [b for a, direction, b in relations if (a, direction) == m.groups()]
+        return answer
+    gifts = [parts for kind, parts in events if kind == 'give']
+    if m := re.fullmatch(rf'Who gave {the} to {who}\?', question):
+        return [giver for giver, thing, receiver in gifts if (thing, receiver) == m.groups()][-1]
+    if m := re.fullmatch(rf'Who gave {the}\?', question):
+        return [giver for giver, thing, _ in gifts if thing == m[1]][-1]
+    if m := re.fullmatch(rf'Who received {the}\?', question):
+        return [receiver for _, thing, receiver in gifts if thing == m[1]][-1]
+    if m := re.fullmatch(rf'What did {who} give to {who}\?', question):
+        return [thing for giver, thing, receiver in gifts if (giver, receiver) == m.groups()][-1]
+    if m := re.fullmatch(rf'Who did {who} give {the} to\?', question):
+        return [receiver for giver, thing, receiver in gifts if (giver, thing) == m.groups()][-1]
+    raise ValueError(question)

@@ -30,6 +30,8 @@ SMALLER = {
     ':512]': ':8]',
     '512:]': '8:]',
     'split(1000': 'split(30',
+    'split(1024': 'split(16',
+    'segment_length = 1024': 'segment_length = 16',
     '9980': '80',
     'length = 2048': 'length = 30',
     'seq_len = 8192': 'seq_len = 40',

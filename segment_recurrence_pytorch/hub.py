@@ -1,0 +1,218 @@
+"""Models as folders and on the Hugging Face Hub. `SegmentModel` has the methods; this is what they do.
+
+    config.json          the arguments of the constructor
+    model.safetensors    the weights
+    README.md            the model card
+
+The format is that of `huggingface_hub.PyTorchModelHubMixin`, which can load such a folder, and whose folders can be
+loaded here. The folder of a training run is such a folder too. The package huggingface_hub (extra `hub`) is imported
+only to download or to upload.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model
+
+from segment_recurrence_pytorch.checkpoint import check_made_by, replacing, save_weights
+from segment_recurrence_pytorch.checks import check_has_weights
+from segment_recurrence_pytorch.metrics import read_metrics
+from segment_recurrence_pytorch.model import SegmentModel, class_name
+
+CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
+# the dtypes that a model can have, by their names in safetensors
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+M = TypeVar('M', bound=SegmentModel)
+
+
+def save_pretrained(model: SegmentModel, folder: str | Path, *, run: str | Path | None = None) -> None:
+    """See `SegmentModel.save_pretrained`."""
+    folder = Path(folder)
+    check_has_weights(model)
+    config = _config(model)
+    card = _card(model, folder if run is None else Path(run), needed=run is not None)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{folder} is a file: give the name of a folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
+    with replacing(folder / CONFIG) as part:
+        part.write_text(config, encoding='utf-8')
+    if not (folder / CARD).exists():
+        with replacing(folder / CARD) as part:
+            part.write_text(card, encoding='utf-8')
+
+
+def from_pretrained(
+    cls: type[M], name_or_folder: str | Path, *, device: Any, arguments: dict[str, Any], **download: Any
+) -> M:
+    """See `SegmentModel.from_pretrained`."""
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        config, weights = folder / CONFIG, folder / WEIGHTS
+    else:
+        config, weights = (_downloaded(str(name_or_folder), file, download) for file in (CONFIG, WEIGHTS))
+    saved = _read_config(config)
+    dtype, made_by = _look_into(weights)
+    if made_by is not None:
+        check_made_by(weights, made_by, {'class': cls.__name__, 'arguments': saved})
+    taken, known = _arguments_of(cls)
+    if unknown := sorted(set(saved) - known):
+        raise ValueError(
+            f'{config} has the argument {unknown[0]!r}, which {cls.__name__} does not take: it was made by another '
+            'class, or by a newer version of it'
+        )
+    saved = {name: value for name, value in saved.items() if name in taken}
+    try:
+        model = cls(**{**saved, **arguments})
+    except Exception as error:  # whatever a constructor says to values of other types or outside their range
+        raise ValueError(f'{config} does not make a {cls.__name__}: {error}') from error
+    model.to(device=device, dtype=dtype)
+    try:
+        load_model(model, str(weights), device=str(model.device))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'{weights} does not hold the weights of this {cls.__name__}: {error}') from error
+    return model.eval()
+
+
+def push_to_hub(
+    model: SegmentModel,
+    repo_id: str,
+    *,
+    run: str | Path | None,
+    commit_message: str,
+    private: bool | None,
+    token: str | None,
+    branch: str | None,
+    create_pr: bool | None,
+) -> str:
+    """See `SegmentModel.push_to_hub`."""
+    api = _hub('push_to_hub').HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, run=run)  # before anything is made on the hub
+        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type='model',
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+
+
+def _hub(what: str) -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs the package huggingface_hub: pip install 'segment-recurrence-pytorch[hub]'"
+        ) from error
+    return huggingface_hub
+
+
+def _downloaded(name: str, file: str, download: dict[str, Any]) -> Path:
+    hub = _hub(f'{name} is no folder here, and loading from the hub')
+    try:
+        return Path(hub.hf_hub_download(repo_id=name, filename=file, **download))
+    except (OSError, ValueError) as error:  # all errors of huggingface_hub are of these kinds
+        raise ValueError(f'{name} is no folder here, and its {file} cannot be loaded from the hub: {error}') from error
+
+
+def _config(model: SegmentModel) -> str:
+    """Returns the content of config.json. Raises ValueError if an argument is no plain value."""
+    for name, value in model.arguments.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'the argument {name} of {class_name(model)} is a {type(value).__name__}, which {CONFIG} cannot hold '
+                f'({error}): save the weights alone, with `checkpoint.save_weights`'
+            ) from error
+    return json.dumps(model.arguments, indent=2, sort_keys=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read: {error.strerror}') from error
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} is damaged: it holds a {type(config).__name__}, and no arguments')
+    return config
+
+
+def _look_into(path: Path) -> tuple[torch.dtype | None, Any]:
+    """Returns the dtype of the weights in a file, or None if there are several, and what the file says of the model
+    that made it, or None."""
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
+            made_by = json.loads((file.metadata() or {}).get('model', 'null'))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f'{path} holds no weights: {error}') from error
+    kinds &= set(DTYPES)
+    return (DTYPES[kinds.pop()] if len(kinds) == 1 else None), made_by
+
+
+def _arguments_of(cls: type) -> tuple[set[str], set[str]]:
+    """Returns the names of the arguments that a class takes, and of those that its base classes take, too: a class may
+    itself give some arguments to its base class, and `SegmentModel.arguments` has them all."""
+    taken: set[str] = set()
+    known: set[str] = set()
+    passes_on = True
+    for base in cls.__mro__:
+        if '__init__' in vars(base):
+            parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
+            named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+            known |= named
+            taken |= named if passes_on else set()
+            passes_on &= any(each.kind == each.VAR_KEYWORD for each in parameters)
+    return taken, known
+
+
+def _card(model: SegmentModel, run: Path, *, needed: bool) -> str:
+    """Returns the model card, with the settings and the validation of a training run if its folder holds them."""
+    name, package = class_name(model), type(model).__module__.partition('.')[0]
+    about: dict[str, Any] = {}
+    if needed or (run / 'run.json').exists():
+        try:
+            about = json.loads((run / 'run.json').read_text(encoding='utf-8'))
+            settings, training = about['run'], about['training']
+            data = settings['data'] and Path(settings['data']).name  # a path tells about the machine, and not the model
+            about = {**settings, **training, 'data': data or about['corpus'], 'sha256': about['sha256']}
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{run / "run.json"} does not tell how a run was made: {error!r}') from error
+    lines = read_metrics(run / 'metrics.jsonl') if about else []
+    results = {'steps': max(line['step'] for line in lines)} if lines else {}
+    for line in lines:
+        for what, value in (line.get('valid') or {}).items():
+            results[f'bits per byte of the validation, state {what}'] = value
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parts = [
+        '---\nlibrary_name: segment-recurrence-pytorch\ntags:\n- model_hub_mixin\n- pytorch_model_hub_mixin\n---\n',
+        f'# {name}\n',
+        f'A segment-recurrent transformer: it reads a text of any length segment by segment, and carries a state from '
+        f'each segment to the next. It has {parameters:,} parameters.\n',
+        f"```python\nfrom {package} import {name}\n\nmodel = {name}.from_pretrained('NAME')\n```\n",
+        *_table('Arguments', model.arguments),
+        *_table('Training', about),
+        *_table('Results', results),
+    ]
+    return '\n'.join(parts)
+
+
+def _table(title: str, values: dict[str, Any]) -> list[str]:
+    if not values:
+        return []
+    rows = [f'| {name} | {f"{value:.4g}" if isinstance(value, float) else value} |' for name, value in values.items()]
+    return [f'## {title}\n', '\n'.join(['| | |', '|---|---|', *rows]) + '\n']
