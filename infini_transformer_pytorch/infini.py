@@ -46,6 +46,22 @@ CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are f
 GATE_LR = 30.0  # factor of the gates' learning rate; the Hugging Face replication has 0.01 for gates and 3e-4 else
 
 
+def with_gates_apart(model: nn.Module, groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """Returns groups of parameters for an optimizer with the gates of the memories in a third group, with `GATE_LR`
+    times the learning rate and no weight decay. Frozen gates are in no group.
+
+    Args:
+        model: the model.
+        groups: the groups that `SegmentModel.param_groups` returned for the model.
+        lr: learning rate of the other groups.
+    """
+    gates = [p for name, p in model.named_parameters() if name.endswith('.head_gates') and p.requires_grad]
+    known = {id(gate) for gate in gates}
+    for group in groups:
+        group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
+    return [*groups, {'params': gates, 'lr': lr * GATE_LR, 'weight_decay': 0.0}]
+
+
 class TransformerReturn(NamedTuple):
     """What `InfiniTransformer.forward` returns.
 
@@ -220,12 +236,7 @@ class InfiniTransformer(SegmentTransformer):
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """See `SegmentModel.param_groups`. The gates are a third group, with `GATE_LR` times the learning rate and no
         decay."""
-        gates = [parameter for name, parameter in self.named_parameters() if name.endswith('.head_gates')]
-        known = {id(gate) for gate in gates}
-        groups = super().param_groups(lr, weight_decay)
-        for group in groups:
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
-        return [*groups, {'params': gates, 'lr': lr * GATE_LR, 'weight_decay': 0.0}]
+        return with_gates_apart(self, super().param_groups(lr, weight_decay), lr)
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
