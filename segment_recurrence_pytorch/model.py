@@ -332,13 +332,23 @@ class SegmentModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
+        """The device of the parameters, on which tokens and states have to be."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
+        """The dtype of the parameters. Override it if the first parameter does not tell it, for example because it is
+        quantised, or an adapter."""
         return next(self.parameters()).dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values. It is that of autocast if autocast is on and the model is not
+        float64."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.dtype
 
 
 def class_name(model: nn.Module) -> str:

@@ -93,7 +93,7 @@ def test_trained_weights_alone_go_back_beside_the_same_frozen_ones(make, options
 
     further = partly_frozen(lambda: make(**options), seed=1)
     before = weights_of(further)
-    with pytest.raises(ValueError, match='made beside other frozen weights than this .*Transformer has'):
+    with pytest.raises(ValueError, match=r'made beside other frozen weights than this .*Transformer has'):
         load_weights(further, tmp_path / 'weights')
     assert same_weights(further, before)
 
