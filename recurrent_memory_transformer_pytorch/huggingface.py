@@ -47,8 +47,8 @@ class RecurrentMemoryLM(PretrainedLM):
         num_memory_tokens: number m of memory tokens. With 0 each segment is read for itself.
         max_segment_length: the longest segment, in tokens. Default: None, what the positions and the sliding window of
             the language model hold beside 2 m memory rows.
-        write_init: what the write rows start from: the 'previous' memory, as in the paper, tokens that are 'learned', or
-            the 'sum' of both. Default: 'previous'.
+        write_init: what the write rows start from: the 'previous' memory, as in the paper, 'learned' tokens, or the
+            'sum' of both. Default: 'previous'.
         read_emb: whether a learned embedding, at first 0, is added to the read rows. Default: False.
 
     Raises:
@@ -165,7 +165,7 @@ class RecurrentMemoryLMCache(SegmentCache):
         segment_length: the largest number of tokens that the segment can hold.
 
     Attributes:
-        keys: a buffer for each layer, (b, g, m + length + 1, d). The list is empty before the first call of the decoder.
+        keys: a buffer for each layer, (b, g, m + length + 1, d). It is empty before the first call of the decoder.
         values: a buffer for each layer, of the same shape.
     """
 
@@ -221,19 +221,19 @@ class RecurrentMemoryLMCache(SegmentCache):
     def _run(
         self, model: RecurrentMemoryLM, x: Tensor, positions: Tensor, mask: Tensor | None, join: Callable
     ) -> Tensor:
-        """Runs the decoder over rows. `join` stores a key or value tensor in a buffer, and returns what to attend to."""
+        """Runs the decoder over rows. `join` stores keys or values in a buffer, and returns those to attend to."""
         self.join = join
         return model.decode(x, positions, mask, cache=self.cache)
 
     def joined(self, index: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores the keys and values of a layer, (b, g, i, d) each, and returns those to attend to."""
+        seen = []
         for buffers, each in zip((self.keys, self.values), new, strict=True):
             if not buffers[index].numel():
                 shape = *each.shape[:2], self.prefix + self.length + 1, each.shape[3]
                 buffers[index] = each.new_zeros(shape)
-        return tuple(
-            self.join(buffers[index], each) for buffers, each in zip((self.keys, self.values), new, strict=True)
-        )
+            seen.append(self.join(buffers[index], each))
+        return tuple(seen)
 
     def _join_read(self, buffer: Tensor, new: Tensor) -> Tensor:
         buffer[:, :, : self.prefix] = new

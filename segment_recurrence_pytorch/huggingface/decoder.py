@@ -1,7 +1,7 @@
 """A pretrained causal language model of Hugging Face `transformers` as a `SegmentModel`: what both retrofits share.
 
-No line of a model's code is copied or replaced. The decoder is called with embeddings, positions, a mask and sometimes a
-cache. A trial at construction compares what comes out with the model's own logits, and refuses what differs.
+No line of a model's code is copied or replaced. The decoder is called with embeddings, positions, a mask and sometimes
+a cache. A trial at construction compares what comes out with the model's own logits, and refuses what differs.
 
 Letters: b rows of the batch, n tokens, i queries, j keys.
 """
@@ -33,9 +33,9 @@ OLD_NAMES = ('rope_theta', 'rope_scaling', 'rope_local_base_freq', 'partial_rota
 class PretrainedLM(SegmentModel):
     """The base class of the retrofits: a causal language model, called by its decoder and its head.
 
-    The parameters can be trained all, or in part: freeze the others with `requires_grad_(False)`, or apply `peft` to the
-    language model before it is given to this class. The fingerprint of a cursor looks at a sample of each weight, since
-    reading billions of them takes minutes.
+    All parameters can be trained, or a part of them: freeze the others with `requires_grad_(False)`, or apply `peft` to
+    the language model before it is given to this class. The fingerprint of a cursor looks at a sample of each weight,
+    since reading billions of them takes minutes.
 
     Args:
         lm: what `AutoModelForCausalLM.from_pretrained` returned, or its PEFT model. Or a dict, as `arguments` holds it:
@@ -60,7 +60,7 @@ class PretrainedLM(SegmentModel):
         takes = inspect.signature(self.decoder.forward).parameters
         self._cache_name = (
             'cache' if 'cache' in takes else 'past_key_values'
-        )  # the name in newer and older transformers
+        )  # its name in older transformers
         self.dim = self.config.hidden_size
         self.num_tokens = len(lm.get_output_embeddings().weight)
 
@@ -136,8 +136,8 @@ class PretrainedLM(SegmentModel):
                 if getattr(function, 'keywords', {}).get('use_reentrant', True):
                     raise ValueError(
                         'gradient checkpointing with use_reentrant=True loses the gradient through the state: turn it '
-                        'off with gradient_checkpointing_disable() and use SegmentWrapper(recompute=True) or '
-                        "loss(backward=True), or give gradient_checkpointing_kwargs={'use_reentrant': False}"
+                        'off, and use SegmentWrapper(recompute=True) or loss(backward=True), or turn it on with '
+                        'use_reentrant=False'
                     )
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
@@ -255,11 +255,8 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
     ids = torch.arange(5, device=model.device).view(1, -1) % model.num_tokens
     changed = torch.cat((ids[:, :-1], ids[:, :1]), dim=1)
     with evaluating(model):
-        want, have, other = (
-            model.lm(input_ids=ids).logits,
-            model.to_logits(hidden(ids)),
-            model.to_logits(hidden(changed)),
-        )
+        want = model.lm(input_ids=ids).logits
+        have, other = (model.to_logits(hidden(each)) for each in (ids, changed))
     limit = torch.finfo(want.dtype if want.dtype == have.dtype else torch.float16).eps ** 0.5 * want.abs().max()
     if not (have[:, :-1] - other[:, :-1]).abs().max() <= limit:
         raise ValueError(f'{name} is no causal language model: a position sees later ones')
