@@ -1,11 +1,11 @@
-# make train | test | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
+# make train | test | test-hf | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test lint bench evidence clean
+.PHONY: train test test-hf lint bench evidence clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -14,6 +14,12 @@ train: $(VENV)/ready
 # one thread a test process: the models are tiny, and two processes use two cores better
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+# the oldest and the newest supported transformers, with lm_eval
+test-hf: .venv-hf-oldest/ready .venv-hf-newest/ready
+	for each in oldest newest; do \
+	  OMP_NUM_THREADS=1 .venv-hf-$$each/bin/python -m pytest -n auto tests/test_huggingface*.py $(ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -33,12 +39,21 @@ evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report
 
 clean:
-	rm -rf $(VENV) .venv-peer build dist *.egg-info
+	rm -rf $(VENV) .venv-peer .venv-hf-oldest .venv-hf-newest build dist *.egg-info
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
 	  { echo 'setting up $(VENV) failed: the packages of pyproject.toml, extra dev, in the versions of constraints.txt, are needed from an index or from PIP_FIND_LINKS' >&2; exit 1; }
+	touch $@
+
+.venv-hf-oldest/ready: TRANSFORMERS = 4.57.0
+.venv-hf-newest/ready: TRANSFORMERS = $(shell sed -n 's/^transformers==//p' constraints.txt)
+.venv-hf-oldest/ready .venv-hf-newest/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	sed '/^transformers==/d' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt -e '.[test,eval]' \
+	  transformers==$(TRANSFORMERS)
 	touch $@
 
 # the published packages have our import names: they live in an environment of their own, for comparison only

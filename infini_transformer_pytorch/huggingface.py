@@ -160,8 +160,8 @@ class InfiniLM(PretrainedLM, GatedMemories):
     def check_training(self) -> None:
         """See `PretrainedLM.check_training`. It also finds a memory that `peft` has frozen."""
         super().check_training()
-        parameters = [parameter for memory in self._memories for parameter in memory.parameters()]
-        if hasattr(self.lm, 'peft_config') and not self._adapters_first and not any(each.requires_grad for each in parameters):
+        trained = any(parameter.requires_grad for memory in self._memories for parameter in memory.parameters())
+        if not trained and hasattr(self.lm, 'peft_config') and not self._adapters_first:
             raise ValueError(
                 'peft was applied after add_infini_attention, which froze the memory: apply peft to the language model '
                 'first, or call requires_grad_(True) on each of model.memory_layers'
@@ -272,7 +272,7 @@ class Segments:
         self.valid = valid
         self.after: dict[int, Memories] = {}
 
-    def attend(
+    def attend_with_memory(
         self, memory: PretrainedMemory, token: PerToken, q: Tensor, k: Tensor, v: Tensor, *,
         rotate: Callable, local: Callable,
     ) -> Tensor:  # fmt: skip
@@ -334,17 +334,16 @@ class InfiniLMCache(MemoryCache):
             seen = slots.start
             positions = torch.arange(seen, seen + slots.tokens, device=tokens.device)[None]
             shape = 1, 1, slots.tokens, seen + slots.tokens
-            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(seen)
-        else:
-            positions = self.positions_of(torch.arange(self.length, device=tokens.device), slots)
-            mask = self.mask(slots)
-        return model.decode(model.embed(tokens), positions, mask, infini=self)
+            sees = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(seen)
+            return model.decode(model.embed(tokens), positions, sees, infini=self)
+        positions = self.positions_of(torch.arange(self.length, device=tokens.device), slots)
+        return model.decode(model.embed(tokens), positions, self.mask(slots), infini=self)
 
-    def attend(
+    def attend_with_memory(
         self, memory: PretrainedMemory, token: PerToken, q: Tensor, k: Tensor, v: Tensor, *,
         rotate: Callable, local: Callable,
     ) -> Tensor:  # fmt: skip
-        """See `Segments.attend`, with s = 1."""
+        """See `Segments.attend_with_memory`, with s = 1."""
         slots, index = self.now, memory.index
         turned_q, turned_k = rotate(q, k)
         self.store(index, turned_k, torch.cat((k, v), dim=1), token.strength, token.log_decay, slots)
@@ -411,7 +410,8 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
     x = args[0] if args else kwargs['hidden_states']
     rotation, memory = kwargs['position_embeddings'], module.infini
     cos, sin = rotation
-    token = PerToken(surroundings, rotation, *memory.strength_and_decay(x), memory.gates(x))
+    strength, log_decay = memory.strength_and_decay(x)
+    token = PerToken(surroundings, rotation, strength, log_decay, memory.gates(x))
     nothing = torch.ones_like(cos), torch.zeros_like(sin)
     return args, {**kwargs, 'position_embeddings': nothing, 'infini': token}
 
@@ -440,7 +440,9 @@ def _attention(
         return attend(module, q, k, v, attention_mask, *args, **kwargs)[0].transpose(1, 2)
 
     if isinstance(infini, PerToken):
-        out = infini.surroundings.attend(module.infini, infini, query, key, value, rotate=rotate, local=local)
+        out = infini.surroundings.attend_with_memory(
+            module.infini, infini, query, key, value, rotate=rotate, local=local
+        )
     else:
         out = infini.attend_locally(module.layer_idx, query, key, value, local=local)
     return out.transpose(1, 2).contiguous(), None

@@ -192,12 +192,13 @@ class RecurrentMemoryLMCache(SegmentCache):
     def read(self, model: RecurrentMemoryLM, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
         """See `OpenSegment.read`. It runs the text rows."""
         m, n = model.num_memory_tokens, slots.tokens
+        mask = self.mask(slots)
         if slots.start is not None:
             columns = torch.arange(slots.start, slots.start + n, device=tokens.device)[None]
             seen = m + slots.start
             mask = torch.ones(1, 1, n, seen + n, dtype=torch.bool, device=tokens.device).tril(seen)
         else:
-            columns, mask = self.positions_of(torch.arange(self.length, device=tokens.device), slots), self.mask(slots)
+            columns = self.positions_of(torch.arange(self.length, device=tokens.device), slots)
         return self._run(model, model.embed(tokens), m + columns, mask, partial(self._join_text, slots))
 
     def state_after(self, model: RecurrentMemoryLM, rows: Tensor | None) -> Tensor:

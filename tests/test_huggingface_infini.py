@@ -1,18 +1,15 @@
 """`add_infini_attention`: a compressive memory in the attention of a pretrained language model of each family."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
 
-from infini_transformer_pytorch.huggingface import InfiniLM, add_infini_attention
+from infini_transformer_pytorch.huggingface import add_infini_attention
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.testing import check_model
 from tests.conftest import close, same_gradients
-from tests.pretrained import LENGTH, ROTARY, decoded, gradients_of, tiny_lm, tokens, transformers
+from tests.pretrained import LENGTH, ROTARY, decoded, gradients_of, tiny_lm, tokens
 
 CASES = [(name, '') for name in ROTARY] + [('llama', 'eager')]
 every_family = pytest.mark.parametrize(('name', 'attention'), CASES, ids=[' '.join(case).strip() for case in CASES])

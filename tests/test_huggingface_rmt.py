@@ -1,10 +1,7 @@
 """`RecurrentMemoryLM`: memory tokens around a pretrained language model of each family."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
 
@@ -12,7 +9,7 @@ from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.testing import check_model
 from tests.conftest import close, same_gradients
-from tests.pretrained import FAMILIES, LENGTH, TOKENS, config_of, decoded, gradients_of, tiny_lm, tokens, transformers
+from tests.pretrained import FAMILIES, LENGTH, decoded, gradients_of, tiny_lm, tokens
 
 CASES = [(name, '') for name in FAMILIES] + [('llama', 'eager'), ('gpt2', 'eager')]
 every_family = pytest.mark.parametrize(('name', 'attention'), CASES, ids=[' '.join(case).strip() for case in CASES])

@@ -58,9 +58,7 @@ class PretrainedLM(SegmentModel):
         check_lm(lm)
         self.lm = lm
         takes = inspect.signature(self.decoder.forward).parameters
-        self._cache_name = (
-            'cache' if 'cache' in takes else 'past_key_values'
-        )  # its name in older transformers
+        self._cache_name = 'cache' if 'cache' in takes else 'past_key_values'  # its name in older transformers
         self.dim = self.config.hidden_size
         self.num_tokens = len(lm.get_output_embeddings().weight)
 
@@ -198,7 +196,7 @@ def causal_mask(valid: Tensor) -> Tensor:
     return (valid[:, None, None] & torch.ones_like(itself).tril()) | itself
 
 
-def decoder_of(lm: nn.Module) -> nn.Module:
+def decoder_of(lm: Any) -> nn.Module:
     """Returns the language model without its head and without the wrapper of `peft`.
 
     Raises:
@@ -215,7 +213,7 @@ def decoder_of(lm: nn.Module) -> nn.Module:
 def check_lm(lm: Any) -> None:
     """Raises ValueError, with what it is, unless something is a causal language model that the retrofits can call."""
     name = type(lm).__name__
-    if not isinstance(lm, nn.Module) or not hasattr(lm, 'config') or not hasattr(lm, 'get_output_embeddings'):
+    if not all(hasattr(lm, each) for each in ('parameters', 'config', 'get_output_embeddings')):
         raise ValueError(f'lm is a {name}: give what AutoModelForCausalLM.from_pretrained returned')
     check_has_weights(lm)
     if getattr(lm.config, 'is_encoder_decoder', False):

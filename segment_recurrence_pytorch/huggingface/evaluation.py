@@ -39,7 +39,9 @@ class SegmentLM(TemplateLM):
         if tokenizer.eos_token_id is None:
             raise ValueError('the tokenizer has no eos_token: set tokenizer.eos_token to the token that ends a text')
         if wrapper.align == 'right':
-            raise ValueError("align='right' gives a text other segments than its beginning has: score with align='left'")
+            raise ValueError(
+                "align='right' gives a text other segments than its beginning has: score with align='left'"
+            )
         self.wrapper = wrapper
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -104,7 +106,7 @@ class SegmentLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the answer to each request: what is generated up to the first of its stop texts."""
-        found = []
+        found, device = [], self.wrapper.model.device
         for request in tqdm(requests, disable=disable_tqdm):
             context, options = request.args
             stops = options.get('until') or []
@@ -113,7 +115,7 @@ class SegmentLM(TemplateLM):
             if options.get('do_sample'):
                 names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
                 sampling = {name: options[name] for name in names if name in options}
-            prompt = torch.tensor([self.tok_encode(context) or [self.prefix_token_id]], device=self.wrapper.model.device)
+            prompt = torch.tensor([self.tok_encode(context) or [self.prefix_token_id]], device=device)
             ids: list[int] = []
             text = ''
             for token in self.wrapper.stream(

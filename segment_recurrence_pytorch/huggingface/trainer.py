@@ -38,7 +38,9 @@ class ForTrainer(nn.Module):
     def __init__(self, wrapper: SegmentWrapper):
         super().__init__()
         if wrapper.process_group is not None:
-            raise ValueError('the wrapper has a process_group, and Trainer counts the targets of all ranks: leave it out')
+            raise ValueError(
+                'the wrapper has a process_group, but Trainer counts the targets of all ranks: leave it out'
+            )
         if not wrapper.model.causal:
             raise ValueError('Trainer shifts the labels of a causal model: this model has causal=False')
         self.wrapper = wrapper
@@ -67,9 +69,10 @@ class ForTrainer(nn.Module):
         if labels is None:
             return CausalLMOutput(logits=self.wrapper.logits(input_ids, mask=mask)[0])
         targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1)
-        reduction = 'mean' if num_items_in_batch is None else 'sum'
-        loss = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction=reduction).loss
-        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch)
+        if num_items_in_batch is None:
+            return CausalLMOutput(loss=self.wrapper.loss(input_ids, labels=targets, mask=mask).loss)
+        total = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction='sum').loss
+        return CausalLMOutput(loss=total / num_items_in_batch)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the weights without the second names of tied ones: Trainer saves with safetensors, which refuses
