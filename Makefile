@@ -47,7 +47,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	  { echo 'setting up $(VENV) failed: the packages of pyproject.toml, extra dev, in the versions of constraints.txt, are needed from an index or from PIP_FIND_LINKS' >&2; exit 1; }
 	touch $@
 
-.venv-hf-oldest/ready: TRANSFORMERS = 4.57.0
+.venv-hf-oldest/ready: TRANSFORMERS = 4.57.1
 .venv-hf-newest/ready: TRANSFORMERS = $(shell sed -n 's/^transformers==//p' constraints.txt)
 .venv-hf-oldest/ready .venv-hf-newest/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)

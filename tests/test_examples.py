@@ -101,6 +101,20 @@ def test_file_is_short_and_its_model_imports_torch_alone(example):
     assert library == {'segment_recurrence_pytorch.tasks'}  # inside main: the data
 
 
+@pytest.mark.parametrize('method', ['rmt', 'infini'])
+def test_memory_for_a_pretrained_model_compares_and_saves(method, tmp_path, capsys):
+    pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
+    from examples.memory_for_a_pretrained_model import main
+
+    found = main(method=method, segment_length=16, segments=3, batch_size=4, base_steps=8, steps=3,
+                 save=str(tmp_path / 'weights'))  # fmt: skip
+    assert list(found) == ['without memory', method]
+    assert all(after < before < 8.5 for before, after in found.values())
+    assert abs(found[method][0] - found['without memory'][0]) < 0.5
+    assert (tmp_path / 'weights').exists()
+    assert 'it writes on: b' in capsys.readouterr().out
+
+
 def imported(nodes) -> list[str]:
     """The names of the modules that some nodes of a syntax tree import."""
     names = []
