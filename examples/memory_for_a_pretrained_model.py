@@ -4,8 +4,8 @@
     python examples/memory_for_a_pretrained_model.py --method infini
     python examples/memory_for_a_pretrained_model.py --model Qwen/Qwen2.5-0.5B --segment-length 512 --batch-size 1
 
-Without --model, a tiny Llama learns bytes first, in segments that it reads one by one. Then the model is trained on, once
-without a memory and once with one, on the same texts, segments and steps. Both read sequences of several segments; only
+Without --model, a tiny Llama learns bytes first, in segments that it reads one by one. Then the model is trained on,
+once without a memory and once with one, on the same texts, segments and steps. Both read rows of several segments; only
 the memory carries something from one segment to the next. The text is the source of Python's standard library.
 
 It needs the extra `hf`: pip install '.[hf]'
@@ -28,6 +28,7 @@ from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import save_weights
 from segment_recurrence_pytorch.data import load_corpus
+from segment_recurrence_pytorch.training import warmup_cosine
 
 
 def main(
@@ -95,7 +96,7 @@ def main(
 
 def texts(documents: list[Tensor], encode: Callable[[Tensor], Tensor], length: int, count: int) -> Tensor:
     """Returns the beginnings of documents that have enough tokens, (count, length), in a random order."""
-    rows = []
+    rows: list[Tensor] = []
     for index in torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist():
         tokens = encode(documents[index][: 16 * length])  # more than enough bytes
         pieces = tokens[: len(tokens) // length * length].view(-1, length)
@@ -115,14 +116,13 @@ def learn(wrapper: SegmentWrapper, train: Tensor, steps: int, batch_size: int, l
     draw = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, weight_decay=0.01))
     wrapper.train()
-    for step in range(steps):
-        for group, base in zip(optimizer.param_groups, [group['lr'] for group in wrapper.model.param_groups(lr, 0.0)],
-                               strict=True):  # fmt: skip
-            group['lr'] = base * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
+    for _ in range(steps):
         rows = torch.randint(len(train), (batch_size,), generator=draw)
         wrapper.loss(train[rows].to(wrapper.model.device), backward=True)
         torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     wrapper.eval()
 
