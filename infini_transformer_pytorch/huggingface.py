@@ -37,7 +37,13 @@ from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.cache import Slots
 from segment_recurrence_pytorch.checks import is_whole
-from segment_recurrence_pytorch.huggingface.decoder import BACKENDS, PretrainedLM, causal_mask, check_same_logits
+from segment_recurrence_pytorch.huggingface.decoder import (
+    BACKENDS,
+    PretrainedLM,
+    causal_mask,
+    check_same_logits,
+    next_rows,
+)
 from segment_recurrence_pytorch.state import copied
 
 
@@ -240,7 +246,7 @@ class PerToken(NamedTuple):
     """What an attention module hands on to the attention function, beside queries, keys and values.
 
     Attributes:
-        surroundings: what the tokens may attend to and recall from: `Segments` or `InfiniLMCache`.
+        surroundings: what the tokens may attend to and recall from: `Segments` or `NextTokens`.
         rotation: cosine and sine of the true rotation.
         strength: the strength of each token, or None.
         log_decay: the log decay of each token, or None.
@@ -312,7 +318,7 @@ class Segments:
 
 
 class InfiniLMCache(MemoryCache):
-    """The open segment of an `InfiniLM`, which is also the surroundings of the next tokens.
+    """The open segment of an `InfiniLM`.
 
     Args:
         model: the model.
@@ -329,38 +335,43 @@ class InfiniLMCache(MemoryCache):
 
     def read(self, model: InfiniLM, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
         """See `OpenSegment.read`."""
-        self.now = slots
-        if slots.start is not None:
-            seen = slots.start
-            positions = torch.arange(seen, seen + slots.tokens, device=tokens.device)[None]
-            shape = 1, 1, slots.tokens, seen + slots.tokens
-            sees = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(seen)
-            return model.decode(model.embed(tokens), positions, sees, infini=self)
-        positions = self.positions_of(torch.arange(self.length, device=tokens.device), slots)
-        return model.decode(model.embed(tokens), positions, self.mask(slots), infini=self)
+        return model.decode(model.embed(tokens), *next_rows(self, slots), infini=NextTokens(self, slots))
+
+
+class NextTokens:
+    """The surroundings of the next tokens of open segments: their cache.
+
+    Args:
+        cache: the cache.
+        slots: where the tokens go.
+    """
+
+    def __init__(self, cache: InfiniLMCache, slots: Slots):
+        self.cache = cache
+        self.slots = slots
 
     def attend_with_memory(
         self, memory: PretrainedMemory, token: PerToken, q: Tensor, k: Tensor, v: Tensor, *,
         rotate: Callable, local: Callable,
     ) -> Tensor:  # fmt: skip
         """See `Segments.attend_with_memory`, with s = 1."""
-        slots, index = self.now, memory.index
+        cache, index = self.cache, memory.index
         turned_q, turned_k = rotate(q, k)
-        self.store(index, turned_k, torch.cat((k, v), dim=1), token.strength, token.log_decay, slots)
-        out = local(turned_q, self._seen(self.keys[index]), self._seen(self.written[index][:, k.shape[1] :]))
-        return memory.fastweight_mem.recall(out, q, self.recallable[index], token.gates)
+        cache.store(index, turned_k, torch.cat((k, v), dim=1), token.strength, token.log_decay, self.slots)
+        out = local(turned_q, self._seen(cache.keys[index]), self._seen(cache.written[index][:, k.shape[1] :]))
+        return memory.fastweight_mem.recall(out, q, cache.recallable[index], token.gates)
 
     def attend_locally(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, local: Callable) -> Tensor:
         """See `Segments.attend_locally`. The keys and values are stored here too."""
-        new = torch.cat((k, v), dim=1)
-        if layer not in self.local:
-            self.local[layer] = new.new_zeros(*new.shape[:2], self.length + 1, new.shape[3])
-        self.put(self.local[layer], new, self.now)
-        return local(q, *self._seen(self.local[layer]).chunk(2, dim=1))
+        new, buffers = torch.cat((k, v), dim=1), self.cache.local
+        if layer not in buffers:
+            buffers[layer] = new.new_zeros(*new.shape[:2], self.cache.length + 1, new.shape[3])
+        self.cache.put(buffers[layer], new, self.slots)
+        return local(q, *self._seen(buffers[layer]).chunk(2, dim=1))
 
     def _seen(self, buffer: Tensor) -> Tensor:
-        """Returns the part of a buffer that the mask of the next tokens covers."""
-        return buffer if self.now.start is None else buffer[:, :, : self.now.start + self.now.tokens]
+        """Returns the part of a buffer that the mask of the tokens covers."""
+        return buffer if self.slots.start is None else buffer[:, :, : self.slots.start + self.slots.tokens]
 
 
 def attention_modules(lm: nn.Module) -> list[nn.Module]:

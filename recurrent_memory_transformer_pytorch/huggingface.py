@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_not_negative, is_whole
-from segment_recurrence_pytorch.huggingface.decoder import PretrainedLM, causal_mask, check_same_logits
+from segment_recurrence_pytorch.huggingface.decoder import PretrainedLM, causal_mask, check_same_logits, next_rows
 from segment_recurrence_pytorch.state import copied, where_rows
 
 
@@ -191,15 +191,7 @@ class RecurrentMemoryLMCache(SegmentCache):
 
     def read(self, model: RecurrentMemoryLM, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
         """See `OpenSegment.read`. It runs the text rows."""
-        m, n = model.num_memory_tokens, slots.tokens
-        mask = self.mask(slots)
-        if slots.start is not None:
-            columns = torch.arange(slots.start, slots.start + n, device=tokens.device)[None]
-            seen = m + slots.start
-            mask = torch.ones(1, 1, n, seen + n, dtype=torch.bool, device=tokens.device).tril(seen)
-        else:
-            columns = self.positions_of(torch.arange(self.length, device=tokens.device), slots)
-        return self._run(model, model.embed(tokens), m + columns, mask, partial(self._join_text, slots))
+        return self._run(model, model.embed(tokens), *next_rows(self, slots), partial(self._join_text, slots))
 
     def state_after(self, model: RecurrentMemoryLM, rows: Tensor | None) -> Tensor:
         """See `OpenSegment.state_after`. It runs the write rows."""

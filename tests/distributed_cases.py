@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from functools import partial
 
 import torch
@@ -550,6 +551,36 @@ def fsdp_of_models_on_the_contract(rank, ranks):
                 found = wrapper.generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
             expected = wrapped(make()).generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
             assert torch.equal(found, expected)
+
+
+@case(2)
+def memories_of_pretrained_models(rank, ranks):
+    """Data parallel and FSDP2 of `RecurrentMemoryLM` and `InfiniLM`, if transformers is installed."""
+    if importlib.util.find_spec('transformers') is None:
+        return
+    from infini_transformer_pytorch.huggingface import add_infini_attention
+    from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
+    from tests.pretrained import tiny_lm
+
+    x = batch()
+    mine = rows_of(x, rank, ranks)
+    for make in (
+        lambda: RecurrentMemoryLM(tiny_lm(), num_memory_tokens=3),
+        lambda: add_infini_attention(tiny_lm(), memory_rule='delta', learned_delta_update=True),
+    ):
+        make = partial(seeded, make)
+        want = alone(make, 'one graph', x)
+        for way in ('one graph', 'replay'):
+            wrapper = wrapped(make(), way, dist.group.WORLD)
+            call = wrapper if way == 'replay' else DistributedDataParallel(wrapper)
+            same(wrapper, train(wrapper, call, way, mine), want)
+            model = make()
+            shard(model, init_device_mesh('cpu', (ranks,)), blocks=model.decoder.layers)
+            wrapper = wrapped(model, way, dist.group.WORLD)
+            same(wrapper, train(wrapper, wrapper, way, mine), want)
+        with gathered(model):
+            found = wrapper.generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
+        assert torch.equal(found, wrapped(make()).generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0))
 
 
 @case(2)

@@ -15,6 +15,7 @@ from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import load_cursor, load_weights, save_cursor, save_weights
 from segment_recurrence_pytorch.huggingface import decoder
 from segment_recurrence_pytorch.huggingface.decoder import config_of, plain_config
+from segment_recurrence_pytorch.state import leaves
 from tests.conftest import close, same_gradients
 from tests.pretrained import FAMILIES, LENGTH, TOKENS, gradients_of, tiny_lm, tokens, transformers
 from tests.pretrained import config_of as tiny_config
@@ -156,6 +157,23 @@ def test_gradient_checkpointing_of_transformers_is_exact_or_refused(make):
     wrapped(model).logits(x)
 
 
+@both
+def test_replay_draws_the_dropout_of_one_graph(make):
+    lm = tiny_lm('neox', hidden_dropout=0.3, attention_dropout=0.2)
+    wrapper, found = wrapped(make(lm), segments_per_pass=2).train(), []
+    for backward in (False, True, False):
+        torch.manual_seed(3)
+        loss = wrapper.loss(tokens(3, 21), backward=backward).loss
+        if not backward:
+            loss.backward()
+        found.append((loss.detach(), gradients_of(wrapper.model)))
+        wrapper.recompute = backward  # the third time
+    for loss, gradients in found[1:]:
+        close(loss, found[0][0])
+        same_gradients(gradients, found[0][1])
+    assert (wrapper.eval().loss(tokens(3, 21)).loss - found[0][0]).abs() > 1e-3
+
+
 # half types
 
 
@@ -204,6 +222,25 @@ def test_the_fingerprint_looks_at_a_sample(make, monkeypatch):
     found = model.fingerprint()
     assert found['values'] == 4096
     json.dumps(found)
+
+
+@both
+@torch.no_grad()
+def test_decoding_with_fixed_shapes_is_the_parallel_pass(make):
+    """As compiled steps need it: tensors keep their shapes and their addresses."""
+    model, x = make(tiny_lm()), tokens(3, 15)
+    want = wrapped(model).logits(x)[0]
+    cache = model.open_segment(model.initial_state(3), LENGTH)
+    hidden = cache.extend(model, x[:, :4])
+    cache.make_static()
+    addresses = [tensor.data_ptr() for tensor in leaves(vars(cache))]
+    found = [model.to_logits(hidden)]
+    for i in range(4, 15):
+        if i % LENGTH == 0:
+            cache.close(model, torch.ones(3, dtype=torch.bool))
+        found.append(model.to_logits(cache.extend(model, x[:, i : i + 1])))
+    close(torch.cat(found, dim=1), want)
+    assert [tensor.data_ptr() for tensor in leaves(vars(cache))] == addresses
 
 
 # configs, files

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_count, check_has_weights
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
@@ -196,6 +197,25 @@ def causal_mask(valid: Tensor) -> Tensor:
     return (valid[:, None, None] & torch.ones_like(itself).tril()) | itself
 
 
+def next_rows(cache: SegmentCache, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Returns the positions of the next tokens of open segments, (1 or b, n), and which keys in the buffers of the
+    cache they may attend to, (1 or b, 1, n, j) bool.
+
+    Args:
+        cache: the cache of the open segments.
+        slots: where the tokens go.
+    """
+    if slots.columns is not None:
+        mask = cache.mask(slots)
+        assert mask is not None
+        return cache.prefix + slots.columns.clamp_max(cache.length - 1), mask
+    assert slots.start is not None
+    device, first = cache.positions.device, cache.prefix + slots.start
+    end = first + slots.tokens
+    mask = torch.ones(1, 1, slots.tokens, end, dtype=torch.bool, device=device).tril(first)
+    return torch.arange(first, end, device=device)[None], mask
+
+
 def decoder_of(lm: Any) -> nn.Module:
     """Returns the language model without its head and without the wrapper of `peft`.
 
@@ -277,9 +297,9 @@ def config_of(told: dict[str, Any]) -> Any:
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f'the config of the language model cannot be read by {version}: {error}') from error
     known = config.__class__().to_dict()
-    for name in told:
-        if name not in known and name not in OLD_NAMES:
-            raise ValueError(f'the config of the language model has {name}={told[name]!r}, which {version} lacks')
+    for name, value in told.items():
+        if value is not None and name not in known and name not in OLD_NAMES:
+            raise ValueError(f'the config of the language model has {name}={value!r}, which {version} lacks')
     return config
 
 
