@@ -124,7 +124,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
         self.max_segment_length = self.longest_segment(None, 0)
         self._adapters_first = hasattr(self.lm, 'peft_config')
         found = attention_modules(self.lm)
-        chosen = _checked_layers(layers, len(found))
+        chosen = self._layers = _checked_layers(layers, len(found))
         self.kv_heads, self.dim_head = _heads_of(found[0], self.config)
         self._memories = [
             PretrainedMemory(
@@ -162,6 +162,10 @@ class InfiniLM(PretrainedLM, GatedMemories):
     def memory_layers(self) -> list[LayerMemory]:
         """See `GatedMemories.memory_layers`."""
         return list(self._memories)
+
+    def recorded_argument(self, name: str, value: Any) -> Any:
+        """See `SegmentModel.recorded_argument`. The chosen layers are recorded as a list."""
+        return list(self._layers) if name == 'layers' and value is not None else super().recorded_argument(name, value)
 
     def check_training(self) -> None:
         """See `PretrainedLM.check_training`. It also finds a memory that `peft` has frozen."""

@@ -489,6 +489,20 @@ def fsdp_saves_what_one_process_saves(rank, ranks):
                     assert one.metadata() == other.metadata()
                     assert sorted(one.keys()) == sorted(other.keys())
 
+            def frozen():
+                model = make()
+                for parameter_name, parameter in model.named_parameters():
+                    parameter.requires_grad_('norm' in parameter_name)
+                return model
+
+            wrapper = sharded(frozen)
+            save_weights(wrapper.model, path, trained_only=True)
+            if rank == 0:
+                again = frozen()
+                torch.nn.init.zeros_(again.norm.weight)
+                load_weights(again, path)
+                assert again.fingerprint() == model.fingerprint()
+
 
 @case(2)
 def fsdp_refuses_what_would_hang(rank, ranks):

@@ -250,7 +250,7 @@ def test_decoding_with_fixed_shapes_is_the_parallel_pass(make):
 def test_a_model_is_made_again_from_its_arguments_and_its_file(name, tmp_path):
     makers = [RecurrentMemoryLM] if name == 'gpt2' else [RecurrentMemoryLM, InfiniLM]
     for cls in makers:
-        options = {'num_memory_tokens': 2} if cls is RecurrentMemoryLM else {'layers': [0], 'memory_decay': True}
+        options = {'num_memory_tokens': 2} if cls is RecurrentMemoryLM else {'layers': {0}, 'memory_decay': True}
         lm = tiny_lm(name)
         lm.config._name_or_path, lm.config.secret = '/home/somebody/base', 'of the user'
         model = cls(lm, **options)
@@ -306,7 +306,7 @@ def test_the_longest_segment_is_what_positions_and_window_leave():
     assert RecurrentMemoryLM(tiny_lm('gpt2'), num_memory_tokens=0).max_segment_length == 128
     assert RecurrentMemoryLM(tiny_lm('mistral'), num_memory_tokens=3).max_segment_length == 58
     assert RecurrentMemoryLM(tiny_lm('gemma3'), num_memory_tokens=3, max_segment_length=20).max_segment_length == 20
-    assert add_infini_attention(tiny_lm()).max_segment_length == 128
+    assert add_infini_attention(tiny_lm('qwen2')).max_segment_length == 128
     assert add_infini_attention(tiny_lm('gemma2')).max_segment_length == 64
     with pytest.raises(ValueError, match='segment_length is 65: give 1 to 64'):
         SegmentWrapper(add_infini_attention(tiny_lm('mistral')), segment_length=65)
