@@ -156,7 +156,8 @@ class InfiniLM(PretrainedLM, GatedMemories):
             self.lm.set_attn_implementation(backend)
             if isinstance(error, ValueError):
                 raise
-            raise ValueError(f'{type(self.lm).__name__} is not supported: its attention failed with {error}') from error
+            name = type(self.lm).__name__
+            raise ValueError(f'{name} is not supported: with a memory, its attention failed with {error!r}') from error
 
     @property
     def memory_layers(self) -> list[LayerMemory]:
@@ -402,7 +403,10 @@ def attention_modules(lm: nn.Module) -> list[nn.Module]:
 def _heads_of(module: Any, config: Any) -> tuple[int, int]:
     """Returns the number of key/value heads of an attention module, and the features of a head."""
     kv_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
-    return kv_heads, getattr(module, 'head_dim', None) or module.head_size
+    dim_head = getattr(module, 'head_dim', None) or getattr(module, 'head_size', None)
+    if dim_head is None:
+        raise ValueError(f'{type(module).__name__} has no head_dim: heads whose keys and values differ have no memory')
+    return kv_heads, dim_head
 
 
 def _checked_layers(layers: Any, count: int) -> list[int]:
