@@ -245,8 +245,8 @@ def check_lm(lm: Any) -> None:
     missing = [each for each in ('inputs_embeds', 'attention_mask', 'position_ids') if each not in takes]
     if missing:
         raise ValueError(
-            f'{name} does not take {", ".join(missing)}: a state-space or recurrent model, or one whose attention counts '
-            'distances by itself, is not supported'
+            f'{name} does not take {", ".join(missing)}: a state-space or recurrent model, or one whose attention '
+            'counts distances by itself, is not supported'
         )
     kinds = set(getattr(lm.config.get_text_config(), 'layer_types', None) or ())
     if other := sorted(kinds - {'full_attention', 'sliding_attention'}):
