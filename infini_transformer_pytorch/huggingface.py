@@ -168,6 +168,19 @@ class InfiniLM(PretrainedLM, GatedMemories):
         """See `SegmentModel.recorded_argument`. The chosen layers are recorded as a list."""
         return list(self._layers) if name == 'layers' and value is not None else super().recorded_argument(name, value)
 
+    def decode(self, x: Tensor, *rows: Any, **options: Any) -> Tensor:
+        """See `PretrainedLM.decode`.
+
+        Raises:
+            ValueError: if the attention of the language model was changed, so that it would not see the memory.
+        """
+        if not self.attention.startswith('infini_'):
+            raise ValueError(
+                f'the attention was changed to {self.attention!r}, which does not see the memory: call '
+                f"lm.set_attn_implementation('infini_{self._memories[0].backend}')"
+            )
+        return super().decode(x, *rows, **options)
+
     def check_training(self) -> None:
         """See `PretrainedLM.check_training`. It also finds a memory that `peft` has frozen."""
         super().check_training()

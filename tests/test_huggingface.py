@@ -409,6 +409,17 @@ def test_a_second_memory_is_refused():
             make(lm)
 
 
+def test_attention_that_was_changed_later_is_refused():
+    lm, x = tiny_lm(), tokens(2, 9)
+    wrapper = wrapped(add_infini_attention(lm))
+    want = wrapper.logits(x)[0]
+    lm.set_attn_implementation('eager')
+    with pytest.raises(ValueError, match=r"changed to 'eager', .*set_attn_implementation\('infini_sdpa'\)"):
+        wrapper.logits(x)
+    lm.set_attn_implementation('infini_sdpa')
+    assert torch.equal(wrapper.logits(x)[0], want)
+
+
 def test_a_head_with_more_than_a_weight_is_refused(monkeypatch):
     monkeypatch.setattr(decoder.PretrainedLM, 'to_logits', lambda self, hidden: 2 * self.lm.lm_head(hidden))
     with pytest.raises(ValueError, match='LlamaForCausalLM is not supported: its logits differ by'):
