@@ -1,11 +1,12 @@
-# make train | test | test-onnx | lint | bench | evidence: each makes the environment that it needs, once, from constraints.txt
+# make train | test | test-hf | test-onnx | lint | bench | evidence: each makes the environment that it needs, once,
+# from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test test-onnx lint bench evidence clean
+.PHONY: train test test-hf test-onnx lint bench evidence clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -18,6 +19,12 @@ test: $(VENV)/ready
 # what needs ONNX, in an environment of its own
 test-onnx: .venv-onnx/ready
 	OMP_NUM_THREADS=1 .venv-onnx/bin/python -m pytest tests/test_onnx.py $(ARGS)
+
+# the oldest and the newest supported transformers, with lm_eval
+test-hf: .venv-hf-oldest/ready .venv-hf-newest/ready
+	for each in oldest newest; do \
+	  OMP_NUM_THREADS=1 .venv-hf-$$each/bin/python -m pytest -n auto tests/test_huggingface*.py $(ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -37,7 +44,7 @@ evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report
 
 clean:
-	rm -rf $(VENV) .venv-onnx .venv-peer build dist *.egg-info
+	rm -rf $(VENV) .venv-peer .venv-onnx .venv-hf-oldest .venv-hf-newest build dist *.egg-info
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +55,15 @@ $(VENV)/ready: constraints.txt pyproject.toml
 .venv-onnx/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,onnx]'
+	touch $@
+
+.venv-hf-oldest/ready: TRANSFORMERS = 4.57.1
+.venv-hf-newest/ready: TRANSFORMERS = $(shell sed -n 's/^transformers==//p' constraints.txt)
+.venv-hf-oldest/ready .venv-hf-newest/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	sed '/^transformers==/d' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt -e '.[test,eval]' \
+	  transformers==$(TRANSFORMERS)
 	touch $@
 
 # the published packages have our import names: they live in an environment of their own, for comparison only

@@ -291,12 +291,63 @@ class Surroundings(NamedTuple):
     need_output: bool = True
 
 
-class InfiniAttention(nn.Module):
-    """The attention of one layer: local attention inside a segment, and a memory in each head.
+class LayerMemory(nn.Module):
+    """The memory of one layer, with what tells how it is used: the gates, and the strength and decay of each token.
 
     A researcher can override `gates` to change how local attention and memory are mixed, and `strength_and_decay` to
     change how much of each token is written and how much of the memory it keeps. Training and generation use the same
     methods.
+    """
+
+    def add_memory(
+        self, dim: int, *, heads: int, kv_heads: int, learned_strength: bool, memory_decay: bool, **memory: Any
+    ) -> None:
+        """Adds the memory. The constructor of a subclass calls it.
+
+        Args:
+            dim: features of a token.
+            heads: number of query heads h.
+            kv_heads: number of key/value heads and memories g, a divisor of `heads`.
+            learned_strength: whether the strength of each token is learned, in each head.
+            memory_decay: whether the decay of each token is learned, in each head.
+            memory: further arguments of `FastweightMemory`.
+        """
+        self.to_strength = nn.Linear(dim, kv_heads, bias=False) if learned_strength else None
+        self.to_decay = nn.Linear(dim, kv_heads) if memory_decay else None
+        self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, **memory)
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """Returns a gate for each token, broadcastable to (..., b, h, n). sigmoid(gate) is the share of the local
+        attention.
+
+        The default returns None: each head uses its learned gate `fastweight_mem.head_gates` for all tokens. Override
+        it to compute gates from the tokens.
+
+        Args:
+            x: tokens after the norm of the layer, (..., b, n, dim).
+        """
+        return None
+
+    def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the strength and the log decay of each token, (..., b, g, n), in float32 at least.
+
+        Either of them is None if it is not learned. Override it to compute them in another way.
+
+        Args:
+            x: tokens after the norm of the layer, (..., b, n, dim).
+        """
+        strength = log_decay = None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.to_strength is not None:
+            strength = self.to_strength(x).to(dtype).sigmoid().transpose(-1, -2)
+        if self.to_decay is not None:
+            log_decay = F.logsigmoid(self.to_decay(x).to(dtype)).transpose(-1, -2)
+        return strength, log_decay
+
+
+class InfiniAttention(LayerMemory):
+    """The attention of one layer: local attention inside a segment, and a memory in each head. See `LayerMemory` for
+    what a researcher can override.
 
     Args:
         dim: features of a token.
@@ -332,9 +383,15 @@ class InfiniAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         self.q_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.to_strength = nn.Linear(dim, kv_heads, bias=False) if learned_strength else None
-        self.to_decay = nn.Linear(dim, kv_heads) if memory_decay else None
-        self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, dim_head=dim_head, **memory)
+        self.add_memory(
+            dim,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim_head=dim_head,
+            learned_strength=learned_strength,
+            memory_decay=memory_decay,
+            **memory,
+        )
 
     def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
         """Returns the outputs of the layer (..., b, n, dim), or (..., b, 0, dim) if no output is needed.
@@ -350,34 +407,6 @@ class InfiniAttention(nn.Module):
         local, queries, memories = found
         out = self.fastweight_mem.recall(local, queries, memories, self.gates(x))
         return self.to_out(out.transpose(-3, -2).flatten(-2))
-
-    def gates(self, x: Tensor) -> Tensor | None:
-        """Returns a gate for each token, broadcastable to (..., b, h, n). sigmoid(gate) is the share of the local
-        attention.
-
-        The default returns None: each head uses its learned gate `fastweight_mem.head_gates` for all tokens. Override
-        it to compute gates from the tokens.
-
-        Args:
-            x: tokens after the norm of the layer, (..., b, n, dim).
-        """
-        return None
-
-    def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the strength and the log decay of each token, (..., b, g, n), in float32 at least.
-
-        Either of them is None if it is not learned. Override it to compute them in another way.
-
-        Args:
-            x: tokens after the norm of the layer, (..., b, n, dim).
-        """
-        strength = log_decay = None
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.to_strength is not None:
-            strength = self.to_strength(x).to(dtype).sigmoid().transpose(-1, -2)
-        if self.to_decay is not None:
-            log_decay = F.logsigmoid(self.to_decay(x).to(dtype)).transpose(-1, -2)
-        return strength, log_decay
 
     def heads_of(self, x: Tensor, need_query: bool = True) -> Tensor:
         """Returns the projected queries, keys and values side by side, (..., b, h + 2 g, n, d).

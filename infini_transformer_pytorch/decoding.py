@@ -22,11 +22,12 @@ from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.layers import rotate
 
 if TYPE_CHECKING:
-    from infini_transformer_pytorch.infini import InfiniTransformer
+    from infini_transformer_pytorch.infini import GatedMemories, InfiniTransformer
 
 
-class InfiniCache(SegmentCache):
-    """The open segment of an Infini-Transformer. Each attribute is a list with an entry for each layer.
+class MemoryCache(SegmentCache):
+    """The open segment of a model with memories (`GatedMemories`). Each attribute is a list with an entry for each
+    layer that has a memory.
 
     Args:
         model: the model.
@@ -44,35 +45,91 @@ class InfiniCache(SegmentCache):
 
     state: tuple[Memories, ...]
 
-    def __init__(self, model: InfiniTransformer, state: tuple[Memories, ...], segment_length: int):
-        batch, layers = state[0].k_norm.shape[0], len(model.layers)
+    def __init__(self, model: GatedMemories, state: tuple[Memories, ...], segment_length: int):
+        batch, layers = state[0].k_norm.shape[0], len(state)
         super().__init__(tuple(state), batch=batch, prefix=0, length=segment_length, device=model.device)
         d, g, slots = model.dim_head, model.kv_heads, segment_length + 1
         self.keys = self.buffers(layers, g, slots, d, dtype=model.compute_dtype)
         self.written = self.buffers(layers, 2 * g, slots, d, dtype=model.compute_dtype)
         self.recalled_layers = [model.layer_recalled(index) for index in range(layers)]
-        nothing = model.token_emb.weight.new_zeros(batch, 0, model.dim)
+        nothing = torch.zeros(batch, 0, model.dim, dtype=model.dtype, device=model.device)
         with torch.no_grad():
-            self.rotations = model.rotations(segment_length, nothing)
-            per_token = [block.attn.strength_and_decay(nothing) for block in model.layers]
+            per_token = [layer.strength_and_decay(nothing) for layer in model.memory_layers]
             self.recallable = [Recallable(*map(torch.clone, each)) for each in self._recallable(model)]
         self.strength, self.log_decay = (
             [None if part is None else part.new_zeros(batch, g, slots) for part in parts]
             for parts in zip(*per_token, strict=True)
         )
 
-    def enter(self, model: InfiniTransformer) -> None:
+    def enter(self, model: GatedMemories) -> None:
         """See `OpenSegment.enter`. It prepares the memories from which the layers recall."""
         for old, new in zip(self.recallable, self._recallable(model), strict=True):
             for old_part, new_part in zip(old, new, strict=True):
                 old_part.copy_(new_part)
 
-    def _recallable(self, model: InfiniTransformer) -> list[Recallable]:
+    def _recallable(self, model: GatedMemories) -> list[Recallable]:
         """Returns, for each layer, the memories from which it recalls."""
         return [
-            block.attn.fastweight_mem.recallable(self.state[source])
-            for block, source in zip(model.layers, self.recalled_layers, strict=True)
+            layer.fastweight_mem.recallable(self.state[source])
+            for layer, source in zip(model.memory_layers, self.recalled_layers, strict=True)
         ]
+
+    def store(
+        self,
+        index: int,
+        keys: Tensor,
+        written: Tensor,
+        strength: Tensor | None,
+        log_decay: Tensor | None,
+        slots: Slots,
+    ) -> None:
+        """Stores what the next tokens leave behind in a layer.
+
+        Args:
+            index: number of the layer.
+            keys: keys after rotation, (b, g, n, d).
+            written: keys before rotation and values, side by side, (b, 2 g, n, d).
+            strength: the strength of each token, (b, g, n), or None.
+            log_decay: the log decay of each token, (b, g, n), or None.
+            slots: where the tokens go.
+        """
+        self.put(self.keys[index], keys, slots)
+        self.put(self.written[index], written, slots)
+        for buffer, new in ((self.strength[index], strength), (self.log_decay[index], log_decay)):
+            if buffer is not None and new is not None:
+                self.put(buffer, new, slots)
+
+    def state_after(self, model: GatedMemories, rows: Tensor | None) -> tuple[Memories, ...]:
+        """See `OpenSegment.state_after`. It writes the tokens of the segment to the memories."""
+        end, mask = self.aligned, None
+        if rows is not None:
+            # a row that does not close writes nothing, and keeps its memories bit for bit
+            end, mask = self.length, (self.text_valid() & rows[:, None])[None]
+        after = []
+        for index, (layer, past) in enumerate(zip(model.memory_layers, self.state, strict=True)):
+            keys, values = self.written[index][None, :, :, :end].chunk(2, dim=2)
+            strength, log_decay = (
+                None if buffer is None else buffer[None, :, :, :end]
+                for buffer in (self.strength[index], self.log_decay[index])
+            )
+            writes = Writes(keys, values, strength, log_decay, mask)
+            after.append(layer.fastweight_mem.write(writes, past)[1])
+        return tuple(after)
+
+
+class InfiniCache(MemoryCache):
+    """The open segment of an Infini-Transformer.
+
+    Args:
+        model: the model.
+        state: the memories that enter the segment.
+        segment_length: the largest number of tokens that the segment can hold.
+    """
+
+    def __init__(self, model: InfiniTransformer, state: tuple[Memories, ...], segment_length: int):
+        super().__init__(model, state, segment_length)
+        with torch.no_grad():
+            self.rotations = model.rotations(segment_length, model.token_emb.weight)
 
     def read(self, model: InfiniTransformer, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
         """See `OpenSegment.read`."""
@@ -98,28 +155,7 @@ class InfiniCache(SegmentCache):
         h, g = attention.heads, attention.kv_heads
         heads = attention.normed(heads)
         rotated = rotate(heads[:, : h + g], rotations)
-        self.put(self.keys[index], rotated[:, h:], slots)
-        self.put(self.written[index], heads[:, h:], slots)
-        for buffer, new in ((self.strength[index], strength), (self.log_decay[index], log_decay)):
-            if buffer is not None and new is not None:
-                self.put(buffer, new, slots)
+        self.store(index, rotated[:, h:], heads[:, h:], strength, log_decay, slots)
         values = self.written[index][:, g:]
         local = self.attend(attention, rotated[:, :h], self.keys[index], values, slots, mask, backend=model.backend)
         return local, heads[:, :h], self.recallable[index]
-
-    def state_after(self, model: InfiniTransformer, rows: Tensor | None) -> tuple[Memories, ...]:
-        """See `OpenSegment.state_after`. It writes the tokens of the segment to the memories."""
-        end, mask = self.aligned, None
-        if rows is not None:
-            # a row that does not close writes nothing, and keeps its memories bit for bit
-            end, mask = self.length, (self.text_valid() & rows[:, None])[None]
-        after = []
-        for index, (block, past) in enumerate(zip(model.layers, self.state, strict=True)):
-            keys, values = self.written[index][None, :, :, :end].chunk(2, dim=2)
-            strength, log_decay = (
-                None if buffer is None else buffer[None, :, :, :end]
-                for buffer in (self.strength[index], self.log_decay[index])
-            )
-            writes = Writes(keys, values, strength, log_decay, mask)
-            after.append(block.attn.fastweight_mem.write(writes, past)[1])
-        return tuple(after)

@@ -13,6 +13,7 @@ Letters: s segments, b rows of the batch, n tokens of a segment, g key/value hea
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from infini_transformer_pytorch.attention import (
     NORM_EPS,
     CachedKV,
     InfiniAttention,
+    LayerMemory,
     Segments,
     Surroundings,
     empty_memories,
@@ -40,7 +42,7 @@ from segment_recurrence_pytorch.checks import (
     check_probability,
 )
 from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
-from segment_recurrence_pytorch.model import whole
+from segment_recurrence_pytorch.model import SegmentModel, whole
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
@@ -62,7 +64,64 @@ class TransformerReturn(NamedTuple):
     past_memories: Any
 
 
-class InfiniTransformer(SegmentTransformer):
+class GatedMemories(SegmentModel):
+    """A model whose state is a `Memories` for each layer that has a memory: what all such models have in common.
+
+    Attributes:
+        kv_heads: number of memories of a layer.
+        dim_head: features of a key and of a value.
+    """
+
+    kv_heads: int
+    dim_head: int
+
+    @property
+    @abstractmethod
+    def memory_layers(self) -> list[LayerMemory]:
+        """The layers that have a memory, in the order of the state."""
+
+    def layer_recalled(self, index: int) -> int:
+        """Returns the number of the memory from which a layer recalls. The default returns its own.
+
+        Args:
+            index: number of the layer in `memory_layers`.
+        """
+        return index
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """See `SegmentModel.param_groups`. The gates are a third group, with `GATE_LR` times the learning rate and no
+        decay."""
+        gates = [p for name, p in self.named_parameters() if name.endswith('.head_gates') and p.requires_grad]
+        known = {id(gate) for gate in gates}
+        groups = super().param_groups(lr, weight_decay)
+        for group in groups:
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
+        return [*groups, {'params': gates, 'lr': lr * GATE_LR, 'weight_decay': 0.0}]
+
+    @torch.no_grad()
+    def memory_shares(self) -> Tensor:
+        """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (layers, heads).
+
+        If the parameters are sharded, all ranks have to make the call.
+        """
+        gates = [whole(gate).sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
+        return 1 - torch.stack(gates)
+
+    def as_state(self, state: Any, batch_size: int) -> Any:
+        """See `SegmentModel.as_state`. The memories may also be in a list, and those of a layer may be a plain pair."""
+        if not isinstance(state, (tuple, list)):
+            return state
+        return tuple(
+            Memories(*layer) if isinstance(layer, (tuple, list)) and len(layer) == 2 else layer for layer in state
+        )
+
+    def state_faults(self, state: State) -> list[tuple[str, Tensor]]:
+        """See `SegmentModel.state_faults`. It also finds normalisers below 0, which cannot result from any keys."""
+        negative = torch.stack([(layer.k_norm < 0).any() for layer in state]).any()
+        return [*super().state_faults(state), ('state holds a k_norm below 0', negative)]
+
+
+class InfiniTransformer(GatedMemories, SegmentTransformer):
     """A causal transformer with a compressive memory in every head of every layer.
 
     The state is a `Memories` for each layer: `kv_heads` matrices (dim_head, dim_head) and their normalisers
@@ -198,6 +257,11 @@ class InfiniTransformer(SegmentTransformer):
         """
         return ResidualBlock(self.dim, attention, **options, norm_eps=NORM_EPS)
 
+    @property
+    def memory_layers(self) -> list[LayerMemory]:
+        """See `GatedMemories.memory_layers`. Every layer has a memory."""
+        return [block.attn for block in self.layers]
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Gives the parameters their initial values.
@@ -217,25 +281,6 @@ class InfiniTransformer(SegmentTransformer):
                 nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
             elif name.endswith(('token_emb.weight', 'logits.weight')):
                 nn.init.normal_(parameter, std=0.02)
-
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See `SegmentModel.param_groups`. The gates are a third group, with `GATE_LR` times the learning rate and no
-        decay."""
-        gates = [parameter for name, parameter in self.named_parameters() if name.endswith('.head_gates')]
-        known = {id(gate) for gate in gates}
-        groups = super().param_groups(lr, weight_decay)
-        for group in groups:
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
-        return [*groups, {'params': gates, 'lr': lr * GATE_LR, 'weight_decay': 0.0}]
-
-    @torch.no_grad()
-    def memory_shares(self) -> Tensor:
-        """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (depth, heads).
-
-        If the parameters are sharded, all ranks have to make the call.
-        """
-        gates = [whole(gate).sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
-        return 1 - torch.stack(gates)
 
     def forward(
         self,
@@ -459,25 +504,8 @@ class InfiniTransformer(SegmentTransformer):
         return InfiniCache(self, state, segment_length)
 
     def layer_recalled(self, index: int) -> int:
-        """Returns the number of the layer from whose memories a layer recalls.
-
-        Args:
-            index: number of the layer that recalls, from 0.
-        """
+        """See `GatedMemories.layer_recalled`. With mem_read_from='above' it is the next layer."""
         return min(index + 1, len(self.layers) - 1) if self.mem_read_from == 'above' else index
-
-    def as_state(self, state: Any, batch_size: int) -> Any:
-        """See `SegmentModel.as_state`. The memories may also be in a list, and those of a layer may be a plain pair."""
-        if not isinstance(state, (tuple, list)):
-            return state
-        return tuple(
-            Memories(*layer) if isinstance(layer, (tuple, list)) and len(layer) == 2 else layer for layer in state
-        )
-
-    def state_faults(self, state: State) -> list[tuple[str, Tensor]]:
-        """See `SegmentModel.state_faults`. It also finds normalisers below 0, which cannot result from any keys."""
-        negative = torch.stack([(layer.k_norm < 0).any() for layer in state]).any()
-        return [*super().state_faults(state), ('state holds a k_norm below 0', negative)]
 
     def per_segment_faults(self, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         """See `SegmentModel.per_segment_faults`. A write_scale must be a number that is not negative."""

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.checks import check_faults, check_has_weights
 from segment_recurrence_pytorch.generation import Cursor
-from segment_recurrence_pytorch.model import SegmentModel, class_name, plain_arguments, whole
+from segment_recurrence_pytorch.model import SegmentModel, class_name, digest_of_weights, plain_arguments, whole
 from segment_recurrence_pytorch.state import from_list, leaves, to_list
+
+OTHERS_SAMPLE = 4096  # values of each weight that tell whether trained weights stand beside the same frozen ones
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
+def save_weights(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> None:
     """Writes a model's weights as safetensors.
 
     If the model is a `SegmentModel` or a wrapper of one, the file also holds the name of its class and its arguments.
@@ -93,24 +95,32 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     Args:
         model: the model.
         path: the file to write.
+        trained_only: whether to write only the parameters that are trained (requires_grad=True), for example memory
+            tokens, gates and adapters of a model whose other weights are frozen. The file then also holds the sha256 of
+            the names, shapes and some values of the other weights, beside which it can be loaded again. Default: False.
 
     Raises:
-        ValueError: if the folder does not exist, or if the model is on the meta device.
+        ValueError: if the folder does not exist, if the model is on the meta device, or if no parameter is trained.
         OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     check_has_weights(model)
-    made_by = _made_by(model)
-    metadata = None if made_by is None else {'model': json.dumps(made_by)}
-    mesh = _mesh_of(model)
-    if mesh is None:
+    made_by, mesh = _made_by(model), _mesh_of(model)
+    metadata = {} if made_by is None else {'model': json.dumps(made_by)}
+    own = model.state_dict(keep_vars=True)
+    written = own
+    if trained_only:
+        written = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not written:
+            raise ValueError('trained_only=True, but every parameter is frozen: unfreeze one, or leave it out')
+        metadata['others'] = _digest_of_others(own, set(written))
+    elif mesh is None:
         with replacing(path) as part:
-            save_model(model, str(part), metadata=metadata)
+            save_model(model, str(part), metadata=metadata or None)
         return
-    is_first = not any(mesh.get_coordinate() or ())
+    is_first = mesh is None or not any(mesh.get_coordinate() or ())
     weights: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    metadata = metadata or {}
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+    for name, tensor in sorted(written.items()):
         kept = names.setdefault(id(tensor), name)
         if kept != name:  # tied weights are stored once, as `save_model` does
             metadata[name] = kept
@@ -134,24 +144,67 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: if the file is damaged, or was made by a model of another class, with other arguments or of other
-            shapes, or if the parameters are sharded. The model then keeps the weights that it had.
+            shapes, if it holds only trained weights and the model's other weights are not those that stood beside them,
+            or if the parameters are sharded. The model then keeps the weights that it had.
     """
     if _mesh_of(model) is not None:
         raise ValueError('the parameters of the model are sharded: load the weights first, then call `shard`')
-    name, made_by = type(model).__name__, _made_by(model)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    device = next((tensor.device for tensor in before.values()), torch.device('cpu'))
-    if device.type == 'meta':
+    name, own = type(model).__name__, model.state_dict(keep_vars=True)
+    if next(iter(own.values()), torch.empty(0)).is_meta:
         raise ValueError('the model is on the meta device, which holds no weights: call to_empty(device=...) first')
     try:
         with safe_open(str(path), framework='pt') as file:
-            saved = json.loads((file.metadata() or {}).get('model', 'null'))
-        if saved is not None and made_by is not None:
-            check_made_by(path, saved, made_by)
-        load_model(model, str(path), device=str(device))
+            metadata = file.metadata() or {}
+            _check_made_by_model(path, json.loads(metadata.get('model', 'null')), model)
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no mapping
+            _check_names(path, name, shapes, own, partial='others' in metadata)
+            if metadata.get('others', '') not in ('', _digest_of_others(own, set(shapes))):
+                raise ValueError(
+                    f'{path} holds trained weights alone, and was made beside other frozen weights than this {name} '
+                    'has: load them into a model with the same frozen weights'
+                )
+            model.load_state_dict({key: file.get_tensor(key) for key in shapes}, strict=False)
     except (RuntimeError, SafetensorError, OSError, json.JSONDecodeError) as error:
-        model.load_state_dict(before)
         raise ValueError(f'{path} does not hold the weights of this {name}: {error}') from error
+
+
+def _check_names(
+    path: str | Path, name: str, shapes: dict[str, tuple[int, ...]], own: dict[str, Tensor], partial: bool
+) -> None:
+    """Raises ValueError unless a file holds the weights of a model, by their names and shapes.
+
+    Args:
+        path: the file, for the message.
+        name: the name of the model's class, for the message.
+        shapes: the shapes of the tensors in the file.
+        own: the weights of the model.
+        partial: whether weights may be missing.
+    """
+    faults = [f'it also holds {key}' for key in shapes if key not in own]
+    held = {own[key].data_ptr() for key in shapes if key in own}  # a tied weight is in the file under one of its names
+    if not partial:
+        faults += [f'{key} is missing' for key in own if key not in shapes and own[key].data_ptr() not in held]
+    faults += [
+        f'{key} has shape {shape}, not {tuple(own[key].shape)}'
+        for key, shape in shapes.items()
+        if key in own and tuple(own[key].shape) != shape
+    ]
+    if faults:
+        more = f', and {len(faults) - 3} more' if len(faults) > 3 else ''
+        raise ValueError(f'{path} does not hold the weights of this {name}: {", ".join(faults[:3])}{more}')
+
+
+def _digest_of_others(own: dict[str, Tensor], names: set[str]) -> str:
+    """Returns the sha256 of a sample of the weights of a model that a file does not hold, without other names of those
+    that it holds.
+
+    Args:
+        own: the weights of the model, as `state_dict(keep_vars=True)` returns them.
+        names: the names of the weights in the file.
+    """
+    held = {id(own[name]) for name in names}
+    others = {name: tensor for name, tensor in own.items() if id(tensor) not in held}
+    return digest_of_weights(others, OTHERS_SAMPLE)
 
 
 def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
@@ -196,7 +249,7 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no cursor: {error}') from error
     now = model.fingerprint()
-    check_made_by(path, saved, now)
+    check_made_by(path, saved, now, model)
     if saved.get('sha256') != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
@@ -209,38 +262,62 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         raise ValueError(f'{path} holds no cursor of this model: {error}') from error
 
 
-def check_made_by(path: str | Path, saved: Any, now: dict[str, Any]) -> None:
+def check_made_by(path: str | Path, saved: Any, now: dict[str, Any], model: SegmentModel | None = None) -> None:
     """Raises ValueError if a file was made by a model of another class, or with other arguments.
 
     Args:
         path: the file.
         saved: what the file says of the model that made it: its class and its arguments.
         now: the class and the arguments of the present model.
+        model: the present model, which converts the arguments of files of earlier versions (`as_arguments`). Default:
+            None, they are compared as they are.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
         raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
     if saved['class'] != now['class']:
         raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: load it into such a model')
-    for name in sorted(set(saved['arguments']) | set(now['arguments'])):
-        have, want = saved['arguments'].get(name), now['arguments'].get(name)
+    theirs = saved['arguments'] if model is None else model.as_arguments(saved['arguments'])
+    theirs, ours = _entries(theirs), _entries(now['arguments'])
+    for name in sorted(set(theirs) | set(ours)):
+        have, want = theirs.get(name), ours.get(name)
         if have != want:
             raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')
+
+
+def _entries(arguments: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns arguments with the entries of dicts inside them as arguments of their own, with names like a.b."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        inner = isinstance(value, dict) and value
+        found |= _entries(value, f'{prefix}{name}.') if inner else {f'{prefix}{name}': value}
+    return found
+
+
+def _segment_model(module: nn.Module) -> SegmentModel | None:
+    """Returns the `SegmentModel` that a module is, or that it wraps. None if there is none."""
+    model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
+    return model if isinstance(model, SegmentModel) else None
 
 
 def _mesh_of(module: nn.Module) -> Any:
     """Returns the ranks over which the parameters of a model, or of a wrapper of one, are sharded. None: they are
     not."""
-    model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
-    return model.mesh if isinstance(model, SegmentModel) else None
+    model = _segment_model(module)
+    return None if model is None else model.mesh
 
 
 def _made_by(module: nn.Module) -> dict[str, Any] | None:
     """Returns what a file of weights says about its model. None if the module is neither a `SegmentModel` nor a wrapper
     of one."""
-    model = module if isinstance(module, SegmentModel) else getattr(module, 'model', None)
-    if not isinstance(model, SegmentModel):
-        return None
-    return {'class': class_name(model), 'arguments': plain_arguments(model)}
+    model = _segment_model(module)
+    return None if model is None else {'class': class_name(model), 'arguments': plain_arguments(model)}
+
+
+def _check_made_by_model(path: str | Path, saved: Any, module: nn.Module) -> None:
+    """Raises ValueError if a file of weights says that another model made it."""
+    model, now = _segment_model(module), _made_by(module)
+    if saved is not None and model is not None and now is not None:
+        check_made_by(path, saved, now, model)
 
 
 def _check_model(model: Any) -> None:

@@ -387,12 +387,3 @@ class SegmentTransformer(SegmentModel):
 
     def _backend_for(self, name: str) -> str:
         return choose_backend(name, device=self.device, dtype=self.compute_dtype, dim_head=self.dim_head)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of queries, keys and values. It is that of autocast if autocast is on and the model is not
-        float64."""
-        device = self.device.type
-        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
-        return self.dtype

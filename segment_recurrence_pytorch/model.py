@@ -119,8 +119,10 @@ class SegmentModel(nn.Module, ABC):
         chain: the ranks that read a sequence together. `distributed.context_parallel` sets it. Default: None.
         mesh: the ranks over which `distributed.shard` has spread the parameters. Default: None.
         arguments: the arguments of the constructors of the class and of its base classes, with defaults filled in. The
-            base class records them. A saved cursor or a file of weights can only be loaded into a model with the same
-            arguments.
+            base class records them, in the form that `recorded_argument` returns. A saved cursor or a file of weights
+            can only be loaded into a model with the same arguments.
+        fingerprint_values: how many values of each weight the fingerprint looks at. They are evenly spaced. Default:
+            None, all values.
     """
 
     num_tokens: int
@@ -131,6 +133,7 @@ class SegmentModel(nn.Module, ABC):
     can_chain: bool = False
     chain: Chain | None = None
     mesh: DeviceMesh | None = None
+    fingerprint_values: int | None = None
     arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -265,7 +268,8 @@ class SegmentModel(nn.Module, ABC):
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Returns two groups of parameters for an optimizer, one with weight decay and one without.
 
-        The method `decays` decides to which group a parameter belongs.
+        The method `decays` decides to which group a parameter belongs. Frozen parameters (requires_grad=False) are in
+        no group, so a group may be empty.
 
         Args:
             lr: learning rate of both groups.
@@ -273,7 +277,8 @@ class SegmentModel(nn.Module, ABC):
         """
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
-            groups[self.decays(name, parameter)].append(parameter)
+            if parameter.requires_grad:
+                groups[self.decays(name, parameter)].append(parameter)
         return [
             {'params': groups[True], 'lr': lr, 'weight_decay': weight_decay},
             {'params': groups[False], 'lr': lr, 'weight_decay': 0.0},
@@ -293,17 +298,40 @@ class SegmentModel(nn.Module, ABC):
         """Returns what identifies this model: the name of its class, its arguments, and the sha256 of its weights.
 
         A cursor file holds the fingerprint of the model that read the text, since its state means nothing to another
-        model. If the parameters are sharded, they are gathered one after the other: all ranks have to make the call.
+        model. If `fingerprint_values` is a number, the sha256 is that of the names, dtypes and shapes of all weights
+        and of so many evenly spaced values of each. It then tells models apart that were trained differently, but may
+        miss a change of single values. The entry `values` says how many values were looked at.
+
+        If the parameters are sharded, they are gathered one after the other: all ranks have to make the call.
 
         Raises:
             ValueError: if the model is on the meta device.
         """
         check_has_weights(self)
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {'class': class_name(self), 'arguments': plain_arguments(self), 'sha256': digest.hexdigest()}
+        found = {'class': class_name(self), 'arguments': plain_arguments(self)}
+        found['sha256'] = digest_of_weights(self.state_dict(), self.fingerprint_values)
+        return found if self.fingerprint_values is None else {**found, 'values': self.fingerprint_values}
+
+    def recorded_argument(self, name: str, value: Any) -> Any:
+        """Returns what `arguments` holds for an argument of the constructor. The default returns the value itself.
+
+        Override it if an argument is an object that a file cannot hold, for example a module: return what identifies
+        it, as JSON can store it.
+
+        Args:
+            name: the name of the argument.
+            value: what the constructor was given.
+        """
+        return value
+
+    def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Converts the arguments that a file holds into the form in which this version records them, before they are
+        compared with `arguments`. The default returns them unchanged.
+
+        Args:
+            saved: the arguments of the model that wrote the file.
+        """
+        return saved
 
     def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:
         """Writes the model to a folder: its weights (model.safetensors), its arguments (config.json) and a model card
@@ -418,13 +446,23 @@ class SegmentModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
+        """The device of the parameters, on which tokens and states have to be."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
+        """The dtype of the parameters. Override it if the first parameter does not tell it, for example because it is
+        quantised, or an adapter."""
         return next(self.parameters()).dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values. It is that of autocast if autocast is on and the model is not
+        float64."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.dtype
 
 
 def class_name(model: nn.Module) -> str:
@@ -444,6 +482,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
+def digest_of_weights(tensors: dict[str, Tensor], values: int | None = None) -> str:
+    """Returns the sha256 of tensors: of their names, dtypes, shapes and values. If they are spread over ranks, all
+    ranks have to make the call.
+
+    Args:
+        tensors: the tensors by name.
+        values: how many values of each tensor are looked at, evenly spaced. Default: None, all of them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        flat = whole(tensor.detach()).flatten()
+        if values is not None and len(flat) > values:
+            flat = flat[:: -(-len(flat) // values)]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:
     """Returns the constructor, extended so that it also records its arguments in `self.arguments`.
 
@@ -461,6 +517,7 @@ def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:
         _, *given = bound.arguments.items()
         own = dict(given)
         own |= own.pop(rest, {}) if rest else {}
+        own = {name: self.recorded_argument(name, value) for name, value in own.items()}
         self.arguments = {**getattr(self, 'arguments', {}), **own}
 
     return recording

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from functools import partial
 
 import torch
@@ -488,6 +489,20 @@ def fsdp_saves_what_one_process_saves(rank, ranks):
                     assert one.metadata() == other.metadata()
                     assert sorted(one.keys()) == sorted(other.keys())
 
+            def frozen():
+                model = make()
+                for parameter_name, parameter in model.named_parameters():
+                    parameter.requires_grad_('norm' in parameter_name)
+                return model
+
+            wrapper = sharded(frozen)
+            save_weights(wrapper.model, path, trained_only=True)
+            if rank == 0:
+                again = frozen()
+                torch.nn.init.zeros_(again.norm.weight)
+                load_weights(again, path)
+                assert again.fingerprint() == model.fingerprint()
+
 
 @case(2)
 def fsdp_refuses_what_would_hang(rank, ranks):
@@ -550,6 +565,36 @@ def fsdp_of_models_on_the_contract(rank, ranks):
                 found = wrapper.generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
             expected = wrapped(make()).generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
             assert torch.equal(found, expected)
+
+
+@case(2)
+def memories_of_pretrained_models(rank, ranks):
+    """Data parallel and FSDP2 of `RecurrentMemoryLM` and `InfiniLM`, if transformers is installed."""
+    if importlib.util.find_spec('transformers') is None:
+        return
+    from infini_transformer_pytorch.huggingface import add_infini_attention
+    from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
+    from tests.pretrained import tiny_lm
+
+    x = batch()
+    mine = rows_of(x, rank, ranks)
+    for make in (
+        lambda: RecurrentMemoryLM(tiny_lm(), num_memory_tokens=3),
+        lambda: add_infini_attention(tiny_lm(), memory_rule='delta', learned_delta_update=True),
+    ):
+        make = partial(seeded, make)
+        want = alone(make, 'one graph', x)
+        for way in ('one graph', 'replay'):
+            wrapper = wrapped(make(), way, dist.group.WORLD)
+            call = wrapper if way == 'replay' else DistributedDataParallel(wrapper)
+            same(wrapper, train(wrapper, call, way, mine), want)
+            model = make()
+            shard(model, init_device_mesh('cpu', (ranks,)), blocks=model.decoder.layers)
+            wrapper = wrapped(model, way, dist.group.WORLD)
+            same(wrapper, train(wrapper, wrapper, way, mine), want)
+        with gathered(model):
+            found = wrapper.generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0)
+        assert torch.equal(found, wrapped(make()).generate_tokens(x[:2, :9].clamp(min=0), 8, temperature=0.0))
 
 
 @case(2)

@@ -68,6 +68,72 @@ def test_a_file_that_does_not_say_which_model_made_it_is_taken_by_its_shapes(mak
         assert same_weights(other, weights_of(module))
 
 
+def partly_frozen(make, seed=0):
+    """A model of which only the norms, the memory tokens and the gates are trained."""
+    torch.manual_seed(seed)
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('norm' in name or 'memory' in name or 'gates' in name)
+    return model
+
+
+@MAKERS
+@pytest.mark.parametrize('options', [{}, {'tie_embeddings': True}], ids=['', 'tied'])
+def test_trained_weights_alone_go_back_beside_the_same_frozen_ones(make, options, tmp_path):
+    made, other = (partly_frozen(lambda: make(**options)) for _ in range(2))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    save_weights(SegmentWrapper(made, segment_length=6), tmp_path / 'wrapped', trained_only=True)
+    save_weights(made, tmp_path / 'weights', trained_only=True)
+    assert set(load_file(tmp_path / 'weights')) == {n for n, p in made.named_parameters() if p.requires_grad}
+    load_weights(other, tmp_path / 'weights')
+    assert same_weights(other, weights_of(made))
+
+    further = partly_frozen(lambda: make(**options), seed=1)
+    before = weights_of(further)
+    with pytest.raises(ValueError, match=r'made beside other frozen weights than this .*Transformer has'):
+        load_weights(further, tmp_path / 'weights')
+    assert same_weights(further, before)
+
+
+@MAKERS
+def test_trained_weights_alone_need_a_trained_weight_and_fit_by_shape(make, tmp_path):
+    model = make()
+    with pytest.raises(ValueError, match='every parameter is frozen: unfreeze one, or leave it out'):
+        save_weights(model.requires_grad_(False), tmp_path / 'weights', trained_only=True)
+    assert not list(tmp_path.iterdir())
+    save_file({'norm.weight': torch.zeros(9)}, tmp_path / 'shape', metadata={'others': ''})
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r'norm\.weight has shape \(9,\), not \(16,\)'):
+        load_weights(model, tmp_path / 'shape')
+    assert same_weights(model, before)
+
+
+@MAKERS
+def test_a_fingerprint_of_some_values_of_each_weight_says_how_many(make):
+    model = make()
+    whole = model.fingerprint()
+    model.fingerprint_values = 5
+    some = model.fingerprint()
+    assert some == {**whole, 'sha256': some['sha256'], 'values': 5}
+    assert some['sha256'] != whole['sha256']
+    with torch.no_grad():
+        model.norm.weight[1] += 1  # not one of the five evenly spaced values of 16: 0, 4, 8, 12
+        assert model.fingerprint() == some
+        model.norm.weight.add_(1)
+    assert model.fingerprint() != some
+
+
+@MAKERS
+def test_parameter_groups_hold_what_is_trained(make):
+    model = partly_frozen(make)
+    grouped = [parameter for group in model.param_groups(1e-3, 0.1) for parameter in group['params']]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == sum(p.requires_grad for p in model.parameters())
+
+
 OTHER_OPTIONS = [
     (make_rmt, {}, {'memory_mask': 'causal'}, "was made with memory_mask=None, this model has 'causal'"),
     (make_rmt, {'memory_mask': 'mixed'}, {'memory_mask': 'block'}, "memory_mask='mixed', this model has 'block'"),

@@ -101,6 +101,35 @@ def test_file_is_short_and_its_model_imports_torch_alone(example):
     assert library == {'segment_recurrence_pytorch.tasks'}  # inside main: the data
 
 
+@pytest.mark.parametrize(('method', 'real'), [('rmt', False), ('infini', False), ('rmt', True)])
+def test_memory_for_a_pretrained_model_compares_and_saves(method, real, tmp_path, capsys):
+    transformers = pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
+    from examples.memory_for_a_pretrained_model import main
+
+    model = None
+    if real:  # a model and its tokenizer in a folder, as from_pretrained finds them
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        model = str(tmp_path / 'model')
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **sizes)).save_pretrained(model)
+        capsys.readouterr()
+    found = main(model=model, method=method, segment_length=16, segments=3, batch_size=4, base_steps=8, steps=3,
+                 save=str(tmp_path / 'weights'))  # fmt: skip
+    assert list(found) == ['without memory', method]
+    assert all(after < before < 8.5 for before, after in found.values())
+    assert abs(found[method][0] - found['without memory'][0]) < 0.5
+    assert (tmp_path / 'weights').exists()
+    assert 'it writes on: ' in capsys.readouterr().out
+
+
 def imported(nodes) -> list[str]:
     """The names of the modules that some nodes of a syntax tree import."""
     names = []

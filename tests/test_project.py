@@ -34,7 +34,8 @@ torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 import recurrent_memory_transformer_pytorch, infini_transformer_pytorch
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
-loaded = {'flash_attn', 'safetensors', 'matplotlib', 'huggingface_hub', 'onnx', 'onnxscript'} & set(sys.modules)
+heavy = {'flash_attn', 'safetensors', 'matplotlib', 'huggingface_hub', 'onnx', 'onnxscript'}
+loaded = (heavy | {'transformers', 'peft', 'lm_eval'}) & set(sys.modules)
 assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
@@ -57,7 +58,7 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         wheel.extractall(tmp_path / 'installed')
     for package in PACKAGES:
         assert f'{package}/py.typed' in files
-        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).glob('*.py')}
+        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob('*.py')}
         assert modules <= files
     assert not any(name.startswith(('tests', 'benchmarks', 'train_enwik8')) for name in files)
     assert any(name.endswith('/LICENSE') for name in files)
@@ -79,12 +80,15 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
 
 
 def test_what_is_imported_is_installed_with_the_package():
-    """Whatever a module imports on its own import is a core dependency; plots.py has the extra `train`."""
+    """Whatever a module imports on its own import is a core dependency, but for modules with an extra of their own."""
     project = (ROOT / 'pyproject.toml').read_text()
-    lists = dict(re.findall(r'^(dependencies|train) = (\[.*\])$', project, re.MULTILINE))
-    core, train = ({re.split('>=', need)[0] for need in json.loads(lists[name])} for name in ('dependencies', 'train'))
+    lists = dict(re.findall(r'^(dependencies|train|hf|eval) = (\[.*\])$', project, re.MULTILINE))
+    needs = {name: {re.split('>=', need)[0] for need in json.loads(listed)} for name, listed in lists.items()}
     for package in PACKAGES:
-        for path in (ROOT / package).glob('*.py'):
+        for path in (ROOT / package).rglob('*.py'):
+            allowed = set(needs['dependencies'])
+            for part, extra in (('plots.py', 'train'), ('huggingface', 'hf'), ('evaluation.py', 'eval')):
+                allowed |= needs[extra] if part in path.relative_to(ROOT).as_posix() else set()
             names = set()
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.Import):
@@ -92,12 +96,12 @@ def test_what_is_imported_is_installed_with_the_package():
                 elif isinstance(node, ast.ImportFrom) and node.module:
                     names.add(node.module.split('.')[0])
             others = names - set(sys.stdlib_module_names) - set(PACKAGES)
-            assert others <= (core | train if path.name == 'plots.py' else core), path
+            assert others <= allowed, path
 
 
 @pytest.mark.parametrize('package', PACKAGES)
 def test_public_things_have_docstrings(package):
-    for path in (ROOT / package).glob('*.py'):
+    for path in (ROOT / package).rglob('*.py'):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]

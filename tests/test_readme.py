@@ -40,8 +40,11 @@ SMALLER = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # of Trainer, on a machine without a GPU
 @pytest.mark.parametrize('block', BLOCKS, ids=[block.strip().splitlines()[-1][:40] for block in BLOCKS])
 def test_blocks_run(block, tmp_path, monkeypatch):
+    if 'transformers' in block:
+        pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
     monkeypatch.chdir(tmp_path)
     many = 'init_process_group' in block
     if many:  # what torchrun says to a single process

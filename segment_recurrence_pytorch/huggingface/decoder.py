@@ -1,0 +1,310 @@
+"""A pretrained causal language model of Hugging Face `transformers` as a `SegmentModel`: what both retrofits share.
+
+No line of a model's code is copied or replaced. The decoder is called with embeddings, positions, a mask and sometimes
+a cache. A trial at construction compares what comes out with the model's own logits, and refuses what differs.
+
+Letters: b rows of the batch, n tokens, i queries, j keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from segment_recurrence_pytorch.cache import SegmentCache, Slots
+from segment_recurrence_pytorch.checks import check_count, check_has_weights
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.model import SegmentModel
+
+BACKENDS = ('sdpa', 'eager')  # the attention implementations that take a mask of their own for each row
+# entries of a config that do not change what the model computes: where it came from, and what made it
+NOT_RECORDED = ('_name_or_path', 'transformers_version', 'dtype', 'torch_dtype', 'architectures', 'use_cache')
+# entries of older configs, which transformers 5 reads into `rope_parameters`
+OLD_NAMES = ('rope_theta', 'rope_scaling', 'rope_local_base_freq', 'partial_rotary_factor', 'rotary_pct',
+             'rotary_emb_base')  # fmt: skip
+
+
+class PretrainedLM(SegmentModel):
+    """The base class of the retrofits: a causal language model, called by its decoder and its head.
+
+    All parameters can be trained, or a part of them: freeze the others with `requires_grad_(False)`, or apply `peft` to
+    the language model before it is given to this class. The fingerprint of a cursor looks at a sample of each weight,
+    since reading billions of them takes minutes.
+
+    Args:
+        lm: what `AutoModelForCausalLM.from_pretrained` returned, or its PEFT model. Or a dict, as `arguments` holds it:
+            a model with this config and random weights is then made.
+
+    Attributes:
+        lm: the language model.
+
+    Raises:
+        ValueError: if it is no decoder-only language model that can be called in this way.
+    """
+
+    causal = True
+    fingerprint_values = 4096
+
+    def __init__(self, lm: Any):
+        super().__init__()
+        if isinstance(lm, dict):
+            lm = AutoModelForCausalLM.from_config(config_of(lm))
+        check_lm(lm)
+        self.lm = lm
+        takes = inspect.signature(self.decoder.forward).parameters
+        self._cache_name = 'cache' if 'cache' in takes else 'past_key_values'  # its name in older transformers
+        self.dim = self.config.hidden_size
+        self.num_tokens = len(lm.get_output_embeddings().weight)
+
+    @property
+    def config(self) -> Any:
+        """The config of the language model."""
+        return self.lm.config.get_text_config()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return decoder_of(self.lm)
+
+    @property
+    def device(self) -> torch.device:
+        """See `SegmentModel.device`. It is that of the embeddings."""
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `SegmentModel.dtype`. It is that of the embeddings, since other weights may be quantised."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns embeddings (..., n, dim).
+
+        Args:
+            tokens: token ids (..., n), or embeddings (..., n, dim), which are only converted to the dtype of the model.
+        """
+        return tokens.to(self.dtype) if tokens.is_floating_point() else self.lm.get_input_embeddings()(tokens)
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """See `SegmentModel.to_logits`. The soft cap of Gemma's logits stands outside its head."""
+        logits = self.lm.get_output_embeddings()(hidden)
+        cap = getattr(self.config, 'final_logit_softcapping', None)
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def decode(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, *, cache: Any = None, **options: Any
+    ) -> Tensor:
+        """Returns what the decoder makes of embeddings, after its final norm, (b, n, dim).
+
+        Args:
+            x: embeddings (b, n, dim).
+            positions: the position of each of them, (1, n) or (b, n).
+            mask: which keys each query may attend to, (1 or b, 1, i, j) bool. Default: None, causal.
+            cache: a cache of transformers. Default: None.
+            options: further arguments of the decoder.
+
+        Raises:
+            ValueError: if the model was changed so that training it would be silently wrong.
+        """
+        if self.training and torch.is_grad_enabled():
+            self.check_training()
+        if mask is not None and self.attention.endswith('eager'):  # eager attention adds the mask, whatever its dtype
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
+        positions = positions.expand(len(x), -1)
+        if cache is not None:
+            options[self._cache_name] = cache
+        options['use_cache'] = cache is not None
+        return self.decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions, **options).last_hidden_state
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention implementation."""
+        return self.config._attn_implementation
+
+    def check_training(self) -> None:
+        """Raises ValueError if the model was changed so that training it would be silently wrong."""
+        for module in self.lm.modules():
+            if getattr(module, 'gradient_checkpointing', False):
+                function = getattr(module, '_gradient_checkpointing_func', None)
+                if getattr(function, 'keywords', {}).get('use_reentrant', True):
+                    raise ValueError(
+                        'gradient checkpointing with use_reentrant=True loses the gradient through the state: turn it '
+                        'off, and use SegmentWrapper(recompute=True) or loss(backward=True), or turn it on with '
+                        'use_reentrant=False'
+                    )
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """See `SegmentModel.decays`. GPT-2 has linear layers of a class of its own."""
+        path, _, attribute = name.rpartition('.')
+        return attribute == 'weight' and isinstance(self.get_submodule(path), (nn.Linear, Conv1D))
+
+    def recorded_argument(self, name: str, value: Any) -> Any:
+        """See `SegmentModel.recorded_argument`. The language model is recorded by its config, without paths, versions
+        and dtype."""
+        return plain_config(self.lm.config) if name == 'lm' else value
+
+    def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """See `SegmentModel.as_arguments`. The config is read as this version of transformers reads it.
+
+        Raises:
+            ValueError: if a newer version of transformers made it.
+        """
+        return {**saved, 'lm': plain_config(config_of(saved['lm']))} if isinstance(saved.get('lm'), dict) else saved
+
+    def longest_segment(self, given: int | None, rows: int) -> int | None:
+        """Returns the longest segment that the model can read: what its positions and its sliding window hold.
+
+        Args:
+            given: a smaller limit that the user gave, or None.
+            rows: number of rows that stand in front of and behind the text.
+
+        Raises:
+            ValueError: if nothing is left for the text, or if `given` is larger than what is left.
+        """
+        check_count('max_segment_length', given)
+        layers = getattr(self.config, 'layer_types', None)
+        names = ['max_position_embeddings']
+        if layers is None or 'sliding_attention' in layers:
+            names.append('sliding_window')
+        sizes = [(getattr(self.config, name, None), name) for name in names]
+        size, name = min(((size, name) for size, name in sizes if size), default=(None, ''))
+        if size is None:
+            return given
+        lm = type(self.lm).__name__
+        if size <= rows:
+            raise ValueError(f'{rows} rows of memory leave no room for text: {lm} has {name}={size}, use fewer')
+        if given is not None and given > size - rows:
+            raise ValueError(
+                f'max_segment_length is {given}: {lm} has {name}={size}, and {rows} rows are memory: give 1 to '
+                f'{size - rows}'
+            )
+        return given or size - rows
+
+
+def causal_mask(valid: Tensor) -> Tensor:
+    """Returns which positions see which, (b, 1, n, n) bool: themselves, and the valid ones before them.
+
+    Args:
+        valid: (b, n) bool, True = valid.
+    """
+    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return (valid[:, None, None] & torch.ones_like(itself).tril()) | itself
+
+
+def next_rows(cache: SegmentCache, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Returns the positions of the next tokens of open segments, (1 or b, n), and which keys in the buffers of the
+    cache they may attend to, (1 or b, 1, n, j) bool.
+
+    Args:
+        cache: the cache of the open segments.
+        slots: where the tokens go.
+    """
+    if slots.columns is not None:
+        mask = cache.mask(slots)
+        assert mask is not None
+        return cache.prefix + slots.columns.clamp_max(cache.length - 1), mask
+    assert slots.start is not None
+    device, first = cache.positions.device, cache.prefix + slots.start
+    end = first + slots.tokens
+    mask = torch.ones(1, 1, slots.tokens, end, dtype=torch.bool, device=device).tril(first)
+    return torch.arange(first, end, device=device)[None], mask
+
+
+def decoder_of(lm: Any) -> nn.Module:
+    """Returns the language model without its head and without the wrapper of `peft`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    # not get_decoder(): GPT-2 returns itself in transformers 4.57. Not base_model: peft has one of its own
+    inner = lm.get_base_model() if hasattr(lm, 'get_base_model') else lm
+    for name in (getattr(inner, 'base_model_prefix', ''), 'model', 'transformer'):  # Gemma3's prefix is wrong in 4.57
+        if name and isinstance(getattr(inner, name, None), nn.Module):
+            return getattr(inner, name)
+    raise ValueError(f'{type(inner).__name__} has no decoder under a head: give an AutoModelForCausalLM')
+
+
+def check_lm(lm: Any) -> None:
+    """Raises ValueError, with what it is, unless something is a causal language model that the retrofits can call."""
+    name = type(lm).__name__
+    if not all(hasattr(lm, each) for each in ('parameters', 'config', 'get_output_embeddings')):
+        raise ValueError(f'lm is a {name}: give what AutoModelForCausalLM.from_pretrained returned')
+    check_has_weights(lm)
+    if getattr(lm.config, 'is_encoder_decoder', False):
+        raise ValueError(f'{name} is an encoder-decoder: give a decoder-only language model')
+    head = lm.get_output_embeddings()
+    if head is None or not hasattr(head, 'weight'):
+        raise ValueError(f'{name} has no head that makes logits: give an AutoModelForCausalLM')
+    takes = inspect.signature(decoder_of(lm).forward).parameters
+    missing = [each for each in ('inputs_embeds', 'attention_mask', 'position_ids') if each not in takes]
+    if missing:
+        raise ValueError(
+            f'{name} does not take {", ".join(missing)}: a state-space or recurrent model, or one whose attention '
+            'counts distances by itself, is not supported'
+        )
+    kinds = set(getattr(lm.config.get_text_config(), 'layer_types', None) or ())
+    if other := sorted(kinds - {'full_attention', 'sliding_attention'}):
+        raise ValueError(f'{name} has layers of the kind {other[0]}: only full and sliding attention are supported')
+    backend = lm.config.get_text_config()._attn_implementation
+    if backend.startswith('infini'):
+        raise ValueError(f'{name} has a memory in its attention already: give the model as it was loaded')
+    if backend not in BACKENDS:
+        raise ValueError(
+            f'{name} has the attention {backend!r}, which takes no masks of rows: call '
+            f"set_attn_implementation('sdpa') first, or 'eager'"
+        )
+
+
+@torch.no_grad()
+def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
+    """Raises ValueError unless the retrofit computes the model's own logits, and a causal model's.
+
+    Args:
+        model: the retrofit.
+        hidden: a function from token ids (b, n) to what the head is given, (b, n, dim).
+    """
+    name = type(model.lm).__name__
+    ids = torch.arange(5, device=model.device).view(1, -1) % model.num_tokens
+    changed = torch.cat((ids[:, :-1], ids[:, :1]), dim=1)
+    with evaluating(model):
+        want = model.lm(input_ids=ids).logits
+        have, other = (model.to_logits(hidden(each)) for each in (ids, changed))
+    limit = torch.finfo(want.dtype if want.dtype == have.dtype else torch.float16).eps ** 0.5 * want.abs().max()
+    if not (have[:, :-1] - other[:, :-1]).abs().max() <= limit:
+        raise ValueError(f'{name} is no causal language model: a position sees later ones')
+    difference = (want.to(have.dtype) - have).abs().max()
+    if not difference <= limit:
+        raise ValueError(
+            f'{name} is not supported: its logits differ by {difference:.2g} from those of its decoder and head'
+        )
+
+
+def config_of(told: dict[str, Any]) -> Any:
+    """Returns the config that `plain_config` described.
+
+    Raises:
+        ValueError: if this version of transformers does not know its kind, or one of its entries.
+    """
+    version = f'transformers {transformers.__version__}'
+    try:
+        config = AutoConfig.for_model(**told)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f'the config of the language model cannot be read by {version}: {error}') from error
+    known = config.__class__().to_dict()
+    for name, value in told.items():
+        if value is not None and name not in known and name not in OLD_NAMES:
+            raise ValueError(f'the config of the language model has {name}={value!r}, which {version} lacks')
+    return config
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Returns what makes a config, as JSON can store it: no paths, no versions, no dtype, no entries of the user."""
+    known = config.__class__().to_dict()
+    told = json.loads(config.to_json_string())
+    return {name: value for name, value in told.items() if name in known and name not in NOT_RECORDED}

@@ -1,0 +1,136 @@
+"""`SegmentLM`: scores a `SegmentWrapper` with `lm_eval`, the evaluation harness of EleutherAI (extra `eval`).
+
+    results = lm_eval.simple_evaluate(SegmentLM(wrapper, tokenizer), tasks=['lambada_openai'])
+
+Texts of any length are read whole: the state goes from segment to segment, and nothing is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from segment_recurrence_pytorch.checks import check_whole
+from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+
+class SegmentLM(TemplateLM):
+    """The interface of `lm_eval` to a wrapper of any causal model.
+
+    Args:
+        wrapper: the wrapper.
+        tokenizer: the tokenizer of transformers that belongs to the model. Special tokens are not added.
+        batch_size: number of rows that are scored together. Default: 8.
+        max_gen_toks: number of new tokens of an answer, if the task does not tell it. Default: 256.
+
+    Raises:
+        ValueError: if a number is not positive, if the tokenizer has no token that ends a text, or if the wrapper has
+            align='right', with which a text has other segments than its beginning.
+    """
+
+    def __init__(self, wrapper: SegmentWrapper, tokenizer: Any, *, batch_size: int = 8, max_gen_toks: int = 256):
+        super().__init__()
+        check_whole(batch_size=batch_size, max_gen_toks=max_gen_toks)
+        if tokenizer.eos_token_id is None:
+            raise ValueError('the tokenizer has no eos_token: set tokenizer.eos_token to the token that ends a text')
+        if wrapper.align == 'right':
+            raise ValueError(
+                "align='right' gives a text other segments than its beginning has: score with align='left'"
+            )
+        self.wrapper = wrapper
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id of the token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id of the token that stands before a text: that of its beginning if there is one, else of its end."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else start
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer."""
+        return self.tokenizer.name_or_path
+
+    def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
+        """Returns the token ids of a text."""
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Returns, for each request (texts, ids of a context, ids of its continuation), the log-likelihood of the
+        continuation, and whether it is what greedy decoding gives."""
+        device, found = self.wrapper.model.device, []
+        with evaluating(self.wrapper.model):
+            for start in tqdm(range(0, len(requests), self.batch_size), disable=disable_tqdm):
+                pairs = [(context, ids) for _, context, ids in requests[start : start + self.batch_size]]
+                # the context is read without logits, but for its last segment
+                cursor = self.wrapper.read([torch.tensor(context, device=device) for context, _ in pairs])
+                lengths = cursor.lengths.tolist()
+                rows = [
+                    torch.cat((tokens[:length], torch.tensor(ids[:-1], dtype=torch.long, device=device)))
+                    for tokens, length, (_, ids) in zip(cursor.tokens, lengths, pairs, strict=True)
+                ]
+                mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+                logits, _ = self.wrapper.logits(pad_sequence(rows, batch_first=True), cursor.state, mask=mask)
+                for row, length, (_, ids) in zip(logits, lengths, pairs, strict=True):
+                    scores = row[length - 1 : length - 1 + len(ids)].float().log_softmax(-1)
+                    want = torch.tensor(ids, device=device)
+                    likelihood = scores.gather(1, want[:, None]).sum().item()
+                    found.append((likelihood, bool((scores.argmax(-1) == want).all())))
+        return found
+
+    @torch.no_grad()
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each whole text."""
+        found = []
+        with evaluating(self.wrapper.model):
+            for request in tqdm(requests, disable=disable_tqdm):
+                ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
+                x = torch.tensor([ids], device=self.wrapper.model.device)
+                found.append(-self.wrapper.loss(x, reduction='sum').loss.item())
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns the answer to each request: what is generated up to the first of its stop texts."""
+        found, device = [], self.wrapper.model.device
+        for request in tqdm(requests, disable=disable_tqdm):
+            context, options = request.args
+            stops = options.get('until') or []
+            stops = [stops] if isinstance(stops, str) else stops
+            sampling: dict[str, Any] = {'temperature': 0.0}
+            if options.get('do_sample'):
+                names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+                sampling = {name: options[name] for name in names if name in options}
+            prompt = torch.tensor([self.tok_encode(context) or [self.prefix_token_id]], device=device)
+            ids: list[int] = []
+            text = ''
+            for token in self.wrapper.stream(
+                prompt,
+                max_new_tokens=options.get('max_gen_toks', self.max_gen_toks),
+                eos_token_id=self.eot_token_id,
+                **sampling,
+            ):
+                if int(token) == self.eot_token_id:
+                    break
+                ids.append(int(token))
+                text = self.tokenizer.decode(ids)
+                if any(stop in text for stop in stops):
+                    break
+            for stop in stops:
+                text = text.split(stop)[0]
+            found.append(text)
+        return found

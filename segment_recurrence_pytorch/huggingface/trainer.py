@@ -1,0 +1,97 @@
+"""`ForTrainer`: trains a `SegmentWrapper` with `transformers.Trainer` (extra `hf`).
+
+    trainer = Trainer(ForTrainer(wrapper), TrainingArguments('runs/mine'), train_dataset=texts)
+    trainer.train()
+    save_weights(wrapper, 'weights.safetensors')
+
+Letters: b rows of the batch, n tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from segment_recurrence_pytorch.loss import IGNORE
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+
+class ForTrainer(nn.Module):
+    """A module with the calls that `transformers.Trainer` makes, around a wrapper of any causal model.
+
+    Trainer runs `loss.backward()` on one graph. For long sequences, give the wrapper recompute=True, which holds the
+    activations of one window at a time. Rows are padded at their end.
+
+    Args:
+        wrapper: the wrapper. It has no process_group, since Trainer counts the targets of all ranks itself.
+
+    Raises:
+        ValueError: if the wrapper has a process_group, or its model is not causal.
+    """
+
+    loss_type = 'ForCausalLM'  # tells Trainer to count labels[:, 1:], since the first one is no target
+    accepts_loss_kwargs = True  # tells Trainer to give that count, of all batches of a step, as num_items_in_batch
+
+    def __init__(self, wrapper: SegmentWrapper):
+        super().__init__()
+        if wrapper.process_group is not None:
+            raise ValueError(
+                'the wrapper has a process_group, but Trainer counts the targets of all ranks: leave it out'
+            )
+        if not wrapper.model.causal:
+            raise ValueError('Trainer shifts the labels of a causal model: this model has causal=False')
+        self.wrapper = wrapper
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """Computes the loss, or the logits if there are no labels.
+
+        Args:
+            input_ids: token ids (b, n).
+            attention_mask: (b, n), 0 where a row is padded. Default: None, all positions are valid.
+            labels: as transformers has them: labels[:, i] is the token at position i itself, or -100 where it does not
+                count. They are shifted here. Default: None.
+            num_items_in_batch: number of targets by which to divide the sum of the losses. Default: None, those of this
+                batch.
+
+        Returns:
+            A `CausalLMOutput`, with the loss in nats () if labels are given, else with the logits (b, n, num_tokens).
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        if labels is None:
+            return CausalLMOutput(logits=self.wrapper.logits(input_ids, mask=mask)[0])
+        targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1)
+        if num_items_in_batch is None:
+            return CausalLMOutput(loss=self.wrapper.loss(input_ids, labels=targets, mask=mask).loss)
+        total = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction='sum').loss
+        return CausalLMOutput(loss=total / num_items_in_batch)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the weights without the second names of tied ones: Trainer saves with safetensors, which refuses
+        them."""
+        found = super().state_dict(*args, **kwargs)
+        for name in self._second_names():
+            found.pop(kwargs.get('prefix', '') + name, None)
+        return found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` returned."""
+        second = {name: state_dict[kept] for name, kept in self._second_names().items() if kept in state_dict}
+        return super().load_state_dict({**second, **state_dict}, strict, assign)
+
+    def _second_names(self) -> dict[str, str]:
+        """Returns the names of tied weights but the first one, each with the first name."""
+        names: dict[int, str] = {}
+        second = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if names.setdefault(id(parameter), name) != name:
+                second[name] = names[id(parameter)]
+        return second

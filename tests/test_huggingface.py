@@ -1,0 +1,426 @@
+"""What both retrofits of a pretrained model share: what is trained, files, limits, and what is refused."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
+
+from infini_transformer_pytorch.huggingface import InfiniLM, add_infini_attention
+from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
+from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.checkpoint import load_cursor, load_weights, save_cursor, save_weights
+from segment_recurrence_pytorch.huggingface import decoder
+from segment_recurrence_pytorch.huggingface.decoder import config_of, plain_config
+from segment_recurrence_pytorch.state import leaves
+from tests.conftest import close, same_gradients
+from tests.pretrained import FAMILIES, LENGTH, TOKENS, gradients_of, tiny_lm, tokens, transformers
+from tests.pretrained import config_of as tiny_config
+
+MAKERS = {
+    'rmt': lambda lm, **options: RecurrentMemoryLM(lm, **{'num_memory_tokens': 3, **options}),
+    'infini': lambda lm, **options: add_infini_attention(lm, **{'memory_rule': 'delta', **options}),
+}
+both = pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS.keys())
+
+
+def wrapped(model, **options):
+    return SegmentWrapper(model, segment_length=LENGTH, **options)
+
+
+def own(name):
+    """Whether a parameter belongs to the memory and not to the base."""
+    return not name.startswith('lm.') or '.infini.' in name
+
+
+# what is trained
+
+
+@both
+def test_a_frozen_base_trains_the_memory_alone(make):
+    lm = tiny_lm().requires_grad_(False)
+    before = copy.deepcopy(lm.state_dict())
+    model = make(lm)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if own(name)}
+    grouped = [parameter for group in model.param_groups(0.1, 0.1) for parameter in group['params']]
+    assert len(grouped) == len(trained)
+    optimizer, losses = torch.optim.AdamW(model.param_groups(0.02, 0.0)), []
+    for _ in range(6):
+        losses.append(wrapped(model).loss(tokens(3, 21), backward=True).loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(tensor, model.lm.state_dict()[name]) for name, tensor in before.items())
+
+
+@both
+def test_full_training_gives_every_parameter_a_gradient(make):
+    model = make(tiny_lm())
+    wrapped(model).loss(tokens(3, 21), backward=True)
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    groups = model.param_groups(1.0, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in groups[0]['params']}
+    assert {'lm.model.layers.0.mlp.up_proj.weight', 'lm.lm_head.weight'} <= decayed
+    assert not any('norm' in name or 'embed' in name or own(name) for name in decayed)
+    if isinstance(model, InfiniLM):
+        assert [names[id(p)].split('.')[-1] for p in groups[2]['params']] == ['head_gates'] * 2
+        assert groups[2]['lr'] == 30
+
+
+def test_linear_layers_of_gpt2_decay():
+    model = MAKERS['rmt'](tiny_lm('gpt2'))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)].rpartition('.h.')[2] for parameter in model.param_groups(1.0, 0.1)[0]['params']}
+    assert {'0.attn.c_attn.weight', '1.mlp.c_proj.weight'} <= decayed
+    assert not any('wte' in name or 'wpe' in name or 'ln' in name or 'memory' in name for name in decayed)
+
+
+def with_lora(lm, seed=0):
+    peft = pytest.importorskip('peft', reason='needs peft')
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=['q_proj', 'v_proj'], init_lora_weights=False, lora_dropout=0.0)
+    with warnings.catch_warnings():  # of transformers, about a name that peft uses
+        warnings.simplefilter('ignore')
+        return peft.get_peft_model(lm, config).double()
+
+
+@both
+def test_lora_first_trains_adapters_and_memory_which_one_file_holds(make, tmp_path):
+    model, x = make(with_lora(tiny_lm())), tokens(3, 21)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if own(name) or 'lora_' in name}
+    wrapped(model).loss(x).loss.backward()
+    want = gradients_of(model)
+    assert all(want[name].any() for name in trained)
+    wrapped(model).loss(x, backward=True)
+    same_gradients(gradients_of(model), want)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    save_weights(model, tmp_path / 'weights', trained_only=True)
+    other = make(with_lora(tiny_lm(), seed=1))
+    load_weights(other, tmp_path / 'weights')
+    with torch.no_grad():
+        close(wrapped(other).logits(x), wrapped(model).logits(x))
+    with pytest.raises(ValueError, match='made beside other frozen weights'):
+        load_weights(make(with_lora(tiny_lm(seed=1))), tmp_path / 'weights')
+
+
+def test_lora_after_infini_is_refused_until_the_memory_is_unfrozen():
+    lm = tiny_lm()
+    model = add_infini_attention(lm)
+    with_lora(lm)
+    with pytest.raises(ValueError, match='peft was applied after add_infini_attention, which froze the memory'):
+        wrapped(model).loss(tokens(2, 13), backward=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        wrapped(model).logits(tokens(2, 13))  # reading is right all the same
+    for memory in model.memory_layers:
+        memory.requires_grad_(True)
+    wrapped(model).loss(tokens(2, 13), backward=True)
+    assert all(memory.fastweight_mem.head_gates.grad.any() for memory in model.memory_layers)
+
+
+def test_lora_after_rmt_leaves_the_memory_tokens_trained():
+    lm = tiny_lm()
+    model = MAKERS['rmt'](lm)
+    with_lora(lm)
+    wrapped(model).loss(tokens(2, 13), backward=True)
+    assert model.initial_memory.grad.any()
+
+
+def checkpoint(lm, use_reentrant):
+    new = getattr(lm, 'activation_checkpointing_enable', None)  # its name since transformers 5
+    (new or lm.gradient_checkpointing_enable)({'use_reentrant': use_reentrant})
+
+
+@both
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
+def test_gradient_checkpointing_of_transformers_is_exact_or_refused(make):
+    model, x = make(tiny_lm()), tokens(3, 21)
+    model.train()
+    wrapped(model).loss(x).loss.backward()
+    want = gradients_of(model)
+    checkpoint(model.lm, use_reentrant=False)
+    wrapped(model).loss(x).loss.backward()
+    same_gradients(gradients_of(model), want)
+    checkpoint(model.lm, use_reentrant=True)
+    with pytest.raises(ValueError, match='use_reentrant=True loses the gradient through the state'):
+        wrapped(model).loss(x, backward=True)
+    model.eval()
+    wrapped(model).logits(x)
+
+
+@both
+def test_replay_draws_the_dropout_of_one_graph(make):
+    lm = tiny_lm('neox', hidden_dropout=0.3, attention_dropout=0.2)
+    wrapper, found = wrapped(make(lm), segments_per_pass=2).train(), []
+    for backward in (False, True, False):
+        torch.manual_seed(3)
+        loss = wrapper.loss(tokens(3, 21), backward=backward).loss
+        if not backward:
+            loss.backward()
+        found.append((loss.detach(), gradients_of(wrapper.model)))
+        wrapper.recompute = backward  # the third time
+    for loss, gradients in found[1:]:
+        close(loss, found[0][0])
+        same_gradients(gradients, found[0][1])
+    assert (wrapper.eval().loss(tokens(3, 21)).loss - found[0][0]).abs() > 1e-3
+
+
+# half types
+
+
+@both
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_half_base_has_memories_in_float32(make, dtype):
+    model = make(tiny_lm(dtype=dtype))
+    assert model.dtype == dtype
+    assert {p.dtype for name, p in model.named_parameters() if own(name)} == {torch.float32}
+    wrapper, exact = wrapped(model), wrapped(make(tiny_lm()))
+    exact.model.load_state_dict(model.state_dict())
+    x = tokens(3, 21)
+    loss, _, state = wrapper.loss(x, backward=True)
+    close(loss.double(), exact.loss(x).loss, 1e-5 if dtype == torch.float32 else 3e-2)
+    assert all(part.dtype == torch.float32 for part in torch.utils._pytree.tree_leaves(state))
+    assert wrapper.generate_tokens([x[0, :7], x[1, :9]], 8, temperature=0.0)[0].shape == (8,)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert wrapper.loss(x, backward=True).loss.isfinite()
+        assert wrapper.generate_tokens(x[:, :7], 8, temperature=0.0).shape == (3, 8)
+
+
+# generation and cursors
+
+
+@both
+def test_rows_are_generated_as_alone_and_go_on_from_a_file(make, tmp_path):
+    wrapper = wrapped(make(tiny_lm()))
+    prompts = [tokens(9), tokens(4, seed=1), tokens(13, seed=2)]
+    new, cursor = wrapper.generate_tokens(prompts, 17, temperature=0.0, return_cursor=True)
+    for prompt, row in zip(prompts, new, strict=True):
+        logits, _ = wrapper.logits(torch.cat((prompt, row))[None])
+        assert torch.equal(logits[0, len(prompt) - 1 : -1].argmax(-1), row)
+    save_cursor(cursor, tmp_path / 'cursor', wrapper.model)
+    again = load_cursor(tmp_path / 'cursor', wrapper.model)
+    more = [wrapper.generate_tokens(None, 9, state=each, temperature=0.0) for each in (cursor, again)]
+    assert all(map(torch.equal, *more))
+    with torch.no_grad():
+        wrapper.model.lm.get_input_embeddings().weight.add_(0.1)
+    with pytest.raises(ValueError, match='made with other weights'):
+        load_cursor(tmp_path / 'cursor', wrapper.model)
+
+
+@both
+def test_the_fingerprint_looks_at_a_sample(make, monkeypatch):
+    model = make(tiny_lm())
+    found = model.fingerprint()
+    assert found['values'] == 4096
+    json.dumps(found)
+
+
+@both
+@torch.no_grad()
+def test_decoding_with_fixed_shapes_is_the_parallel_pass(make):
+    """As compiled steps need it: tensors keep their shapes and their addresses."""
+    model, x = make(tiny_lm()), tokens(3, 15)
+    want = wrapped(model).logits(x)[0]
+    cache = model.open_segment(model.initial_state(3), LENGTH)
+    hidden = cache.extend(model, x[:, :4])
+    cache.make_static()
+    addresses = [tensor.data_ptr() for tensor in leaves(vars(cache))]
+    found = [model.to_logits(hidden)]
+    for i in range(4, 15):
+        if i % LENGTH == 0:
+            cache.close(model, torch.ones(3, dtype=torch.bool))
+        found.append(model.to_logits(cache.extend(model, x[:, i : i + 1])))
+    close(torch.cat(found, dim=1), want)
+    assert [tensor.data_ptr() for tensor in leaves(vars(cache))] == addresses
+
+
+# configs, files
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_model_is_made_again_from_its_arguments_and_its_file(name, tmp_path):
+    makers = [RecurrentMemoryLM] if name == 'gpt2' else [RecurrentMemoryLM, InfiniLM]
+    for cls in makers:
+        options = {'num_memory_tokens': 2} if cls is RecurrentMemoryLM else {'layers': {0}, 'memory_decay': True}
+        lm = tiny_lm(name)
+        lm.config._name_or_path, lm.config.secret = '/home/somebody/base', 'of the user'
+        model = cls(lm, **options)
+        told = json.dumps(model.arguments)
+        assert not any(word in told for word in ('somebody', 'secret', transformers.__version__, 'dtype'))
+        save_weights(model, tmp_path / 'weights')
+        arguments = json.loads(told)
+        again = cls(**arguments).double().eval()
+        assert again.arguments == model.arguments
+        load_weights(again, tmp_path / 'weights')
+        with torch.no_grad():
+            if name != 'gemma2':  # whose soft cap is lost with the attention that is the default
+                close(wrapped(again).logits(tokens(2, 13)), wrapped(model.eval()).logits(tokens(2, 13)))
+
+
+@both
+def test_weights_of_another_base_or_of_other_options_are_refused(make, tmp_path):
+    save_weights(make(tiny_lm()), tmp_path / 'weights')
+    other = make(tiny_lm(intermediate_size=40))
+    with pytest.raises(ValueError, match=r'was made with lm\.intermediate_size=48, this model has 40'):
+        load_weights(other, tmp_path / 'weights')
+    with pytest.raises(ValueError, match=r"was made with lm\.model_type='llama', this model has 'mistral'|lm\."):
+        load_weights(make(tiny_lm('mistral')), tmp_path / 'weights')
+
+
+def test_the_config_of_an_older_version_means_the_same():
+    """As transformers 4.57 writes it: the rotation has names of its own."""
+    old = dict(model_type='gpt_neox', vocab_size=TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+               num_attention_heads=4, max_position_embeddings=128, rotary_emb_base=500.0, rotary_pct=0.5)  # fmt: skip
+    config = config_of(old)
+    assert plain_config(config_of(plain_config(config))) == plain_config(config)
+    assert '500' in json.dumps(plain_config(config))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model_type': 'llama9'}, 'cannot be read by transformers'),
+        ({'model_type': None}, 'cannot be read by transformers'),
+        ({'rope_of_tomorrow': 3}, 'has rope_of_tomorrow=3, which transformers .* lacks'),
+    ],
+)
+def test_the_config_of_a_newer_version_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentMemoryLM({**plain_config(tiny_config('llama')), **change}, num_memory_tokens=2)
+
+
+# limits and what is refused
+
+
+def test_the_longest_segment_is_what_positions_and_window_leave():
+    assert RecurrentMemoryLM(tiny_lm(), num_memory_tokens=3).max_segment_length == 122
+    assert RecurrentMemoryLM(tiny_lm('gpt2'), num_memory_tokens=0).max_segment_length == 128
+    assert RecurrentMemoryLM(tiny_lm('mistral'), num_memory_tokens=3).max_segment_length == 58
+    assert RecurrentMemoryLM(tiny_lm('gemma3'), num_memory_tokens=3, max_segment_length=20).max_segment_length == 20
+    assert add_infini_attention(tiny_lm('qwen2')).max_segment_length == 128
+    assert add_infini_attention(tiny_lm('gemma2')).max_segment_length == 64
+    with pytest.raises(ValueError, match='segment_length is 65: give 1 to 64'):
+        SegmentWrapper(add_infini_attention(tiny_lm('mistral')), segment_length=65)
+
+
+BAD_RMT = [
+    (lambda: tiny_lm(), {'num_memory_tokens': 64}, 'leave no room for text: LlamaForCausalLM has max_position_emb'),
+    (lambda: tiny_lm('mistral'), {'num_memory_tokens': 32}, 'MistralForCausalLM has sliding_window=64, use fewer'),
+    (lambda: tiny_lm('mistral'), {'max_segment_length': 59}, 'max_segment_length is 59: .*sliding_window=64.*1 to 58'),
+    (lambda: tiny_lm(), {'max_segment_length': 0}, 'max_segment_length is 0'),
+    (lambda: tiny_lm(), {'num_memory_tokens': -1}, 'num_memory_tokens is -1'),
+]
+
+
+@pytest.mark.parametrize(('make_lm', 'options', 'message'), BAD_RMT)
+def test_a_memory_that_does_not_fit_is_refused(make_lm, options, message):
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        RecurrentMemoryLM(make_lm(), **{'num_memory_tokens': 3, **options})
+
+
+BERT = dict(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+OTHERS = {
+    'encoder': (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+        'BertForMaskedLM (is no causal language model|is not supported|has no attention with rotary positions)',
+    ),
+    'no head': (lambda: tiny_lm().model, 'LlamaModel has no head that makes logits|has no decoder under a head'),
+    'encoder-decoder': (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        'T5ForConditionalGeneration is an encoder-decoder',
+    ),
+    'state-space': (
+        lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=1, state_size=4)
+        ),
+        'MambaForCausalLM does not take position_ids.*state-space',
+    ),
+    'no model': (lambda: 3, 'lm is a int: give what AutoModelForCausalLM'),
+    'meta': (lambda: tiny_lm().to('meta'), 'the model is on the meta device'),
+}
+
+
+@both
+@pytest.mark.parametrize(('make_lm', 'message'), OTHERS.values(), ids=OTHERS.keys())
+def test_models_of_other_kinds_are_refused_by_name(make, make_lm, message):
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        make(make_lm())
+
+
+@both
+def test_attention_that_takes_no_masks_is_refused(make):
+    lm = tiny_lm()
+    lm.config._attn_implementation = 'flex_attention'
+    with pytest.raises(ValueError, match=r"has the attention 'flex_attention'.*set_attn_implementation\('sdpa'\)"):
+        make(lm)
+
+
+BAD_INFINI = [
+    (tiny_lm, {'layers': []}, r'layers are \[\]: give one or more numbers from 0 to 1'),
+    (tiny_lm, {'layers': [2]}, r'layers are \[2\]: give one or more numbers from 0 to 1'),
+    (tiny_lm, {'memory_rule': 'hebb'}, "memory_rule is 'hebb'"),
+    (tiny_lm, {'head_gate_init_value': float('nan')}, 'head_gate_init_value is nan'),
+    (lambda: tiny_lm('gpt2'), {}, 'GPT2LMHeadModel has no attention with rotary positions'),
+]
+
+
+@pytest.mark.parametrize(('make_lm', 'options', 'message'), BAD_INFINI)
+def test_a_memory_that_infini_attention_cannot_add_leaves_the_model_unchanged(make_lm, options, message):
+    lm = make_lm()
+    check_unchanged(lm, options, message)
+
+
+def check_unchanged(lm, options, message):
+    x, before = tokens(2, 9), {name: id(parameter) for name, parameter in lm.named_parameters()}
+    logits, attention = lm(x).logits, lm.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        add_infini_attention(lm, **options)
+    assert {name: id(parameter) for name, parameter in lm.named_parameters()} == before
+    assert lm.config._attn_implementation == attention
+    assert not any(module._forward_pre_hooks for module in lm.modules())
+    assert torch.equal(lm(x).logits, logits)
+
+
+def test_a_family_whose_attention_does_not_fit_is_given_back_unchanged():
+    """Phi rotates a part of each head inside its attention: the function here cannot know it."""
+    config = transformers.PhiConfig(vocab_size=TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                    num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    lm = transformers.PhiForCausalLM(config).double().eval()
+    check_unchanged(lm, {}, 'PhiForCausalLM is not supported')
+    RecurrentMemoryLM(lm, num_memory_tokens=2)  # whose memory does not look inside
+
+
+def test_a_second_memory_is_refused():
+    lm = tiny_lm()
+    add_infini_attention(lm)
+    for make in MAKERS.values():
+        with pytest.raises(ValueError, match='LlamaForCausalLM has a memory in its attention already'):
+            make(lm)
+
+
+def test_attention_that_was_changed_later_is_refused():
+    lm, x = tiny_lm(), tokens(2, 9)
+    wrapper = wrapped(add_infini_attention(lm))
+    want = wrapper.logits(x)[0]
+    lm.set_attn_implementation('eager')
+    with pytest.raises(ValueError, match=r"changed to 'eager', .*set_attn_implementation\('infini_sdpa'\)"):
+        wrapper.logits(x)
+    lm.set_attn_implementation('infini_sdpa')
+    assert torch.equal(wrapper.logits(x)[0], want)
+
+
+def test_a_head_with_more_than_a_weight_is_refused(monkeypatch):
+    monkeypatch.setattr(decoder.PretrainedLM, 'to_logits', lambda self, hidden: 2 * self.lm.lm_head(hidden))
+    with pytest.raises(ValueError, match='LlamaForCausalLM is not supported: its logits differ by'):
+        RecurrentMemoryLM(tiny_lm(), num_memory_tokens=2)
