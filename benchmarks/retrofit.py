@@ -1,0 +1,254 @@
+"""What a memory does for a pretrained language model: a tiny Llama and a tiny GPT-2, pretrained here, then retrofitted.
+
+    python -m benchmarks.retrofit                 # all runs that have no result yet, then the page
+    python -m benchmarks.retrofit --seeds 0       # those of one seed
+    python -m benchmarks.retrofit --report        # only docs/results.md
+
+For each base and seed: the base learns the bytes of the default corpus in segments of 64, each read by itself. Then it
+is retrofitted, and trained on in two ways, with all of its weights.
+
+    bytes       on rows of four segments, as the unmodified base is, for the same steps, on the same rows: bits per byte
+                before the first step, after 50 steps, and at the end
+    memorize    on `tasks.Memorize`, whose first segment holds what is asked for in the last one: accuracy at 1 segment
+                (no memory needed), at 5, the longest in training, and at longer ones
+
+Rules and seeds were written down before the first of these runs, in results/retrofit/rules.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.evidence.report import interval, table
+from infini_transformer_pytorch.huggingface import add_infini_attention
+from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
+from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.checkpoint import replacing
+from segment_recurrence_pytorch.data import python_source
+from segment_recurrence_pytorch.tasks import Memorize, SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.training import warmup_cosine
+
+RESULTS = Path(__file__).parent / 'results' / 'retrofit'
+SEEDS = (0, 1, 2)
+SEGMENT, SEGMENTS, BATCH = 64, 4, 16  # of the bytes
+BASE_STEPS, BYTE_STEPS, MENDING = 600, 300, 50
+TASK_STEPS, TASK_LENGTHS = 2000, (1, 2, 5, 16, 64)
+BASE_LR, LR = 3e-3, 1e-3
+BASES: dict[str, Callable[[], Any]] = {
+    'llama': lambda: LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                    max_position_embeddings=128)
+    ),
+    'gpt2': lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=256, n_embd=96, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0,
+                   resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    ),
+}  # fmt: skip
+METHODS: dict[str, Callable[[Any], Any]] = {
+    'unmodified': lambda lm: RecurrentMemoryLM(lm, num_memory_tokens=0),
+    'rmt': lambda lm: RecurrentMemoryLM(lm, num_memory_tokens=4),
+    'infini': lambda lm: add_infini_attention(lm, head_gate_init_value=GATE),
+}
+GATE = 0.0
+RUNS = [(base, method) for base in BASES for method in METHODS if (base, method) != ('gpt2', 'infini')]
+
+
+def wrapped(lm: Any, method: str, segment_length: int) -> SegmentWrapper:
+    """Returns a copy of a language model with a memory, in a wrapper."""
+    return SegmentWrapper(METHODS[method](copy.deepcopy(lm)), segment_length=segment_length)
+
+
+@cache
+def rows_of_bytes(split: str, count: int) -> Tensor:
+    """Returns rows of bytes of four segments and one byte, (count, 257), in a fixed random order."""
+    length = SEGMENT * SEGMENTS + 1
+    documents = getattr(python_source(), split)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    pieces = [documents[i][: len(documents[i]) // length * length].view(-1, length) for i in order]
+    return torch.cat(pieces)[:count].long()
+
+
+def step(wrapper: SegmentWrapper, loss: Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    """Makes one step of the optimizer, and one of the schedule of its learning rate."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in wrapper.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+@torch.no_grad()
+def bits(wrapper: SegmentWrapper) -> float:
+    """Returns the bits per byte of 128 validation rows."""
+    wrapper.eval()
+    found = wrapper.loss(rows_of_bytes('valid', 128)).loss.item() / math.log(2)
+    wrapper.train()
+    return round(found, 4)
+
+
+def learn_bytes(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: str) -> dict[str, float]:
+    """Trains on rows of bytes, and returns the bits per byte at some steps.
+
+    Args:
+        wrapper: the model in its wrapper.
+        steps: number of steps.
+        lr: the learning rate.
+        seed: seed of the rows.
+        name: what the progress bar shows.
+    """
+    rows, draw = rows_of_bytes('train', 20_000), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.95))
+    schedule = LambdaLR(optimizer, lambda done: warmup_cosine(done / steps))
+    found = {'0': bits(wrapper)}
+    wrapper.train()
+    for done in tqdm(range(1, steps + 1), desc=name, disable=None):
+        batch = rows[torch.randint(len(rows), (BATCH,), generator=draw)]
+        step(wrapper, wrapper.loss(batch).loss, optimizer, schedule)
+        if done in (MENDING, steps):
+            found[f'{done}'] = bits(wrapper)
+    return found
+
+
+def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: str) -> dict[str, Any]:
+    """Trains on Memorize with a curriculum of 1 to 5 segments, and returns when it reached each stage, and its accuracy
+    at several lengths.
+
+    Args:
+        wrapper: the model in its wrapper.
+        steps: number of steps.
+        lr: the learning rate.
+        seed: seed of the task.
+        name: what the progress bar shows.
+    """
+    task, draw = Memorize(), torch.Generator().manual_seed(seed)
+    curriculum = SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
+    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.98))
+    schedule = LambdaLR(optimizer, lambda done: min(1, (done + 1) / 50) * max(0.03, 1 - done / steps))
+    reached: dict[str, int] = {}
+    wrapper.train()
+    for done in tqdm(range(steps), desc=name, disable=None):
+        segments = curriculum.draw(draw)
+        tokens, labels = task.batch(segments, 32, draw)
+        loss = wrapper.loss(tokens, labels=labels).loss
+        step(wrapper, loss, optimizer, schedule)
+        curriculum.update(math.exp(-loss.item()), segments)
+        reached.setdefault(f'{curriculum.stages[curriculum.stage]}', done)
+    evaluation = torch.Generator().manual_seed(1000 + seed)
+    curve = {
+        f'{length}': round(
+            accuracy(wrapper, task, length, batch_size=256 if length < 64 else 64, generator=evaluation), 4
+        )
+        for length in TASK_LENGTHS
+    }
+    return {'reached': reached, 'curve': curve, 'without_memory': task.without_memory}
+
+
+def run(base: str, seed: int, folder: Path, *, base_steps: int, byte_steps: int, task_steps: int, lr: float) -> None:
+    """Makes the runs of a base and a seed that have no result yet."""
+    todo = [method for each, method in RUNS if each == base and not (folder / f'{base}-{method}-{seed}.json').exists()]
+    if not todo:
+        return
+    torch.manual_seed(seed)
+    pretrained = BASES[base]()
+    start = time.process_time()
+    first = learn_bytes(SegmentWrapper(METHODS['unmodified'](pretrained), segment_length=SEGMENT), base_steps, BASE_LR,
+                        seed, f'{base} {seed}, base')  # fmt: skip
+    seconds = round(time.process_time() - start)
+    for method in todo:
+        torch.manual_seed(seed)
+        start = time.process_time()
+        name = f'{base} {seed}, {method}'
+        text = learn_bytes(wrapped(pretrained, method, SEGMENT), byte_steps, lr, seed + 1000, f'{name}, bytes')
+        torch.manual_seed(seed)
+        task = learn_task(wrapped(pretrained, method, Memorize().segment_length), task_steps, lr, seed, f'{name}, task')
+        found = {
+            'base': base, 'method': method, 'seed': seed, 'base_bits': first, 'base_cpu_seconds': seconds,
+            'bytes': text, 'memorize': task, 'cpu_seconds': round(time.process_time() - start),
+            'base_steps': base_steps, 'byte_steps': byte_steps, 'task_steps': task_steps, 'lr': lr,
+            'gate': GATE if method == 'infini' else None,
+        }  # fmt: skip
+        print(json.dumps(found), flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f'{base}-{method}-{seed}.json') as part:
+            part.write_text(json.dumps(found, indent=2) + '\n')
+
+
+def load(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Returns the results by base and method, in the order of their seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in RUNS}
+    for path in sorted(folder.glob('*.json')):
+        result = json.loads(path.read_text())
+        found[result['base'], result['method']].append(result)
+    return {pair: sorted(results, key=lambda each: each['seed']) for pair, results in found.items() if results}
+
+
+def section(folder: Path = RESULTS) -> str:
+    """Returns the section of docs/results.md. It is empty if there are no results."""
+    found = load(folder)
+    if not found:
+        return ''
+    lines, learned = [], []
+    for (base, method), results in found.items():
+        twins = {each['seed']: each for each in found.get((base, 'unmodified'), [])}
+        cells = [base, method]
+        for at in ('0', f'{MENDING}', f'{results[0]["byte_steps"]}'):
+            differences = [each['bytes'][at] - twins[each['seed']]['bytes'][at] for each in results]
+            own = mean([each['bytes'][at] for each in results])
+            cells.append(f'{own:.3f}' if method == 'unmodified' else f'{own:.3f}, {interval(differences)}')
+        lines.append([*cells, f'{len(results)}'])
+        curves = [each['memorize']['curve'] for each in results]
+        shares = [[curve[length] for curve in curves] for length in curves[0]]
+        learned.append([base, method, *(f'{mean(each):.3f} ({min(each):.3f})' for each in shares), f'{len(results)}'])
+    one = next(iter(found.values()))[0]
+    head = ['base', 'retrofit', 'before', f'after {MENDING} steps', f'after {one["byte_steps"]}', 'seeds']
+    lengths = [f'{int(length):,}' for length in one['memorize']['curve']]
+    return '\n'.join(
+        [
+            '## A memory for a pretrained language model\n',
+            '`python -m benchmarks.retrofit`\n',
+            (folder / 'introduction.md').read_text(),
+            table(head, lines),
+            f'Accuracy on Memorize at so many segments; without memory {one["memorize"]["without_memory"]:.3f} from two '
+            'segments on:\n',
+            table(['base', 'retrofit', *lengths, 'seeds'], learned),
+            (folder / 'remarks.md').read_text(),
+        ]
+    )
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(SEEDS))
+    parser.add_argument('--bases', nargs='+', choices=list(BASES), default=list(BASES))
+    parser.add_argument('--report', action='store_true', help='only the page')
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in [] if arguments.report else arguments.seeds:
+        for base in arguments.bases:
+            run(base, seed, RESULTS, base_steps=BASE_STEPS, byte_steps=BYTE_STEPS, task_steps=TASK_STEPS, lr=LR)
+    if arguments.report:
+        from benchmarks.evidence.report import report
+        from benchmarks.evidence.results import PAGE
+        from benchmarks.evidence.results import RESULTS as EVIDENCE
+
+        report(EVIDENCE, PAGE)
+
+
+if __name__ == '__main__':
+    main()
