@@ -22,22 +22,19 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.evidence.report import interval, table
-from infini_transformer_pytorch.huggingface import add_infini_attention
-from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
-from segment_recurrence_pytorch import SegmentWrapper
+from benchmarks.evidence.report import report
+from benchmarks.evidence.results import PAGE
+from benchmarks.evidence.results import RESULTS as EVIDENCE
+from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import python_source
 from segment_recurrence_pytorch.tasks import Memorize, SegmentCurriculum, accuracy
@@ -49,28 +46,37 @@ SEGMENT, SEGMENTS, BATCH = 64, 4, 16  # of the bytes
 BASE_STEPS, BYTE_STEPS, MENDING = 600, 300, 50
 TASK_STEPS, TASK_LENGTHS = 2000, (1, 2, 5, 16, 64)
 BASE_LR, LR = 3e-3, 1e-3
-BASES: dict[str, Callable[[], Any]] = {
-    'llama': lambda: LlamaForCausalLM(
-        LlamaConfig(vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                    max_position_embeddings=128)
-    ),
-    'gpt2': lambda: GPT2LMHeadModel(
+RUNS = [('llama', 'unmodified'), ('llama', 'rmt'), ('llama', 'infini'), ('gpt2', 'unmodified'), ('gpt2', 'rmt')]
+
+
+def new_base(name: str) -> Any:
+    """Returns a language model of transformers over bytes, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if name == 'llama':
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=128)
+        )  # fmt: skip
+    return GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_embd=96, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0,
                    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    ),
-}  # fmt: skip
-METHODS: dict[str, Callable[[Any], Any]] = {
-    'unmodified': lambda lm: RecurrentMemoryLM(lm, num_memory_tokens=0),
-    'rmt': lambda lm: RecurrentMemoryLM(lm, num_memory_tokens=4),
-    'infini': lambda lm: add_infini_attention(lm, head_gate_init_value=GATE),
-}
-GATE = 0.0
-RUNS = [(base, method) for base in BASES for method in METHODS if (base, method) != ('gpt2', 'infini')]
+    )  # fmt: skip
+
+
+def retrofitted(lm: Any, method: str) -> SegmentModel:
+    """Returns a language model with a memory, or ('unmodified') as it is, reading each segment by itself."""
+    from infini_transformer_pytorch.huggingface import add_infini_attention
+    from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
+
+    if method == 'infini':
+        return add_infini_attention(lm)
+    return RecurrentMemoryLM(lm, num_memory_tokens=4 if method == 'rmt' else 0)
 
 
 def wrapped(lm: Any, method: str, segment_length: int) -> SegmentWrapper:
     """Returns a copy of a language model with a memory, in a wrapper."""
-    return SegmentWrapper(METHODS[method](copy.deepcopy(lm)), segment_length=segment_length)
+    return SegmentWrapper(retrofitted(copy.deepcopy(lm), method), segment_length=segment_length)
 
 
 @cache
@@ -164,10 +170,10 @@ def run(base: str, seed: int, folder: Path, *, base_steps: int, byte_steps: int,
     if not todo:
         return
     torch.manual_seed(seed)
-    pretrained = BASES[base]()
+    pretrained = new_base(base)
     start = time.process_time()
-    first = learn_bytes(SegmentWrapper(METHODS['unmodified'](pretrained), segment_length=SEGMENT), base_steps, BASE_LR,
-                        seed, f'{base} {seed}, base')  # fmt: skip
+    wrapper = SegmentWrapper(retrofitted(pretrained, 'unmodified'), segment_length=SEGMENT)
+    first = learn_bytes(wrapper, base_steps, BASE_LR, seed, f'{base} {seed}, base')
     seconds = round(time.process_time() - start)
     for method in todo:
         torch.manual_seed(seed)
@@ -180,7 +186,6 @@ def run(base: str, seed: int, folder: Path, *, base_steps: int, byte_steps: int,
             'base': base, 'method': method, 'seed': seed, 'base_bits': first, 'base_cpu_seconds': seconds,
             'bytes': text, 'memorize': task, 'cpu_seconds': round(time.process_time() - start),
             'base_steps': base_steps, 'byte_steps': byte_steps, 'task_steps': task_steps, 'lr': lr,
-            'gate': GATE if method == 'infini' else None,
         }  # fmt: skip
         print(json.dumps(found), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,66 +193,18 @@ def run(base: str, seed: int, folder: Path, *, base_steps: int, byte_steps: int,
             part.write_text(json.dumps(found, indent=2) + '\n')
 
 
-def load(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Returns the results by base and method, in the order of their seeds."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in RUNS}
-    for path in sorted(folder.glob('*.json')):
-        result = json.loads(path.read_text())
-        found[result['base'], result['method']].append(result)
-    return {pair: sorted(results, key=lambda each: each['seed']) for pair, results in found.items() if results}
-
-
-def section(folder: Path = RESULTS) -> str:
-    """Returns the section of docs/results.md. It is empty if there are no results."""
-    found = load(folder)
-    if not found:
-        return ''
-    lines, learned = [], []
-    for (base, method), results in found.items():
-        twins = {each['seed']: each for each in found.get((base, 'unmodified'), [])}
-        cells = [base, method]
-        for at in ('0', f'{MENDING}', f'{results[0]["byte_steps"]}'):
-            differences = [each['bytes'][at] - twins[each['seed']]['bytes'][at] for each in results]
-            own = mean([each['bytes'][at] for each in results])
-            cells.append(f'{own:.3f}' if method == 'unmodified' else f'{own:.3f}, {interval(differences)}')
-        lines.append([*cells, f'{len(results)}'])
-        curves = [each['memorize']['curve'] for each in results]
-        shares = [[curve[length] for curve in curves] for length in curves[0]]
-        learned.append([base, method, *(f'{mean(each):.3f} ({min(each):.3f})' for each in shares), f'{len(results)}'])
-    one = next(iter(found.values()))[0]
-    head = ['base', 'retrofit', 'before', f'after {MENDING} steps', f'after {one["byte_steps"]}', 'seeds']
-    lengths = [f'{int(length):,}' for length in one['memorize']['curve']]
-    return '\n'.join(
-        [
-            '## A memory for a pretrained language model\n',
-            '`python -m benchmarks.retrofit`\n',
-            (folder / 'introduction.md').read_text(),
-            table(head, lines),
-            f'Accuracy on Memorize at so many segments; without memory {one["memorize"]["without_memory"]:.3f} from two '
-            'segments on:\n',
-            table(['base', 'retrofit', *lengths, 'seeds'], learned),
-            (folder / 'remarks.md').read_text(),
-        ]
-    )
-
-
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='+', default=list(SEEDS))
-    parser.add_argument('--bases', nargs='+', choices=list(BASES), default=list(BASES))
+    parser.add_argument('--bases', nargs='+', choices=('llama', 'gpt2'), default=['llama', 'gpt2'])
     parser.add_argument('--report', action='store_true', help='only the page')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for seed in [] if arguments.report else arguments.seeds:
         for base in arguments.bases:
             run(base, seed, RESULTS, base_steps=BASE_STEPS, byte_steps=BYTE_STEPS, task_steps=TASK_STEPS, lr=LR)
-    if arguments.report:
-        from benchmarks.evidence.report import report
-        from benchmarks.evidence.results import PAGE
-        from benchmarks.evidence.results import RESULTS as EVIDENCE
-
-        report(EVIDENCE, PAGE)
+    report(EVIDENCE, PAGE)
 
 
 if __name__ == '__main__':

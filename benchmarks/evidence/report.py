@@ -38,6 +38,8 @@ def report(folder: Path, page: Path) -> None:
         if remark := prose(f'remarks/{name}'):
             parts.append(remark)
     parts += million_section(folder.parent / 'million_evaluation.json')
+    if retrofits := retrofit_section(folder.parent / 'retrofit'):
+        parts.append(retrofits)
     if sections := [part for experiment in EXPERIMENTS.values() for part in experiment_section(experiment, folder)]:
         parts += [f'## Experiments\n\n{prose("rule")}', *sections]
     missing = [f'- {row.claim} (`{name}`)' for name, row in ROWS.items() if not results[name]]
@@ -186,6 +188,43 @@ def million_section(path: Path) -> list[str]:
     head = f'## A million tokens, {found["sequences"]} sequences: an evaluation on one core, '
     head += f'asked for in under 3 minutes{" (missed)" if slowest >= 180 else ""}\n'
     return [head, f'`{found["command"]}`: {seconds}, on {found["machine"]} with one thread.\n']
+
+
+def retrofit_section(folder: Path) -> str:
+    """Returns the section on pretrained language models, from the JSON of `benchmarks.retrofit` and texts beside it. It
+    is empty if there are no results."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    order = ('unmodified', 'rmt', 'infini')
+    results = [json.loads(path.read_text()) for path in folder.glob('*.json')]
+    for result in sorted(results, key=lambda each: (each['base'], order.index(each['method']), each['seed'])):
+        found.setdefault((result['base'], result['method']), []).append(result)
+    if not found:
+        return ''
+    texts, tasks = [], []
+    for (base, method), runs in found.items():
+        twins = {run['seed']: run for run in found.get((base, order[0]), [])}
+        cells = [base, method]
+        for at in runs[0]['bytes']:
+            differences = [run['bytes'][at] - twins[run['seed']]['bytes'][at] for run in runs if run['seed'] in twins]
+            own = f'{mean([run["bytes"][at] for run in runs]):.3f}'
+            cells.append(own if method == order[0] else f'{own}, {interval(differences)}')
+        texts.append([*cells, f'{len(runs)}'])
+        curves = [run['memorize']['curve'] for run in runs]
+        shares = [[curve[length] for curve in curves] for length in curves[0]]
+        tasks.append([base, method, *(f'{mean(each):.3f} ({min(each):.3f})' for each in shares), f'{len(runs)}'])
+    one = results[0]
+    alone = one['memorize']['without_memory']
+    steps = [f'after {step} steps' for step in list(one['bytes'])[1:]]
+    parts = [
+        '## A memory for a pretrained language model\n\n`python -m benchmarks.retrofit`\n',
+        (folder / 'introduction.md').read_text(),
+        table(['base', 'retrofit', 'before', *steps, 'seeds'], texts),
+        f'Accuracy on Memorize at so many segments, the worst seed in brackets; without memory {alone:.3f} from two '
+        'segments on:\n',
+        table(['base', 'retrofit', *(f'{int(length):,}' for length in one['memorize']['curve']), 'seeds'], tasks),
+        (folder / 'remarks.md').read_text(),
+    ]
+    return '\n'.join(parts)
 
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:
