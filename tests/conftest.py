@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import pytest
 import torch
 
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
+
+
+# a shell that starts the tests in the background, or by nohup, lets them ignore these signals, which some tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, 'SIGHUP'):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
