@@ -11,7 +11,6 @@ import torch
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 
-
 # a shell that starts the tests in the background, or by nohup, lets them ignore these signals, which some tests send
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, 'SIGHUP'):
