@@ -9,10 +9,10 @@ is retrofitted, and trained on in two ways, with all of its weights.
 
     bytes       on rows of four segments, as the unmodified base is, for the same steps, on the same rows: bits per byte
                 before the first step, after 50 steps, and at the end
-    memorize    on `tasks.Memorize` over printable bytes, whose first segment holds what is asked for in the last one: accuracy at 1 segment
-                (no memory needed), at 5, the longest in training, and at longer ones
+    memorize    on `tasks.Memorize` over printable bytes, whose first segment holds what is asked for in the last one:
+                accuracy at 1 segment (no memory needed), at 5, the longest in training, and at longer ones
 
-Rules and seeds were written down before the first of these runs, in results/retrofit/rules.md.
+Rules and seeds, and what was tried so far: results/retrofit/rules.md. The runs of the page are still to be made.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from segment_recurrence_pytorch.training import warmup_cosine
 RESULTS = Path(__file__).parent / 'results' / 'retrofit'
 SEEDS = (0, 1, 2)
 SEGMENT, SEGMENTS, BATCH = 64, 4, 16  # of the bytes
-BASE_STEPS, BYTE_STEPS, MENDING = 600, 200, 50
-TASK_STEPS, TASK_LENGTHS = 600, (1, 2, 5, 16, 64)
+BASE_STEPS, BYTE_STEPS, MENDING = 1000, 300, 50
+TASK_STEPS, TASK_LENGTHS = 1500, (1, 2, 5, 16, 64)
 BASE_LR, LR = 3e-3, 1e-3
 RUNS = [('llama', 'unmodified'), ('llama', 'rmt'), ('llama', 'infini'), ('gpt2', 'unmodified'), ('gpt2', 'rmt')]
 
@@ -61,7 +61,7 @@ class Printable(Memorize):
         """See `tasks.Task.pieces`."""
         for tokens, labels in super().pieces(segments, batch_size, generator):
             asked = labels if labels is None else torch.where(labels == IGNORE, labels, labels + self.first)
-            yield tokens + self.first, asked
+            yield Example(tokens + self.first, asked)
 
 
 def new_base(name: str) -> Any:

@@ -17,6 +17,7 @@ Letters: s segments, b rows of the batch, h query heads, g key/value heads, n to
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,16 +28,13 @@ import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infini_transformer_pytorch.attention import DECAY_BIAS, LayerMemory, empty_memories
 from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.cache import Slots
-from segment_recurrence_pytorch.checks import is_whole
+from segment_recurrence_pytorch.checks import is_whole, needs_extra
 from segment_recurrence_pytorch.huggingface.decoder import (
     BACKENDS,
     PretrainedLM,
@@ -45,6 +43,13 @@ from segment_recurrence_pytorch.huggingface.decoder import (
     next_rows,
 )
 from segment_recurrence_pytorch.state import copied
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    raise needs_extra('add_infini_attention', 'hf', error) from error
 
 
 def add_infini_attention(
@@ -141,6 +146,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
             for index in range(len(chosen))
         ]
         hooks, backend = [], self.attention
+        _give_own_config(self.lm)
         try:
             for memory, layer in zip(self._memories, chosen, strict=True):
                 found[layer].infini = memory
@@ -411,6 +417,16 @@ def attention_modules(lm: nn.Module) -> list[nn.Module]:
             'Mistral, Qwen2, Qwen3 and Gemma 1 to 3; RecurrentMemoryLM works with others too'
         )
     return found
+
+
+def _give_own_config(lm: nn.Module) -> None:
+    """Gives a model a copy of its config, since the config names the attention, and other models may share it."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(lm.config, copies)  # by the identity of each config inside it
+    for module in lm.modules():
+        config = getattr(module, 'config', None)
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def _heads_of(module: Any, config: Any) -> tuple[int, int]:

@@ -25,12 +25,16 @@ import torch
 import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
-from segment_recurrence_pytorch.checks import check_not_negative, is_whole
+from segment_recurrence_pytorch.checks import check_not_negative, is_whole, needs_extra
 from segment_recurrence_pytorch.huggingface.decoder import PretrainedLM, causal_mask, check_same_logits, next_rows
 from segment_recurrence_pytorch.state import copied, where_rows
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin
+except ImportError as error:
+    raise needs_extra('RecurrentMemoryLM', 'hf', error) from error
 
 
 class RecurrentMemoryLM(PretrainedLM):

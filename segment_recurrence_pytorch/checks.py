@@ -75,6 +75,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def needs_extra(what: str, extra: str, error: ImportError) -> ImportError:
+    """Returns an error that tells what to install.
+
+    Args:
+        what: what was asked for.
+        extra: the extra of this library that has the missing package.
+        error: the error of the import.
+    """
+    package = (error.name or str(error)).partition('.')[0]
+    return ImportError(f"{what} needs the package {package}: pip install 'segment-recurrence-pytorch[{extra}]'")
+
+
 def check_has_weights(model: nn.Module) -> None:
     """Raises ValueError if the model is on the meta device, where it has no weights."""
     parameter = next(model.parameters(), None)

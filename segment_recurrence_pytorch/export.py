@@ -84,10 +84,16 @@ def export_segment(model: SegmentModel) -> torch.export.ExportedProgram:
             `tensor.shape[0]`.
 
     Raises:
-        ValueError: if the model is no `SegmentModel`, is sharded, or is on the meta device.
+        ValueError: if the model is no `SegmentModel`, is one of transformers with a memory, is sharded, or is on the
+            meta device.
     """
     if not isinstance(model, SegmentModel):
         raise ValueError(f'export_segment takes a SegmentModel, not a {type(model).__name__}: a wrapper has .model')
+    if not model.can_export:
+        raise ValueError(
+            f'{type(model).__name__} cannot be a graph: the code of transformers fixes the number of rows. Models of '
+            'this library can'
+        )
     if model.mesh is not None:
         raise ValueError(
             'the parameters of the model are sharded: save its weights, and export a model that loads them'

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 
 from segment_recurrence_pytorch.checkpoint import check_made_by, replacing, save_weights
-from segment_recurrence_pytorch.checks import check_has_weights
+from segment_recurrence_pytorch.checks import check_has_weights, needs_extra
 from segment_recurrence_pytorch.metrics import read_metrics
 from segment_recurrence_pytorch.model import SegmentModel, class_name
 
@@ -60,21 +61,32 @@ def from_pretrained(
     else:
         config, weights = (_downloaded(str(name_or_folder), file, download) for file in (CONFIG, WEIGHTS))
     saved = _read_config(config)
-    dtype, made_by = _look_into(weights)
-    if made_by is not None:
-        check_made_by(weights, made_by, {'class': cls.__name__, 'arguments': saved})
+    dtypes, made_by = _look_into(weights)
+    now = {'class': cls.__name__, 'arguments': saved}
+    if made_by is not None and not (isinstance(made_by, dict) and made_by.get('class') == cls.__name__):
+        check_made_by(weights, made_by, now)
     taken, known = _arguments_of(cls)
     if unknown := sorted(set(saved) - known):
         raise ValueError(
             f'{config} has the argument {unknown[0]!r}, which {cls.__name__} does not take: it was made by another '
             'class, or by a newer version of it'
         )
+    if unknown := sorted(set(arguments) - known):
+        raise ValueError(f'from_pretrained was given {unknown[0]!r}, which {cls.__name__} does not take')
+    if made_by is not None:
+        try:
+            check_made_by(weights, made_by, now)
+        except ValueError as error:
+            raise ValueError(f'{config} does not belong to its weights: {error}') from error
     saved = {name: value for name, value in saved.items() if name in taken}
     try:
         model = cls(**{**saved, **arguments})
     except Exception as error:  # whatever a constructor says to values of other types or outside their range
         raise ValueError(f'{config} does not make a {cls.__name__}: {error}') from error
-    model.to(device=device, dtype=dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+    model.to(device=device)
     try:
         load_model(model, str(weights), device=str(model.device))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -96,7 +108,7 @@ def push_to_hub(
     """See `SegmentModel.push_to_hub`."""
     api = _hub('push_to_hub').HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, run=run)  # before anything is made on the hub
+        model.save_pretrained(folder, run=run)  # before anything is made on the hub
         repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(
             repo_id=repo_id,
@@ -112,9 +124,7 @@ def _hub(what: str) -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(
-            f"{what} needs the package huggingface_hub: pip install 'segment-recurrence-pytorch[hub]'"
-        ) from error
+        raise needs_extra(what, 'hub', error) from error
     return huggingface_hub
 
 
@@ -151,17 +161,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _look_into(path: Path) -> tuple[torch.dtype | None, Any]:
-    """Returns the dtype of the weights in a file, or None if there are several, and what the file says of the model
-    that made it, or None."""
+def _look_into(path: Path) -> tuple[dict[str, torch.dtype], Any]:
+    """Returns the dtypes of the weights in a file by their names, and what the file says of the model that made it, or
+    None."""
     try:
         with safe_open(str(path), framework='pt') as file:
-            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
             made_by = json.loads((file.metadata() or {}).get('model', 'null'))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f'{path} holds no weights: {error}') from error
-    kinds &= set(DTYPES)
-    return (DTYPES[kinds.pop()] if len(kinds) == 1 else None), made_by
+        raise ValueError(f'{path} is damaged, or holds no weights: {error}') from error
+    return {name: DTYPES[kind] for name, kind in kinds.items() if kind in DTYPES}, made_by
 
 
 def _arguments_of(cls: type) -> tuple[set[str], set[str]]:
@@ -182,7 +191,11 @@ def _arguments_of(cls: type) -> tuple[set[str], set[str]]:
 
 def _card(model: SegmentModel, run: Path, *, needed: bool) -> str:
     """Returns the model card, with the settings and the validation of a training run if its folder holds them."""
-    name, package = class_name(model), type(model).__module__.partition('.')[0]
+    name, module = class_name(model), type(model).__module__
+    package = module.partition('.')[0]
+    place = package if hasattr(sys.modules.get(package), name) else module
+    arguments = {key: value.get('model_type', '') if isinstance(value, dict) else value
+                 for key, value in model.arguments.items()}  # fmt: skip
     about: dict[str, Any] = {}
     if needed or (run / 'run.json').exists():
         try:
@@ -203,8 +216,8 @@ def _card(model: SegmentModel, run: Path, *, needed: bool) -> str:
         f'# {name}\n',
         f'A segment-recurrent transformer: it reads a text of any length segment by segment, and carries a state from '
         f'each segment to the next. It has {parameters:,} parameters.\n',
-        f"```python\nfrom {package} import {name}\n\nmodel = {name}.from_pretrained('NAME')\n```\n",
-        *_table('Arguments', model.arguments),
+        f"```python\nfrom {place} import {name}\n\nmodel = {name}.from_pretrained('NAME')\n```\n",
+        *_table('Arguments', arguments),
         *_table('Training', about),
         *_table('Results', results),
     ]

@@ -121,6 +121,7 @@ class SegmentModel(nn.Module, ABC):
         arguments: the arguments of the constructors of the class and of its base classes, with defaults filled in. The
             base class records them, in the form that `recorded_argument` returns. A saved cursor or a file of weights
             can only be loaded into a model with the same arguments.
+        can_export: whether `export.export_segment` can make a graph of `advance`. Default: True.
         fingerprint_values: how many values of each weight the fingerprint looks at. They are evenly spaced. Default:
             None, all values.
     """
@@ -133,6 +134,7 @@ class SegmentModel(nn.Module, ABC):
     can_chain: bool = False
     chain: Chain | None = None
     mesh: DeviceMesh | None = None
+    can_export: bool = True
     fingerprint_values: int | None = None
     arguments: dict[str, Any]
 

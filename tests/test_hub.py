@@ -281,8 +281,8 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     arguments = json.loads(good['config.json'])
     refused(r'config\.json is damaged', config=good['config.json'][:-9])
     refused(r'config\.json is damaged: it holds a list', config=b'[1]')
-    refused(r'model\.safetensors holds no weights', model=good['model.safetensors'][:-9])
-    refused(r'model\.safetensors holds no weights', model=b'')
+    refused(r'model\.safetensors is damaged, or holds no weights', model=good['model.safetensors'][:-9])
+    refused(r'model\.safetensors is damaged, or holds no weights', model=b'')
     refused(
         r'model\.safetensors was made with dim=16, this model has 32',
         config=json.dumps(arguments | {'dim': 32}).encode(),
@@ -299,7 +299,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     deeper = json.dumps(arguments | {'depth': 3}).encode()
     refused(r'model\.safetensors does not hold the weights of this Recurrent', config=deeper, model=bare)
     (folder / 'model.safetensors').unlink()
-    with pytest.raises(ValueError, match=r'model\.safetensors holds no weights: No such file'):
+    with pytest.raises(ValueError, match=r'model\.safetensors is damaged, or holds no weights: No such file'):
         RecurrentMemoryTransformer.from_pretrained(folder)
     (folder / 'config.json').unlink()
     with pytest.raises(ValueError, match=r'it/config\.json cannot be read: No such file'):

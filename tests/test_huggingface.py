@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -424,3 +426,78 @@ def test_a_head_with_more_than_a_weight_is_refused(monkeypatch):
     monkeypatch.setattr(decoder.PretrainedLM, 'to_logits', lambda self, hidden: 2 * self.lm.lm_head(hidden))
     with pytest.raises(ValueError, match='LlamaForCausalLM is not supported: its logits differ by'):
         RecurrentMemoryLM(tiny_lm(), num_memory_tokens=2)
+
+
+# folders, graphs and environments
+
+
+@both
+def test_a_folder_keeps_the_dtype_of_each_weight(make, tmp_path):
+    """A base in bfloat16 has a memory in float32. Both come back as they were."""
+    model = make(tiny_lm().to(torch.bfloat16))
+    model.save_pretrained(tmp_path / 'folder')
+    again = type(model).from_pretrained(tmp_path / 'folder')
+    want, have = model.state_dict(), again.state_dict()
+    assert {tensor.dtype for tensor in want.values()} == {torch.bfloat16, torch.float32}
+    assert all(have[name].dtype == tensor.dtype and torch.equal(have[name], tensor) for name, tensor in want.items())
+    code = (tmp_path / 'folder' / 'README.md').read_text().split('```python\n')[1].split('```')[0]
+    names = {}
+    exec(code.replace("'NAME'", repr(str(tmp_path / 'folder'))), names)
+    assert torch.equal(next(names['model'].parameters()), next(model.parameters()))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@both
+def test_adapters_are_not_written_to_a_folder_that_cannot_be_loaded(make, tmp_path):
+    peft = pytest.importorskip('peft')
+    lm = peft.get_peft_model(tiny_lm(), peft.LoraConfig(target_modules=['q_proj'], r=2))
+    with pytest.raises(ValueError, match=r'has adapters of peft.*trained_only=True'):
+        make(lm).save_pretrained(tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_two_models_of_one_config(tmp_path):
+    """The attention is named in the config: a memory in one model changes no other model of the same config."""
+    first = tiny_lm()
+    twin, second = type(first)(first.config).double(), type(first)(first.config).double()
+    with_memory = add_infini_attention(first)
+    assert twin.config._attn_implementation == 'sdpa'
+    twin.set_attn_implementation('eager')
+    add_infini_attention(second)
+    RecurrentMemoryLM(twin, num_memory_tokens=2)
+    x = tokens(2, 13)
+    assert wrapped(with_memory).loss(x).loss.isfinite()
+
+
+@both
+def test_no_graph_of_a_retrofit(make):
+    from segment_recurrence_pytorch.export import export_segment
+
+    model = make(tiny_lm())
+    with pytest.raises(ValueError, match=rf'{type(model).__name__} cannot be a graph: the code of transformers'):
+        export_segment(model)
+
+
+@both
+def test_an_unknown_argument_of_the_call_is_not_blamed_on_the_file(make, tmp_path):
+    model = make(tiny_lm())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"from_pretrained was given 'torch_dtype', which"):
+        type(model).from_pretrained(tmp_path, torch_dtype='auto')
+
+
+@pytest.mark.parametrize(
+    ('module', 'missing', 'extra'),
+    [
+        ('recurrent_memory_transformer_pytorch.huggingface', 'transformers', 'hf'),
+        ('infini_transformer_pytorch.huggingface', 'transformers', 'hf'),
+        ('segment_recurrence_pytorch.huggingface.trainer', 'transformers', 'hf'),
+        ('segment_recurrence_pytorch.huggingface.evaluation', 'lm_eval', 'eval'),
+    ],
+)
+def test_a_missing_extra_says_what_to_install(module, missing, extra):
+    code = f'import sys; sys.modules["{missing}"] = None; import {module}'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('ImportError: ')
+    assert f"needs the package {missing}: pip install 'segment-recurrence-pytorch[{extra}]'" in last

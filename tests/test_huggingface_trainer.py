@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from infini_transformer_pytorch.huggingface import add_infini_attention
 from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
 from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.checkpoint import load_weights
 from segment_recurrence_pytorch.huggingface.trainer import ForTrainer
 from tests.conftest import close, make_rmt, same_gradients
 from tests.pretrained import LENGTH, TOKENS, gradients_of, tiny_lm, transformers
@@ -135,3 +136,21 @@ def test_what_trainer_would_count_wrongly_is_refused():
         ForTrainer(SegmentWrapper(make_rmt(), process_group=object()))
     with pytest.raises(ValueError, match='causal=False'):
         ForTrainer(SegmentWrapper(make_rmt(causal=False)))
+
+
+def test_checkpointing_of_transformers_is_refused(tmp_path):
+    module = adapted(MAKERS['rmt'])
+    with pytest.raises(ValueError, match=r'give SegmentWrapper\(recompute=True\)'):
+        trainer(module, tmp_path, gradient_checkpointing=True).train()
+
+
+def test_a_model_instead_of_a_wrapper():
+    with pytest.raises(ValueError, match=r'takes a SegmentWrapper, not a RecurrentMemoryLM: wrap the model first'):
+        ForTrainer(MAKERS['rmt'](tiny_lm()))
+
+
+def test_what_trainer_saved_is_loaded_again(tmp_path):
+    module, other = adapted(MAKERS['infini']), adapted(MAKERS['infini'])
+    trainer(module, tmp_path).save_model(str(tmp_path / 'final'))
+    load_weights(other, tmp_path / 'final' / 'model.safetensors')
+    assert all(torch.equal(mine, yours) for mine, yours in zip(module.parameters(), other.parameters(), strict=True))

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
-from segment_recurrence_pytorch.checks import check_count, check_has_weights
+from segment_recurrence_pytorch.checks import check_count, check_has_weights, needs_extra
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
+
+try:
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise needs_extra('a pretrained language model', 'hf', error) from error
 
 BACKENDS = ('sdpa', 'eager')  # the attention implementations that take a mask of their own for each row
 # entries of a config that do not change what the model computes: where it came from, and what made it
@@ -50,6 +55,7 @@ class PretrainedLM(SegmentModel):
     """
 
     causal = True
+    can_export = False
     fingerprint_values = 4096
 
     def __init__(self, lm: Any):
@@ -143,6 +149,20 @@ class PretrainedLM(SegmentModel):
         """See `SegmentModel.decays`. GPT-2 has linear layers of a class of its own."""
         path, _, attribute = name.rpartition('.')
         return attribute == 'weight' and isinstance(self.get_submodule(path), (nn.Linear, Conv1D))
+
+    def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:
+        """See `SegmentModel.save_pretrained`. The whole language model is written. Its config cannot tell of adapters.
+
+        Raises:
+            ValueError: if `peft` has put adapters into the language model.
+        """
+        if hasattr(self.lm, 'peft_config'):
+            raise ValueError(
+                'the language model has adapters of peft, which config.json cannot tell: write them and the memory '
+                'with `checkpoint.save_weights(model, path, trained_only=True)`, or merge them (merge_and_unload) '
+                'before the memory is added'
+            )
+        super().save_pretrained(folder, run=run)
 
     def recorded_argument(self, name: str, value: Any) -> Any:
         """See `SegmentModel.recorded_argument`. The language model is recorded by its config, without paths, versions

@@ -10,13 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from segment_recurrence_pytorch.checks import check_whole
+from segment_recurrence_pytorch.checks import check_whole, needs_extra
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError as error:
+    raise needs_extra('SegmentLM', 'eval', error) from error
 
 
 class SegmentLM(TemplateLM):
@@ -36,7 +40,9 @@ class SegmentLM(TemplateLM):
     def __init__(self, wrapper: SegmentWrapper, tokenizer: Any, *, batch_size: int = 8, max_gen_toks: int = 256):
         super().__init__()
         check_whole(batch_size=batch_size, max_gen_toks=max_gen_toks)
-        if tokenizer.eos_token_id is None:
+        if not isinstance(wrapper, SegmentWrapper):
+            raise ValueError(f'SegmentLM takes a SegmentWrapper, not a {type(wrapper).__name__}: wrap the model first')
+        if getattr(tokenizer, 'eos_token_id', None) is None:
             raise ValueError('the tokenizer has no eos_token: set tokenizer.eos_token to the token that ends a text')
         if wrapper.align == 'right':
             raise ValueError(

@@ -2,7 +2,8 @@
 
     trainer = Trainer(ForTrainer(wrapper), TrainingArguments('runs/mine'), train_dataset=texts)
     trainer.train()
-    save_weights(wrapper, 'weights.safetensors')
+    trainer.save_model('runs/mine/final')
+    load_weights(ForTrainer(wrapper), 'runs/mine/final/model.safetensors')     # later
 
 Letters: b rows of the batch, n tokens.
 """
@@ -13,10 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
 
+from segment_recurrence_pytorch.checks import needs_extra
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
+
+try:
+    from transformers.modeling_outputs import CausalLMOutput
+except ImportError as error:
+    raise needs_extra('ForTrainer', 'hf', error) from error
 
 
 class ForTrainer(nn.Module):
@@ -29,7 +35,7 @@ class ForTrainer(nn.Module):
         wrapper: the wrapper. It has no process_group, since Trainer counts the targets of all ranks itself.
 
     Raises:
-        ValueError: if the wrapper has a process_group, or its model is not causal.
+        ValueError: if it is no wrapper, if it has a process_group, or if its model is not causal.
     """
 
     loss_type = 'ForCausalLM'  # tells Trainer to count labels[:, 1:], since the first one is no target
@@ -37,6 +43,8 @@ class ForTrainer(nn.Module):
 
     def __init__(self, wrapper: SegmentWrapper):
         super().__init__()
+        if not isinstance(wrapper, SegmentWrapper):
+            raise ValueError(f'ForTrainer takes a SegmentWrapper, not a {type(wrapper).__name__}: wrap the model first')
         if wrapper.process_group is not None:
             raise ValueError(
                 'the wrapper has a process_group, but Trainer counts the targets of all ranks: leave it out'
@@ -73,6 +81,15 @@ class ForTrainer(nn.Module):
             return CausalLMOutput(loss=self.wrapper.loss(input_ids, labels=targets, mask=mask).loss)
         total = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction='sum').loss
         return CausalLMOutput(loss=total / num_items_in_batch)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError. Trainer calls it if its arguments ask for gradient checkpointing."""
+        raise ValueError(
+            'gradient_checkpointing is that of transformers: leave it out, and give SegmentWrapper(recompute=True), '
+            'which holds the activations of one window of segments at a time'
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer versions
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the weights without the second names of tied ones: Trainer saves with safetensors, which refuses
