@@ -61,7 +61,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 .venv-hf-newest/ready: TRANSFORMERS = $(shell sed -n 's/^transformers==//p' constraints.txt)
 .venv-hf-oldest/ready .venv-hf-newest/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	sed '/^transformers==/d' constraints.txt > $(@D)/constraints.txt
+	sed '/^transformers==/d;/^huggingface[-_]hub==/d' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt -e '.[test,eval]' \
 	  transformers==$(TRANSFORMERS)
 	touch $@
