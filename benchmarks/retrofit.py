@@ -35,11 +35,13 @@ from tqdm import tqdm
 from benchmarks.evidence.report import report
 from benchmarks.evidence.results import PAGE
 from benchmarks.evidence.results import RESULTS as EVIDENCE
+from benchmarks.evidence.training import update
+from benchmarks.search import learn_to_memorize
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import python_source
 from segment_recurrence_pytorch.loss import IGNORE
-from segment_recurrence_pytorch.tasks import Example, Memorize, SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.tasks import Example, Memorize
 from segment_recurrence_pytorch.training import warmup_cosine
 
 RESULTS = Path(__file__).parent / 'results' / 'retrofit'
@@ -104,15 +106,6 @@ def rows_of_bytes(split: str, count: int) -> Tensor:
     return torch.cat(pieces)[:count].long()
 
 
-def step(wrapper: SegmentWrapper, loss: Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """Makes one step of the optimizer, and one of the schedule of its learning rate."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in wrapper.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    schedule.step()
-
-
 @torch.no_grad()
 def bits(wrapper: SegmentWrapper) -> float:
     """Returns the bits per byte of 128 validation rows."""
@@ -139,15 +132,14 @@ def learn_bytes(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name:
     wrapper.train()
     for done in tqdm(range(1, steps + 1), desc=name, disable=None):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=draw)]
-        step(wrapper, wrapper.loss(batch).loss, optimizer, schedule)
+        update(wrapper, wrapper.loss(batch).loss, optimizer, schedule)
         if done in (MENDING, steps):
             found[f'{done}'] = bits(wrapper)
     return found
 
 
 def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: str) -> dict[str, Any]:
-    """Trains on Memorize with a curriculum of 1 to 5 segments, and returns when it reached each stage, and its accuracy
-    at several lengths.
+    """Trains on the task, and returns when it reached each stage, and its accuracy at several lengths.
 
     Args:
         wrapper: the model in its wrapper.
@@ -156,26 +148,8 @@ def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: 
         seed: seed of the task.
         name: what the progress bar shows.
     """
-    task, draw = Printable(), torch.Generator().manual_seed(seed)
-    curriculum = SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
-    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.98))
-    schedule = LambdaLR(optimizer, lambda done: min(1, (done + 1) / 50) * max(0.03, 1 - done / steps))
-    reached: dict[str, int] = {}
-    wrapper.train()
-    for done in tqdm(range(steps), desc=name, disable=None):
-        segments = curriculum.draw(draw)
-        tokens, labels = task.batch(segments, 32, draw)
-        loss = wrapper.loss(tokens, labels=labels).loss
-        step(wrapper, loss, optimizer, schedule)
-        curriculum.update(math.exp(-loss.item()), segments)
-        reached.setdefault(f'{curriculum.stages[curriculum.stage]}', done)
-    evaluation = torch.Generator().manual_seed(1000 + seed)
-    curve = {
-        f'{length}': round(
-            accuracy(wrapper, task, length, batch_size=256 if length < 64 else 64, generator=evaluation), 4
-        )
-        for length in TASK_LENGTHS
-    }
+    task = Printable()
+    reached, curve = learn_to_memorize(wrapper, task, steps, lr, seed, TASK_LENGTHS, name)
     return {'reached': reached, 'curve': curve, 'without_memory': task.without_memory}
 
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,29 @@ def make(model: str, num_tokens: int, segment_length: int, seed: int, start: Any
     return SegmentWrapper(made, segment_length=segment_length)
 
 
-def memorize(model: str, seed: int, start: Any, steps: int) -> dict[str, Any]:
-    """Trains on Memorize, and returns the step at which each stage was reached, and the accuracy at several lengths."""
-    task, draw = Memorize(), torch.Generator().manual_seed(seed)
-    wrapper = make(model, task.num_tokens, task.segment_length, seed, start, dim=64)
-    curriculum = SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
-    optimizer = torch.optim.AdamW(wrapper.model.param_groups(LR, 0.01), betas=(0.9, 0.98))
+def learn_to_memorize(
+    wrapper: SegmentWrapper, task: Memorize, steps: int, lr: float, seed: int, lengths: Iterable[int], name: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Trains on a task with a curriculum of 1 to 5 segments.
+
+    Args:
+        wrapper: the model in its wrapper.
+        task: the task.
+        steps: number of steps.
+        lr: the learning rate.
+        seed: seed of the sequences.
+        lengths: numbers of segments at which the accuracy is measured.
+        name: what the progress bar shows.
+
+    Returns:
+        The step at which each stage was reached, and the accuracy at each length.
+    """
+    draw, curriculum = torch.Generator().manual_seed(seed), SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
+    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.98))
     schedule = LambdaLR(optimizer, lambda done: min(1, (done + 1) / 50) * max(0.03, 1 - done / steps))
     reached: dict[str, int] = {}
     wrapper.train()
-    for done in tqdm(range(steps), desc=f'{model}, memorize, seed {seed}', disable=None):
+    for done in tqdm(range(steps), desc=name, disable=None):
         segments = curriculum.draw(draw)
         tokens, labels = task.batch(segments, 32, draw)
         loss = wrapper.loss(tokens, labels=labels).loss
@@ -121,10 +135,19 @@ def memorize(model: str, seed: int, start: Any, steps: int) -> dict[str, Any]:
         curriculum.update(math.exp(-loss.item()), segments)
         reached.setdefault(f'{curriculum.stages[curriculum.stage]}', done + 1)
     curve = {}
-    for length in (5, 16, 64, 256):
+    for length in lengths:
         evaluation = torch.Generator().manual_seed(1000 + seed)
         count = 256 if length < 100 else 64
         curve[f'{length}'] = round(accuracy(wrapper, task, length, batch_size=count, generator=evaluation), 4)
+    return reached, curve
+
+
+def memorize(model: str, seed: int, start: Any, steps: int) -> dict[str, Any]:
+    """Trains on Memorize, and returns the step at which each stage was reached, and the accuracy at several lengths."""
+    task = Memorize()
+    wrapper = make(model, task.num_tokens, task.segment_length, seed, start, dim=64)
+    name = f'{model}, memorize, seed {seed}'
+    reached, curve = learn_to_memorize(wrapper, task, steps, LR, seed, (5, 16, 64, 256), name)
     return {'passed': reached, 'acc': curve}
 
 

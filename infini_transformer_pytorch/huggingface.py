@@ -34,7 +34,7 @@ from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes
 from segment_recurrence_pytorch.cache import Slots
-from segment_recurrence_pytorch.checks import is_whole, needs_extra
+from segment_recurrence_pytorch.checks import is_whole
 from segment_recurrence_pytorch.huggingface.decoder import (
     BACKENDS,
     PretrainedLM,
@@ -44,12 +44,11 @@ from segment_recurrence_pytorch.huggingface.decoder import (
 )
 from segment_recurrence_pytorch.state import copied
 
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError as error:
-    raise needs_extra('add_infini_attention', 'hf', error) from error
+# isort: split
+# after what says which extra to install if transformers is missing
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def add_infini_attention(

@@ -27,14 +27,13 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
-from segment_recurrence_pytorch.checks import check_not_negative, is_whole, needs_extra
+from segment_recurrence_pytorch.checks import check_not_negative, is_whole
 from segment_recurrence_pytorch.huggingface.decoder import PretrainedLM, causal_mask, check_same_logits, next_rows
 from segment_recurrence_pytorch.state import copied, where_rows
 
-try:
-    from transformers.cache_utils import Cache, CacheLayerMixin
-except ImportError as error:
-    raise needs_extra('RecurrentMemoryLM', 'hf', error) from error
+# isort: split
+# after what says which extra to install if transformers is missing
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class RecurrentMemoryLM(PretrainedLM):
