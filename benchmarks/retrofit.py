@@ -149,7 +149,9 @@ def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: 
         name: what the progress bar shows.
     """
     task = Printable()
-    reached, curve = learn_to_memorize(wrapper, task, steps, lr, seed, TASK_LENGTHS, name)
+    reached, curve = learn_to_memorize(
+        wrapper, task, steps, wrapper.model.param_groups(lr, 0.01), seed, TASK_LENGTHS, name
+    )
     return {'reached': reached, 'curve': curve, 'without_memory': task.without_memory}
 
 

@@ -2,17 +2,28 @@
 
     python -m benchmarks.search 'rmt memorize 400 emb=.1 pos=.02 v=1 ffin=1 out=.1'
     python -m benchmarks.search 'infini bytes-64 400 library' 'rmt bytes-16 401 private' --steps 3000
+    python -m benchmarks.search 'infini bytes-64 400 emb=.1 out=.1 memory_rule=deltanet gates=token gate_lr=1'
     python -m benchmarks.search --show
 
-Each argument is one run: the model, the trial, the seed, and the start, which is 'library', 'private' (that of
-`benchmarks.evidence.rows`), or standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem
-(memory tokens) are absolute; those of qk, v, ffin and out (queries and keys, values, input and output of a block) are
-multiples of fan_in^-0.5. A run that is stored already is not repeated. Rules and results: results/search.
+Each argument is one run: the model, the trial, the seed, the start, and options. The start is 'library', 'private'
+(that of `benchmarks.evidence.rows`), or standard deviations. Those of emb (token embeddings), pos (position embeddings)
+and mem (memory tokens) are absolute; those of qk, v, ffin and out (queries and keys, values, input and output of a
+block) are multiples of fan_in^-0.5. Options are arguments of the model, or
+
+    twin=1        bytes without memory: each segment starts a text
+    gate_lr=3     factor of the learning rate of the gates
+    gates=token   the gates of an Infini-Transformer are computed from the token. Their weights start at 0, their bias
+                  at head_gate_init_value
+    normed=1      what is recalled goes through an RMS norm with a learned gain, before the gate
+    strength=2    initial bias of the strength, which has none in the library
+
+A run that is stored already is not repeated. Rules and results: results/search.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import time
@@ -21,12 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence.rows import start_active
 from benchmarks.evidence.training import update
-from infini_transformer_pytorch import InfiniTransformer
+from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
+from infini_transformer_pytorch.attention import InfiniAttention
+from infini_transformer_pytorch.memory import Recallable, local_share, mix, recall
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
@@ -36,6 +51,67 @@ from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, trai
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
 UNIFORM = 3**-0.5  # the standard deviation of `nn.Linear.reset_parameters`, in multiples of fan_in^-0.5
 LR = 3e-3
+START = ('emb', 'pos', 'mem', 'qk', 'v', 'ffin', 'out')
+
+
+class NormedMemory(FastweightMemory):
+    """A memory with an RMS norm of what is recalled."""
+
+    gain: nn.Parameter
+
+    def recall(self, local: Tensor, queries: Tensor, memories: Recallable, gates: Tensor | None = None) -> Tensor:
+        recalled = recall(queries, memories, self.memory_rule)
+        recalled = F.rms_norm(recalled, recalled.shape[-1:], self.gain.to(recalled.dtype), 1e-6)
+        share = memories.share if gates is None else local_share(gates, memories.written, recalled.dtype)
+        return mix(local, recalled, share)
+
+
+class SearchedAttention(InfiniAttention):
+    """The attention of a layer with the options that the library does not have."""
+
+    def __init__(self, dim: int, *, token_gates: bool, normed: bool, strength: float | None, **options: Any):
+        super().__init__(dim, **options)
+        self.to_gates: nn.Linear | None = None
+        if token_gates:
+            self.to_gates = nn.Linear(dim, self.heads)
+            self.fastweight_mem.head_gates.requires_grad_(False)
+        if normed:
+            self.fastweight_mem.__class__ = NormedMemory
+            self.fastweight_mem.gain = nn.Parameter(torch.ones(self.dim_head))
+        if strength is not None:
+            self.to_strength = nn.Linear(dim, self.kv_heads)
+        self.starts = float(options['head_gate_init_value']), strength
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        return None if self.to_gates is None else self.to_gates(x).transpose(-1, -2)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        gate, strength = self.starts
+        if self.to_gates is not None:
+            self.to_gates.weight.zero_()
+            self.to_gates.bias.fill_(gate)
+        if strength is not None and self.to_strength is not None:
+            self.to_strength.bias.fill_(strength)
+
+
+class SearchedInfini(InfiniTransformer):
+    """An Infini-Transformer with the options that the library does not have."""
+
+    searched: dict[str, Any]
+
+    def __init__(self, *, gates: str = 'head', normed: bool = False, strength: float | None = None, **options: Any):
+        self.__dict__['searched'] = {'token_gates': gates == 'token', 'normed': bool(normed), 'strength': strength}
+        super().__init__(**options)
+
+    def make_attention(self, index: int, **options: Any) -> InfiniAttention:
+        return SearchedAttention(self.dim, **self.searched, **options)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        groups = super().param_groups(lr, weight_decay)
+        for group in groups:
+            group['params'] = [p for p in group['params'] if p.requires_grad]
+        return [group for group in groups if group['params']]
 
 
 @torch.no_grad()
@@ -63,7 +139,7 @@ def set_start(
         out: that of the outputs of attention and feed-forward.
     """
     for name, parameter in model.named_parameters():
-        if name.endswith(('norm.weight', 'head_gates')):
+        if name.endswith(('norm.weight', 'head_gates', 'to_decay.bias', 'mem.gain')):
             continue
         unit = parameter.shape[-1] ** -0.5
         if name.endswith('bias'):
@@ -79,7 +155,7 @@ def set_start(
             for each in others:
                 each.normal_(std=qk * unit)
             values.normal_(std=v * unit)
-        elif name == 'logits.weight':
+        elif name == 'logits.weight' or name.endswith(('to_strength.weight', 'to_decay.weight', 'to_gates.weight')):
             parameter.normal_(std=UNIFORM * unit)
         elif name == 'token_emb.weight':
             parameter.normal_(std=emb)
@@ -87,15 +163,22 @@ def set_start(
             parameter.normal_(std=emb if pos is None else pos)
         elif parameter.ndim == 2:
             parameter.normal_(std=emb if mem is None else mem)
+    for module in model.modules():
+        if isinstance(module, SearchedAttention):
+            module.start()
 
 
-def make(model: str, num_tokens: int, segment_length: int, seed: int, start: Any, dim: int) -> SegmentWrapper:
-    """Returns a model of two layers and four heads with a start, in its wrapper."""
-    torch.manual_seed(seed)
+def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -> SegmentWrapper:
+    """Returns a model of two layers and four heads with the start and the options of a run, in its wrapper."""
+    torch.manual_seed(spec['seed'])
     sizes: dict[str, Any] = dict(num_tokens=num_tokens, dim=dim, depth=2, heads=4, dim_head=dim // 4)
+    sizes |= {name: value for name, value in spec.get('options', {}).items() if name not in ('twin', 'gate_lr')}
+    start = spec['start']
     made: SegmentModel
-    if model == 'rmt':
-        made = RecurrentMemoryTransformer(seq_len=segment_length, num_memory_tokens=4, **sizes)
+    if spec['model'] == 'rmt':
+        made = RecurrentMemoryTransformer(**{'seq_len': segment_length, 'num_memory_tokens': 4, **sizes})
+    elif {'gates', 'normed', 'strength'} & set(sizes):
+        made = SearchedInfini(**sizes)
     else:
         made = InfiniTransformer(**sizes)
     if start == 'private':
@@ -105,8 +188,24 @@ def make(model: str, num_tokens: int, segment_length: int, seed: int, start: Any
     return SegmentWrapper(made, segment_length=segment_length)
 
 
+def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[str, Any]]:
+    """Returns the parameter groups of a run, the gates with the rate that it names."""
+    made = model.param_groups(lr, 0.01)
+    factor = spec.get('options', {}).get('gate_lr')
+    for group in made:
+        if factor is not None and group['lr'] != lr:
+            group['lr'] = lr * factor
+    return made
+
+
 def learn_to_memorize(
-    wrapper: SegmentWrapper, task: Memorize, steps: int, lr: float, seed: int, lengths: Iterable[int], name: str
+    wrapper: SegmentWrapper,
+    task: Memorize,
+    steps: int,
+    rates: list[dict[str, Any]],
+    seed: int,
+    lengths: Iterable[int],
+    name: str,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Trains on a task with a curriculum of 1 to 5 segments.
 
@@ -114,7 +213,7 @@ def learn_to_memorize(
         wrapper: the model in its wrapper.
         task: the task.
         steps: number of steps.
-        lr: the learning rate.
+        rates: the parameter groups, with their learning rates.
         seed: seed of the sequences.
         lengths: numbers of segments at which the accuracy is measured.
         name: what the progress bar shows.
@@ -123,7 +222,7 @@ def learn_to_memorize(
         The step at which each stage was reached, and the accuracy at each length.
     """
     draw, curriculum = torch.Generator().manual_seed(seed), SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
-    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.98))
     schedule = LambdaLR(optimizer, lambda done: min(1, (done + 1) / 50) * max(0.03, 1 - done / steps))
     reached: dict[str, int] = {}
     wrapper.train()
@@ -142,41 +241,50 @@ def learn_to_memorize(
     return reached, curve
 
 
-def memorize(model: str, seed: int, start: Any, steps: int) -> dict[str, Any]:
+def memorize(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains on Memorize, and returns the step at which each stage was reached, and the accuracy at several lengths."""
     task = Memorize()
-    wrapper = make(model, task.num_tokens, task.segment_length, seed, start, dim=64)
-    name = f'{model}, memorize, seed {seed}'
-    reached, curve = learn_to_memorize(wrapper, task, steps, LR, seed, (5, 16, 64, 256), name)
+    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
+    name = f'{spec["model"]}, memorize, seed {spec["seed"]}'
+    rates = groups(spec, wrapper.model, LR)
+    reached, curve = learn_to_memorize(wrapper, task, spec['steps'], rates, spec['seed'], (5, 16, 64, 256), name)
     return {'passed': reached, 'acc': curve}
 
 
-def learn_bytes(model: str, segment_length: int, seed: int, start: Any, steps: int) -> dict[str, Any]:
+def learn_bytes(spec: dict[str, Any], segment_length: int) -> dict[str, Any]:
     """Trains on bytes of the default corpus, and returns the bits per byte of held-out ones."""
-    corpus = python_source()
-    wrapper = make(model, 256, segment_length, seed, start, dim=96)
+    corpus, seed, steps = python_source(), spec['seed'], spec['steps']
+    dim = spec.get('options', {}).get('dim', 96)
+    wrapper = make(spec, 256, segment_length, dim=dim)
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
     length = max(128, 2 * segment_length if segment_length >= 128 else segment_length)
     streams = Streams([corpus.train[i] for i in order], 16, length, loop=True)
-    optimizer = torch.optim.AdamW(wrapper.model.param_groups(LR, 0.01), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups(spec, wrapper.model, LR), betas=(0.9, 0.95))
     schedule = LambdaLR(optimizer, lambda done: warmup_cosine(done / steps))
-    state = None
+    state, memory = None, not spec.get('options', {}).get('twin')
     wrapper.train()
-    for _ in tqdm(range(steps), desc=f'{model}, bytes, seed {seed}', disable=None):
-        loss, _, state = train_loss(wrapper, next(streams), state, True)
+    for _ in tqdm(range(steps), desc=f'{spec["model"]}, bytes, seed {seed}', disable=None):
+        loss, _, state = train_loss(wrapper, next(streams), state, memory)
         update(wrapper, loss, optimizer, schedule)
     held_out = first_bytes(corpus.valid, 131_072)
-    return {'bits': round(bits_per_byte(wrapper, valid_streams(held_out, length), True), 4)}
+    found: dict[str, Any] = {'bits': round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)}
+    if isinstance(wrapper.model, InfiniTransformer):
+        found['shares'] = [[round(share, 2) for share in layer] for layer in wrapper.model.memory_shares().tolist()]
+    return found
 
 
 def parsed(text: str, steps: int | None) -> dict[str, Any]:
     """Returns what a run is, from its words on the command line."""
-    model, trial, seed, first, *others = text.split()
-    start: Any = first
-    if first not in ('library', 'private'):
-        start = {name: float(value) for name, value in (word.split('=') for word in (first, *others))}
+    model, trial, seed, *words = text.split()
+    named = dict(word.split('=') for word in words if '=' in word)
+    start: Any = {name: float(value) for name, value in named.items() if name in START}
+    if not start:
+        [start] = [word for word in words if word in ('library', 'private')]
+    options = {name: value if value.isalpha() else ast.literal_eval(value) for name, value in named.items()}
+    options = {name: value for name, value in options.items() if name not in START}
     default = 1000 if trial == 'memorize' else 800
-    return {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}
+    spec = {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}
+    return spec | ({'options': options} if options else {})
 
 
 def stored() -> list[dict[str, Any]]:
@@ -198,10 +306,9 @@ def main() -> None:
             continue
         began = time.process_time()
         if spec['trial'] == 'memorize':
-            found = memorize(spec['model'], spec['seed'], spec['start'], spec['steps'])
+            found = memorize(spec)
         else:
-            length = int(spec['trial'].removeprefix('bytes-'))
-            found = learn_bytes(spec['model'], length, spec['seed'], spec['start'], spec['steps'])
+            found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
         line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
         print(line, flush=True)
         with open(RUNS, 'a') as file:

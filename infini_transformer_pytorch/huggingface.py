@@ -37,9 +37,11 @@ from segment_recurrence_pytorch.cache import Slots
 from segment_recurrence_pytorch.checks import is_whole
 from segment_recurrence_pytorch.huggingface.decoder import (
     BACKENDS,
+    WITH_MEMORY_TOKENS,
     PretrainedLM,
     causal_mask,
     check_same_logits,
+    check_same_when_cached,
     next_rows,
 )
 from segment_recurrence_pytorch.state import copied
@@ -90,7 +92,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
     """A causal language model with a compressive memory in its attention. It reads segments in parallel.
 
     The state is a `Memories` for each layer that has a memory. Positions count from the start of each segment. Tested
-    with the families with rotary positions: GPT-NeoX, Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3. Others are
+    with the families with rotary positions: GPT-NeoX, Llama, Mistral, Phi, Qwen2, Qwen3 and Gemma 1 to 3. Others are
     accepted if a trial at construction finds the same logits.
 
     If adapters are trained, apply `peft` to the language model first: applied later, it freezes the memory.
@@ -125,6 +127,11 @@ class InfiniLM(PretrainedLM, GatedMemories):
         layers: Any = None,
     ):
         super().__init__(lm)
+        if id(self.decoder) in WITH_MEMORY_TOKENS:
+            raise ValueError(
+                f'{type(lm).__name__} is inside a RecurrentMemoryLM, whose attention would change too: give the model '
+                'as it was loaded'
+            )
         self.max_segment_length = self.longest_segment(None, 0)
         self._adapters_first = hasattr(self.lm, 'peft_config')
         found = attention_modules(self.lm)
@@ -152,6 +159,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
                 hooks.append(found[layer].register_forward_pre_hook(_before_attention, with_kwargs=True))
             self.lm.set_attn_implementation(f'infini_{backend}')
             check_same_logits(self, lambda ids: self.advance(ids)[0])
+            check_same_when_cached(self)
         except Exception as error:  # the family's own code may fail in any way: the model is given back as it was
             for hook in hooks:
                 hook.remove()
@@ -216,6 +224,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
         if not n:
             return (self.embed(tokens) if need_hidden else None), copied(state)
         length = min(segment_length or n, n)
+        self.check_length(length)
         segments = -(-n // length)
         missing = segments * length - n
         valid, sees = mask, None
@@ -413,7 +422,7 @@ def attention_modules(lm: nn.Module) -> list[nn.Module]:
     if not found:
         raise ValueError(
             f'{type(lm).__name__} has no attention with rotary positions: Infini-attention works with GPT-NeoX, Llama, '
-            'Mistral, Qwen2, Qwen3 and Gemma 1 to 3; RecurrentMemoryLM works with others too'
+            'Mistral, Phi, Qwen2, Qwen3 and Gemma 1 to 3; RecurrentMemoryLM works with others too'
         )
     return found
 
@@ -481,7 +490,12 @@ def _attention(
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return family.apply_rotary_pos_emb(q, k, *infini.rotation)
+        rotated = infini.rotation[0].shape[-1]
+        if rotated == q.shape[-1]:
+            return family.apply_rotary_pos_emb(q, k, *infini.rotation)
+        # Phi and StableLM hand only those features to their rotation that they turn; GPT-NeoX's leaves out the others
+        turned = family.apply_rotary_pos_emb(q[..., :rotated], k[..., :rotated], *infini.rotation)
+        return tuple(torch.cat((t, rest[..., rotated:]), dim=-1) for t, rest in zip(turned, (q, k), strict=True))
 
     def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(module, q, k, v, attention_mask, *args, **kwargs)[0].transpose(1, 2)

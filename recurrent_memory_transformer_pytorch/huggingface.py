@@ -28,7 +28,14 @@ from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_not_negative, is_whole
-from segment_recurrence_pytorch.huggingface.decoder import PretrainedLM, causal_mask, check_same_logits, next_rows
+from segment_recurrence_pytorch.huggingface.decoder import (
+    WITH_MEMORY_TOKENS,
+    PretrainedLM,
+    causal_mask,
+    check_same_logits,
+    check_same_when_cached,
+    next_rows,
+)
 from segment_recurrence_pytorch.state import copied, where_rows
 
 # isort: split
@@ -40,7 +47,7 @@ class RecurrentMemoryLM(PretrainedLM):
     """A causal language model that reads segments and carries memory tokens from each to the next.
 
     The state is the memory, a tensor (b, m, dim), in float32 at least. Tested with GPT-2, GPT-NeoX, Llama, Mistral,
-    Qwen2, Qwen3 and Gemma 1 to 3; other decoders are accepted if a trial at construction finds the same logits.
+    Phi, Qwen2, Qwen3 and Gemma 1 to 3; other decoders are accepted if a trial at construction finds the same logits.
 
     To train the memory tokens alone, call `lm.requires_grad_(False)`. To train adapters, apply `peft` to the language
     model first. `checkpoint.save_weights(model, path, trained_only=True)` then writes only what was trained.
@@ -92,6 +99,8 @@ class RecurrentMemoryLM(PretrainedLM):
         self.initial_memory = noise()
         self.memory_tokens = None if write_init == 'previous' else noise()
         self.read_memory_emb = nn.Parameter(torch.zeros_like(self.initial_memory)) if read_emb else None
+        check_same_when_cached(self)
+        WITH_MEMORY_TOKENS[id(self.decoder)] = self
 
     def initial_state(self, batch_size: int) -> Tensor:
         """See `SegmentModel.initial_state`. It is the learned first memory."""
@@ -134,6 +143,7 @@ class RecurrentMemoryLM(PretrainedLM):
         m = self.num_memory_tokens
         if segment_length is not None and n > segment_length:
             raise ValueError(f'{n} tokens in segments of {segment_length}: this model advances one segment at a time')
+        self.check_length(n)
         state = self.initial_state(batch) if state is None else state
         if not n:
             return (self.embed(tokens) if need_hidden else None), copied(state)

@@ -18,6 +18,7 @@ FAMILIES = {
     'neox': ('GPTNeoX', dict(**SIZES, hidden_dropout=0.0, attention_dropout=0.0)),
     'llama': ('Llama', GROUPED),
     'mistral': ('Mistral', {**GROUPED, 'sliding_window': 64}),
+    'phi': ('Phi', dict(**SIZES, num_key_value_heads=2)),
     'qwen2': ('Qwen2', GROUPED),
     'qwen3': ('Qwen3', GROUPED),
     'gemma': ('Gemma', GROUPED),

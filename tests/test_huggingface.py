@@ -1,6 +1,7 @@
 """What both retrofits of a pretrained model share: what is trained, files, limits, and what is refused."""
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -394,13 +395,47 @@ def check_unchanged(lm, options, message):
     assert torch.equal(lm(x).logits, logits)
 
 
-def test_a_family_whose_attention_does_not_fit_is_given_back_unchanged():
-    """Phi rotates a part of each head inside its attention: the function here cannot know it."""
-    config = transformers.PhiConfig(vocab_size=TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                    num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
-    lm = transformers.PhiForCausalLM(config).double().eval()
-    check_unchanged(lm, {}, 'PhiForCausalLM is not supported')
+def test_a_family_whose_attention_does_not_fit_is_given_back_unchanged(monkeypatch):
+    """A family that cannot be given a rotation by nothing, made of Llama."""
+    family = sys.modules['transformers.models.llama.modeling_llama']
+    rotate = family.apply_rotary_pos_emb
+
+    def only_true_rotations(q, k, cos, sin, **options):
+        if (cos == 1).all():
+            raise RuntimeError('no rotation')
+        return rotate(q, k, cos, sin, **options)
+
+    monkeypatch.setattr(family, 'apply_rotary_pos_emb', only_true_rotations)
+    lm = tiny_lm()
+    check_unchanged(lm, {}, 'LlamaForCausalLM is not supported.*no rotation')
     RecurrentMemoryLM(lm, num_memory_tokens=2)  # whose memory does not look inside
+
+
+def test_distances_that_attention_counts_by_itself_are_found_before_generation():
+    """Falcon with alibi reads a segment at once with embeddings and positions, but not with a mask of its own."""
+    config = transformers.FalconConfig(vocab_size=TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                       alibi=True)  # fmt: skip
+    lm = transformers.FalconForCausalLM(config).double().eval()
+    with pytest.raises(ValueError, match='FalconForCausalLM is not supported'):
+        RecurrentMemoryLM(lm, num_memory_tokens=2)
+
+
+@both
+def test_a_segment_longer_than_the_model_can_read_is_refused(make):
+    model = make(tiny_lm('mistral', sliding_window=16))
+    limit = model.max_segment_length
+    model.advance(tokens(1, limit))
+    with pytest.raises(ValueError, match=f'a segment of {limit + 1} tokens: .* max_segment_length={limit}'):
+        model.advance(tokens(1, limit + 1))
+
+
+def test_the_language_model_of_another_retrofit_is_refused():
+    lm = tiny_lm()
+    model = RecurrentMemoryLM(lm, num_memory_tokens=2)
+    check_unchanged(lm, {}, 'LlamaForCausalLM is inside a RecurrentMemoryLM')
+    del model
+    gc.collect()
+    add_infini_attention(lm)
 
 
 def test_a_second_memory_is_refused():

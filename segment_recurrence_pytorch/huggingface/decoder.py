@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_count, check_has_weights, needs_extra
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.state import leaves
 
 try:
     import transformers
@@ -34,6 +36,9 @@ NOT_RECORDED = ('_name_or_path', 'transformers_version', 'dtype', 'torch_dtype',
 # entries of older configs, which transformers 5 reads into `rope_parameters`
 OLD_NAMES = ('rope_theta', 'rope_scaling', 'rope_local_base_freq', 'partial_rotary_factor', 'rotary_pct',
              'rotary_emb_base')  # fmt: skip
+
+# each living `RecurrentMemoryLM`, by the identity of its decoder, whose attention must not get a memory as well
+WITH_MEMORY_TOKENS: weakref.WeakValueDictionary[int, PretrainedLM] = weakref.WeakValueDictionary()
 
 
 class PretrainedLM(SegmentModel):
@@ -177,6 +182,17 @@ class PretrainedLM(SegmentModel):
         """
         return {**saved, 'lm': plain_config(config_of(saved['lm']))} if isinstance(saved.get('lm'), dict) else saved
 
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a segment is longer than the model can read.
+
+        Args:
+            length: number of tokens of the segment.
+        """
+        if self.max_segment_length is not None and length > self.max_segment_length:
+            raise ValueError(
+                f'a segment of {length} tokens: this model reads at most max_segment_length={self.max_segment_length}'
+            )
+
     def longest_segment(self, given: int | None, rows: int) -> int | None:
         """Returns the longest segment that the model can read: what its positions and its sliding window hold.
 
@@ -303,6 +319,37 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
         raise ValueError(
             f'{name} is not supported: its logits differ by {difference:.2g} from those of its decoder and head'
         )
+
+
+@torch.no_grad()
+def check_same_when_cached(model: PretrainedLM) -> None:
+    """Raises ValueError unless a segment that is read in two parts, with a cache, gives what it gives when it is read
+    at once: hidden states, and the state after it.
+
+    Args:
+        model: the retrofit.
+    """
+    name = type(model.lm).__name__
+    length = min(4, model.max_segment_length or 4)
+    ids = torch.arange(length, device=model.device).view(1, -1) % model.num_tokens
+    with evaluating(model):
+        state = model.initial_state(1)
+        want = model.advance(ids, state)
+        try:
+            cache = model.open_segment(state, length)
+            hidden = [cache.extend(model, part) for part in ids.split(max(1, length - 1), dim=1)]
+            cache.close(model)
+        except Exception as error:  # the family's own code may fail in any way
+            raise ValueError(f'{name} is not supported: it cannot read with a cache and a mask: {error!r}') from error
+    for one, other in zip(leaves(want), leaves((torch.cat(hidden, dim=1), cache.state)), strict=True):
+        if not one.numel():
+            continue
+        limit = torch.finfo(model.dtype).eps ** 0.5 * one.abs().max()
+        difference = (one - other.to(one.dtype)).abs().max()
+        if not difference <= limit:
+            raise ValueError(
+                f'{name} is not supported: read with a cache, a segment gives numbers that differ by {difference:.2g}'
+            )
 
 
 def config_of(told: dict[str, Any]) -> Any:
