@@ -494,8 +494,8 @@ def _attention(
         if rotated == q.shape[-1]:
             return family.apply_rotary_pos_emb(q, k, *infini.rotation)
         # Phi and StableLM hand only those features to their rotation that they turn; GPT-NeoX's leaves out the others
-        turned = family.apply_rotary_pos_emb(q[..., :rotated], k[..., :rotated], *infini.rotation)
-        return tuple(torch.cat((t, rest[..., rotated:]), dim=-1) for t, rest in zip(turned, (q, k), strict=True))
+        turned_q, turned_k = family.apply_rotary_pos_emb(q[..., :rotated], k[..., :rotated], *infini.rotation)
+        return torch.cat((turned_q, q[..., rotated:]), dim=-1), torch.cat((turned_k, k[..., rotated:]), dim=-1)
 
     def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(module, q, k, v, attention_mask, *args, **kwargs)[0].transpose(1, 2)
