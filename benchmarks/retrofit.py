@@ -35,8 +35,8 @@ from tqdm import tqdm
 from benchmarks.evidence.report import report
 from benchmarks.evidence.results import PAGE
 from benchmarks.evidence.results import RESULTS as EVIDENCE
-from benchmarks.evidence.training import update
-from benchmarks.search import learn_to_memorize
+from benchmarks.search import curve
+from examples.train_a_task import train, update
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import python_source
@@ -149,10 +149,11 @@ def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: 
         name: what the progress bar shows.
     """
     task = Printable()
-    reached, curve = learn_to_memorize(
-        wrapper, task, steps, wrapper.model.param_groups(lr, 0.01), seed, TASK_LENGTHS, name
-    )
-    return {'reached': reached, 'curve': curve, 'without_memory': task.without_memory}
+    groups = wrapper.model.param_groups(lr, 0.01)
+    progress = train(wrapper, task, groups, stages=[1, 2, 3, 4, 5], steps=steps, seed=seed, name=name)
+    reached = {f'{stage}': step for stage, step in progress.reached.items()}
+    found = curve(wrapper, task, seed, TASK_LENGTHS)
+    return {'reached': reached, 'curve': found, 'without_memory': task.without_memory}
 
 
 def run(base: str, seed: int, folder: Path, *, base_steps: int, byte_steps: int, task_steps: int, lr: float) -> None:

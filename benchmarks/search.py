@@ -16,6 +16,8 @@ block) are multiples of fan_in^-0.5. Options are arguments of the model, or
                   at head_gate_init_value
     normed=1      what is recalled goes through an RMS norm with a learned gain, before the gate
     strength=2    initial bias of the strength, which has none in the library
+    write_gate=1  the memory that an RMT carries is old + sigmoid(gate) (written - old), with a gate in each feature
+                  computed from both, as in the Block-Recurrent Transformer; its weights and bias start at 0
 
 A run that is stored already is not repeated. Rules and results: results/search.
 """
@@ -25,9 +27,8 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence.rows import start_active
-from benchmarks.evidence.training import update
+from examples.train_a_task import train, update
 from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
 from infini_transformer_pytorch.attention import InfiniAttention
 from infini_transformer_pytorch.memory import Recallable, local_share, mix, recall
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
-from segment_recurrence_pytorch.tasks import Memorize, SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.tasks import Memorize, Task, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
 UNIFORM = 3**-0.5  # the standard deviation of `nn.Linear.reset_parameters`, in multiples of fan_in^-0.5
 LR = 3e-3
+LENGTHS = 5, 16, 64, 256
 START = ('emb', 'pos', 'mem', 'qk', 'v', 'ffin', 'out')
 
 
@@ -107,11 +109,23 @@ class SearchedInfini(InfiniTransformer):
     def make_attention(self, index: int, **options: Any) -> InfiniAttention:
         return SearchedAttention(self.dim, **self.searched, **options)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        groups = super().param_groups(lr, weight_decay)
+    def param_groups(self, lr: float, weight_decay: float, **options: Any) -> list[dict[str, Any]]:
+        groups = super().param_groups(lr, weight_decay, **options)
         for group in groups:
             group['params'] = [p for p in group['params'] if p.requires_grad]
         return [group for group in groups if group['params']]
+
+
+class SearchedRMT(RecurrentMemoryTransformer):
+    """A Recurrent Memory Transformer with a gate of old against new in each feature of its memory."""
+
+    def __init__(self, *, write_gate: int, **options: Any):
+        super().__init__(**options)
+        self.to_write_gate = nn.Linear(2 * self.dim, self.dim)
+        nn.init.zeros_(self.to_write_gate.weight)
+
+    def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
+        return torch.lerp(memory, written, self.to_write_gate(torch.cat((written, memory), dim=-1)).sigmoid())
 
 
 @torch.no_grad()
@@ -139,7 +153,7 @@ def set_start(
         out: that of the outputs of attention and feed-forward.
     """
     for name, parameter in model.named_parameters():
-        if name.endswith(('norm.weight', 'head_gates', 'to_decay.bias', 'mem.gain')):
+        if name.endswith(('norm.weight', 'head_gates', 'to_decay.bias', 'mem.gain', 'write_gate.weight')):
             continue
         unit = parameter.shape[-1] ** -0.5
         if name.endswith('bias'):
@@ -176,7 +190,8 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
     start = spec['start']
     made: SegmentModel
     if spec['model'] == 'rmt':
-        made = RecurrentMemoryTransformer(**{'seq_len': segment_length, 'num_memory_tokens': 4, **sizes})
+        sizes = {'seq_len': segment_length, 'num_memory_tokens': 4, **sizes}
+        made = SearchedRMT(**sizes) if 'write_gate' in sizes else RecurrentMemoryTransformer(**sizes)
     elif {'gates', 'normed', 'strength'} & set(sizes):
         made = SearchedInfini(**sizes)
     else:
@@ -198,57 +213,30 @@ def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[st
     return made
 
 
-def learn_to_memorize(
-    wrapper: SegmentWrapper,
-    task: Memorize,
-    steps: int,
-    rates: list[dict[str, Any]],
-    seed: int,
-    lengths: Iterable[int],
-    name: str,
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Trains on a task with a curriculum of 1 to 5 segments.
-
-    Args:
-        wrapper: the model in its wrapper.
-        task: the task.
-        steps: number of steps.
-        rates: the parameter groups, with their learning rates.
-        seed: seed of the sequences.
-        lengths: numbers of segments at which the accuracy is measured.
-        name: what the progress bar shows.
-
-    Returns:
-        The step at which each stage was reached, and the accuracy at each length.
-    """
-    draw, curriculum = torch.Generator().manual_seed(seed), SegmentCurriculum([1, 2, 3, 4, 5], threshold=0.9)
-    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.98))
-    schedule = LambdaLR(optimizer, lambda done: min(1, (done + 1) / 50) * max(0.03, 1 - done / steps))
-    reached: dict[str, int] = {}
-    wrapper.train()
-    for done in tqdm(range(steps), desc=name, disable=None):
-        segments = curriculum.draw(draw)
-        tokens, labels = task.batch(segments, 32, draw)
-        loss = wrapper.loss(tokens, labels=labels).loss
-        update(wrapper, loss, optimizer, schedule)
-        curriculum.update(math.exp(-loss.item()), segments)
-        reached.setdefault(f'{curriculum.stages[curriculum.stage]}', done + 1)
-    curve = {}
-    for length in lengths:
-        evaluation = torch.Generator().manual_seed(1000 + seed)
-        count = 256 if length < 100 else 64
-        curve[f'{length}'] = round(accuracy(wrapper, task, length, batch_size=count, generator=evaluation), 4)
-    return reached, curve
-
-
 def memorize(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains on Memorize, and returns the step at which each stage was reached, and the accuracy at several lengths."""
     task = Memorize()
     wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    name = f'{spec["model"]}, memorize, seed {spec["seed"]}'
-    rates = groups(spec, wrapper.model, LR)
-    reached, curve = learn_to_memorize(wrapper, task, spec['steps'], rates, spec['seed'], (5, 16, 64, 256), name)
-    return {'passed': reached, 'acc': curve}
+    reached = train(
+        wrapper,
+        task,
+        groups(spec, wrapper.model, LR),
+        stages=[1, 2, 3, 4, 5],
+        steps=spec['steps'],
+        seed=spec['seed'],
+        name=f'{spec["model"]}, memorize, seed {spec["seed"]}',
+    ).reached
+    return {'passed': {f'{stage}': step for stage, step in reached.items()}, 'acc': curve(wrapper, task, spec['seed'])}
+
+
+def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
+    """Returns the accuracy at several numbers of segments, each on new sequences."""
+    found = {}
+    for segments in lengths:
+        evaluation = torch.Generator().manual_seed(1000 + seed)
+        count = 256 if segments < 100 else 64
+        found[f'{segments}'] = round(accuracy(wrapper, task, segments, batch_size=count, generator=evaluation), 4)
+    return found
 
 
 def learn_bytes(spec: dict[str, Any], segment_length: int) -> dict[str, Any]:
@@ -280,7 +268,7 @@ def parsed(text: str, steps: int | None) -> dict[str, Any]:
     start: Any = {name: float(value) for name, value in named.items() if name in START}
     if not start:
         [start] = [word for word in words if word in ('library', 'private')]
-    options = {name: value if value.isalpha() else ast.literal_eval(value) for name, value in named.items()}
+    options = {name: value if value.islower() else ast.literal_eval(value) for name, value in named.items()}
     options = {name: value for name, value in options.items() if name not in START}
     default = 1000 if trial == 'memorize' else 800
     spec = {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}

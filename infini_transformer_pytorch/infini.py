@@ -88,15 +88,24 @@ class GatedMemories(SegmentModel):
         """
         return index
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See `SegmentModel.param_groups`. The gates are a third group, with `GATE_LR` times the learning rate and no
-        decay."""
+    def param_groups(self, lr: float, weight_decay: float, *, gate_lr: float = GATE_LR) -> list[dict[str, Any]]:
+        """Returns three groups of parameters for an optimizer: see `SegmentModel.param_groups`, and the gates.
+
+        Args:
+            lr: learning rate of the first two groups.
+            weight_decay: weight decay of the first group.
+            gate_lr: the learning rate of the gates, as a factor of lr. Default: 30.
+
+        Raises:
+            ValueError: if gate_lr is not a positive number.
+        """
+        check_positive(gate_lr=gate_lr)
         gates = [p for name, p in self.named_parameters() if name.endswith('.head_gates') and p.requires_grad]
         known = {id(gate) for gate in gates}
         groups = super().param_groups(lr, weight_decay)
         for group in groups:
             group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
-        return [*groups, {'params': gates, 'lr': lr * GATE_LR, 'weight_decay': 0.0}]
+        return [*groups, {'params': gates, 'lr': lr * gate_lr, 'weight_decay': 0.0}]
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:

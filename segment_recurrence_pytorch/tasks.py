@@ -12,6 +12,7 @@ Letters: b rows of the batch, n tokens.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -325,6 +326,36 @@ class SegmentCurriculum:
         self.average += (metric - self.average) / min(self.steps, self.patience)
         if self.average >= self.threshold and self.steps >= self.patience and self.stage + 1 < len(self.stages):
             self.stage, self.average, self.steps = self.stage + 1, 0.0, 0
+
+
+def virtual_lengths(batch_size: int, segments: int, *, most: float, generator: torch.Generator) -> Tensor:
+    """Returns how many times each segment counts as read in a training step ("virtual length"), (b, segments).
+
+    Given as `per_segment={'write_scale': ...}` to the loss of a wrapper, it trains the memory of an Infini-Transformer
+    for texts that are far longer than those of the training: a segment that counts a thousand times fills the memory as
+    a thousand segments do, and costs the time of one. In 70 % of the rows, one segment, neither the first nor the last,
+    gets a number drawn log-uniformly between 1 and `most`. All other segments count once.
+
+    Args:
+        batch_size: number of rows b.
+        segments: number of segments. With fewer than 3, all count once.
+        most: the largest number of times, at least 1.
+        generator: the generator of the random numbers.
+
+    Raises:
+        ValueError: if a value is outside its range.
+    """
+    check_whole(batch_size=batch_size, segments=segments)
+    check_finite(most=most)
+    if most < 1:
+        raise ValueError(f'most is {most}: give at least 1, with which every segment counts once')
+    scale = torch.ones(batch_size, segments)
+    if segments < 3:
+        return scale
+    middle = torch.randint(1, segments - 1, (batch_size, 1), generator=generator)
+    factor = torch.exp(torch.rand(batch_size, 1, generator=generator) * math.log(most))
+    chosen = torch.rand(batch_size, 1, generator=generator) < 0.7
+    return scale.scatter(1, middle, torch.where(chosen, factor, 1.0))
 
 
 @torch.no_grad()

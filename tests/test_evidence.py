@@ -116,7 +116,7 @@ def test_the_page_is_what_the_results_say(tmp_path):
 def test_an_option_is_added_to_results_only_if_it_changes_no_bit(tmp_path):
     """The code before is a copy of this one, as it is, then with another epsilon in the norms."""
     root, checkout, folder = Path(adopt.ROOT), tmp_path / 'before', tmp_path / 'results'
-    for package in ('benchmarks', 'segment_recurrence_pytorch', 'recurrent_memory_transformer_pytorch',
+    for package in ('benchmarks', 'examples', 'segment_recurrence_pytorch', 'recurrent_memory_transformer_pytorch',
                     'infini_transformer_pytorch'):  # fmt: skip
         shutil.copytree(root / package, checkout / package, ignore=shutil.ignore_patterns('results', '__pycache__'))
     evidence.run(ROWS['rmt_copy'], 7, folder, quick=True)

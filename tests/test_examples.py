@@ -10,7 +10,8 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples import minimal_infini, minimal_rmt
+from examples import minimal_infini, minimal_rmt, train_a_task
+from infini_transformer_pytorch import InfiniTransformer
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.tasks import Memorize
 from tests.conftest import close, ids, make_infini, make_rmt, same_gradients
@@ -77,6 +78,38 @@ def test_main_prints_the_accuracy_by_number_of_segments_beside_guessing(example,
     ]
     assert guessing == ['guessing', '6.2%']
     assert ('longer' in rows[0], 'longer' in rows[-1]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'memory_noise': 0.3}, {'model': 'infini'}, {'model': 'infini', 'virtual_length': 1e3, 'gate_lr': 2.0}],
+)
+def test_train_a_task_prints_the_stages_and_how_long_the_memory_lasts(options, capsys):
+    accuracy = train_a_task.main(steps=2, lengths=(1, 6), sequences=3, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'step     1: from here on 1 segments of 32 tokens'
+    header = lines.index('segments    tokens    remembered')
+    rows = [line.split() for line in lines[header + 1 : -1]]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        (f'{segments}', f'{32 * segments}', f'{share:.1%}') for segments, share in accuracy.items()
+    ]
+    assert ('longer' in rows[0], 'longer' in rows[-1]) == (False, True)
+
+
+def test_train_a_task_counts_a_middle_segment_many_times(monkeypatch):
+    task, given = Memorize(), []
+    model = InfiniTransformer(num_tokens=task.num_tokens, dim=8, depth=1, heads=1, dim_head=8)
+    wrapper = SegmentWrapper(model, segment_length=32)
+    loss = wrapper.loss
+    monkeypatch.setattr(wrapper, 'loss', lambda *args, **options: given.append(options) or loss(*args, **options))
+    groups = model.param_groups(1e-3, 0.0)
+    progress = train_a_task.train(wrapper, task, groups, stages=[4], steps=3, batch_size=16, virtual_length=50.0)
+    assert progress.reached == {4: 1}
+    assert [entry['step'] for entry in progress.history] == [3]
+    for options in given:
+        scale = options['per_segment']['write_scale']
+        assert (scale[:, [0, 3]] == 1).all()
+        assert 1 < scale.max() <= 50
 
 
 @every_file

@@ -287,6 +287,10 @@ def test_parameter_groups_and_shares():
     gates = next(group for group in groups if group['lr'] > 1e-3)
     assert {named[id(p)].split('.')[-1] for p in gates['params']} == {'head_gates'}
     assert gates['weight_decay'] == 0
+    assert gates['lr'] == pytest.approx(1e-3 * infini.GATE_LR)
+    assert model.param_groups(1e-3, 0.1, gate_lr=2.0)[-1]['lr'] == pytest.approx(2e-3)
+    with pytest.raises(ValueError, match='gate_lr is 0'):
+        model.param_groups(1e-3, 0.1, gate_lr=0.0)
     assert (
         InfiniTransformer(num_tokens=9, dim=8, depth=3, heads=2, dim_head=4).memory_shares().tolist() == [[0.5] * 2] * 3
     )

@@ -14,6 +14,7 @@ from segment_recurrence_pytorch.tasks import (
     Memorize,
     SegmentCurriculum,
     accuracy,
+    virtual_lengths,
 )
 from tests.conftest import close, make_infini, make_rmt
 
@@ -231,6 +232,27 @@ def test_accuracy_by_pieces_is_that_of_one_forward_pass(make, monkeypatch):
         assert share == pytest.approx((right.sum() / (labels != IGNORE).sum()).item())
     with pytest.raises(ValueError, match='segment_length=6, the task 32'):
         accuracy(wrapper, Memorize(), 4, batch_size=2, generator=seeded())
+
+
+def test_virtual_lengths_repeat_one_middle_segment_in_most_rows():
+    scale = virtual_lengths(4000, 5, most=100.0, generator=seeded())
+    assert (scale[:, [0, 4]] == 1).all()
+    repeated = scale != 1
+    assert (repeated.sum(1) <= 1).all()
+    assert 0.67 < repeated.any(1).float().mean() < 0.73
+    assert scale.max() <= 100
+    logs = scale[repeated].log() / math.log(100)  # uniform in [0, 1]
+    assert abs(logs.mean() - 0.5) < 0.02
+    assert abs(logs.std() - 12**-0.5) < 0.02
+    assert all(repeated[:, i].sum() > 800 for i in (1, 2, 3))
+    assert (virtual_lengths(8, 2, most=100.0, generator=seeded()) == 1).all()  # no segment is in the middle
+
+
+def test_virtual_lengths_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r'most is 0\.5: give at least 1'):
+        virtual_lengths(2, 3, most=0.5, generator=seeded())
+    with pytest.raises(ValueError, match='segments'):
+        virtual_lengths(2, 0, most=2.0, generator=seeded())
 
 
 def test_write_scale_is_showing_a_segment_so_often():

@@ -33,14 +33,10 @@ def worker() -> None:
     """
     import torch
 
-    try:
-        from benchmarks.evidence.experiments import EXPERIMENTS
-        from benchmarks.evidence.rows import ROWS, TaskRow
-        from benchmarks.evidence.training import parameter_groups, repetitions
-    except ImportError:  # the names that the modules had at first
-        from benchmarks.evidence_experiments import EXPERIMENTS  # type: ignore
-        from benchmarks.evidence_rows import ROWS, TaskRow  # type: ignore
-        from benchmarks.evidence_training import parameter_groups, repetitions  # type: ignore
+    from benchmarks.evidence.experiments import EXPERIMENTS
+    from benchmarks.evidence.rows import ROWS, TaskRow
+    from benchmarks.evidence.training import parameter_groups
+    from segment_recurrence_pytorch.tasks import virtual_lengths
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -66,7 +62,7 @@ def worker() -> None:
             tokens = torch.randint(0, wrapper.model.num_tokens, shape, generator=generator)
             options: dict[str, Any] = {}
             if isinstance(row, TaskRow) and row.repetition:
-                scale = repetitions(row.batch_size, 4, row.repetition, generator)
+                scale = virtual_lengths(row.batch_size, 4, most=row.repetition, generator=generator)
                 options = {'per_segment': {'write_scale': scale}}
             returned = wrapper.loss(tokens, state, **options)
             optimizer.zero_grad()

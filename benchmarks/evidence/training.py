@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence.rows import MILLION, LanguageRow, TaskRow
+from examples.train_a_task import train, update
 from segment_recurrence_pytorch.data import Streams, python_source
-from segment_recurrence_pytorch.tasks import SegmentCurriculum, accuracy
+from segment_recurrence_pytorch.tasks import accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
@@ -40,62 +40,23 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
         seed: seed of the task.
         steps: number of training steps.
     """
-    generator = torch.Generator().manual_seed(seed)
-    task = row.task()
-    curriculum = SegmentCurriculum(row.stages, threshold=0.9)
-    optimizer = torch.optim.AdamW(parameter_groups(row, wrapper), betas=(0.9, 0.98))
-    # linear warm-up for 50 steps, then linearly down to 3 %
-    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
-    history = []
-    wrapper.train()
-    for step in tqdm(range(steps), desc=f'{row.name}, seed {seed}', disable=None):
-        segments = curriculum.draw(generator)
-        tokens, labels = task.batch(segments, row.batch_size, generator)
-        per_segment = {}
-        if row.repetition:
-            per_segment['write_scale'] = repetitions(row.batch_size, segments, row.repetition, generator)
-        loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
-        update(wrapper, loss, optimizer, schedule)
-        curriculum.update(math.exp(-loss.item()), segments)
-        if step % 50 == 49 or step == steps - 1:
-            history.append({'step': step + 1, 'segments': row.stages[curriculum.stage], 'loss': round(loss.item(), 4)})
-    return history
+    return train(
+        wrapper,
+        row.task(),
+        parameter_groups(row, wrapper),
+        stages=row.stages,
+        steps=steps,
+        batch_size=row.batch_size,
+        virtual_length=row.repetition,
+        seed=seed,
+        name=f'{row.name}, seed {seed}',
+    ).history
 
 
 def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> list[dict[str, Any]]:
     """Returns the model's groups of parameters, all with the same learning rate if the row asks for it."""
     groups = wrapper.model.param_groups(row.lr, 0.01)
     return [{**group, 'lr': row.lr} for group in groups] if row.one_rate else groups
-
-
-def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """Makes one step of the optimizer, and one of the schedule of its learning rate."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-
-
-def repetitions(batch_size: int, segments: int, most: float, generator: torch.Generator) -> torch.Tensor:
-    """Returns how many times each segment is written in a training step, (b, segments).
-
-    In 70 % of the rows of the batch, one segment, neither the first nor the last, is written several times. The number
-    is drawn log-uniformly between 1 and `most`. All other segments are written once.
-
-    Args:
-        batch_size: number of rows b.
-        segments: number of segments.
-        most: the largest number of times.
-        generator: the generator of the random numbers.
-    """
-    scale = torch.ones(batch_size, segments)
-    if segments < 3:
-        return scale
-    middle = torch.randint(1, segments - 1, (batch_size, 1), generator=generator)
-    factor = torch.exp(torch.rand(batch_size, 1, generator=generator) * math.log(most))
-    chosen = torch.rand(batch_size, 1, generator=generator) < 0.7
-    return scale.scatter(1, middle, torch.where(chosen, factor, 1.0))
 
 
 def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
