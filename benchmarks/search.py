@@ -5,10 +5,11 @@
     python -m benchmarks.search 'infini bytes-64 400 emb=.1 out=.1 memory_rule=deltanet gates=token gate_lr=1'
     python -m benchmarks.search --show
 
-Each argument is one run: the model, the trial, the seed, the start, and options. The start is 'library', 'private'
-(that of `benchmarks.evidence.rows`), or standard deviations. Those of emb (token embeddings), pos (position embeddings)
-and mem (memory tokens) are absolute; those of qk, v, ffin and out (queries and keys, values, input and output of a
-block) are multiples of fan_in^-0.5. Options are arguments of the model, or
+Each argument is one run: the model, the trial (memorize, copy, or bytes- with the length of a segment), the seed, the
+start, and options. The start is 'library', 'private' (that of `benchmarks.evidence.rows`), or standard deviations.
+Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute; those of qk, v, ffin
+and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5. Options are arguments of
+the model, or
 
     twin=1        bytes without memory: each segment starts a text
     gate_lr=3     factor of the learning rate of the gates
@@ -46,7 +47,7 @@ from infini_transformer_pytorch.memory import Recallable, local_share, mix, reca
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
-from segment_recurrence_pytorch.tasks import Memorize, Task, accuracy
+from segment_recurrence_pytorch.tasks import Copy, Memorize, Task, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
@@ -229,6 +230,16 @@ def memorize(spec: dict[str, Any]) -> dict[str, Any]:
     return {'passed': {f'{stage}': step for stage, step in reached.items()}, 'acc': curve(wrapper, task, spec['seed'])}
 
 
+def learn_copy(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains on Copy with 3, 6 and 9 segments and 8 memory tokens, and returns the accuracy at each."""
+    task = Copy()
+    spec = {**spec, 'options': {'num_memory_tokens': 8, **spec.get('options', {})}}
+    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
+    rates, name = groups(spec, wrapper.model, 2e-3), f'{spec["model"]}, copy, seed {spec["seed"]}'
+    train(wrapper, task, rates, stages=[3, 6, 9], steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
+    return {'acc': curve(wrapper, task, spec['seed'], (3, 6, 9))}
+
+
 def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     """Returns the accuracy at several numbers of segments, each on new sequences."""
     found = {}
@@ -270,7 +281,7 @@ def parsed(text: str, steps: int | None) -> dict[str, Any]:
         [start] = [word for word in words if word in ('library', 'private')]
     options = {name: value if value.islower() else ast.literal_eval(value) for name, value in named.items()}
     options = {name: value for name, value in options.items() if name not in START}
-    default = 1000 if trial == 'memorize' else 800
+    default = {'memorize': 1000, 'copy': 1200}.get(trial, 800)
     spec = {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}
     return spec | ({'options': options} if options else {})
 
@@ -284,7 +295,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN')
-    parser.add_argument('--steps', type=int, help='default 1,000 of memorize, 800 of bytes')
+    parser.add_argument('--steps', type=int, help='default 1,000 of memorize, 1,200 of copy, 800 of bytes')
     parser.add_argument('--show', action='store_true', help='print all runs')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -295,6 +306,8 @@ def main() -> None:
         began = time.process_time()
         if spec['trial'] == 'memorize':
             found = memorize(spec)
+        elif spec['trial'] == 'copy':
+            found = learn_copy(spec)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
         line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
