@@ -63,12 +63,12 @@ from segment_recurrence_pytorch.training import (
 PRESETS: dict[str, dict[str, Any]] = {
     'small': {
         'rmt': dict(dim=128, depth=3, heads=2, seq_len=64, num_memory_tokens=4, rotary_pos_emb=True),
-        'infini': dict(dim=128, depth=3, heads=2, dim_head=64, memory_rule='delta', segment_length=64),
+        'infini': dict(dim=128, depth=3, heads=2, dim_head=64, segment_length=64),
         'training': dict(segments=4, batch_size=16, lr=2e-3, minutes=3.0),
     },
     'base': {
         'rmt': dict(dim=512, depth=8, heads=8, seq_len=256, num_memory_tokens=16, rotary_pos_emb=True),
-        'infini': dict(dim=512, depth=8, heads=8, dim_head=64, memory_rule='delta', segment_length=256),
+        'infini': dict(dim=512, depth=8, heads=8, dim_head=64, segment_length=256),
         'training': dict(segments=4, batch_size=32, lr=1e-3, steps=20_000),
     },
     # arXiv 2207.06881, enwik8: 12 layers, segment 128, 10 memory tokens, 400k steps; arXiv 2404.07143: the PG19 sizes

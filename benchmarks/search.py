@@ -1,24 +1,27 @@
 """The search for a start that learns: trains models with other initial weights than the library's.
 
     python -m benchmarks.search 'rmt memorize 400 emb=.1 pos=.02 v=1 ffin=1 out=.1'
-    python -m benchmarks.search 'infini bytes-64 400 library' 'rmt bytes-16 401 private' --steps 3000
+    python -m benchmarks.search 'infini bytes-64 400 default' 'rmt bytes-16 401 library' --steps 3000
     python -m benchmarks.search 'infini bytes-64 400 emb=.1 out=.1 memory_rule=deltanet gates=token gate_lr=1'
     python -m benchmarks.search --show
 
 Each argument is one run: the model, the trial (memorize, copy, or bytes- with the length of a segment), the seed, the
-start, and options. The start is 'library', 'private' (that of `benchmarks.evidence.rows`), or standard deviations.
+start, and options. The start is 'default', as the library has it now, 'library', as it had it before the search,
+'private', with which the page of results was trained then, or standard deviations.
 Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute; those of qk, v, ffin
 and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5. Options are arguments of
 the model, or
 
     twin=1        bytes without memory: each segment starts a text
     gate_lr=3     factor of the learning rate of the gates
+    emb_lr=5      factor of the learning rate of token and position embeddings
     gates=token   the gates of an Infini-Transformer are computed from the token. Their weights start at 0, their bias
                   at head_gate_init_value
     normed=1      what is recalled goes through an RMS norm with a learned gain, before the gate
     strength=2    initial bias of the strength, which has none in the library
     write_gate=1  the memory that an RMT carries is old + sigmoid(gate) (written - old), with a gate in each feature
                   computed from both, as in the Block-Recurrent Transformer; its weights and bias start at 0
+    write_old=.1  the write rows of an RMT get the memory times this number, beside what write_init says
 
 A run that is stored already is not repeated. Rules and results: results/search.
 """
@@ -39,7 +42,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks.evidence.rows import start_active
 from examples.train_a_task import train, update
 from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
 from infini_transformer_pytorch.attention import InfiniAttention
@@ -118,14 +120,23 @@ class SearchedInfini(InfiniTransformer):
 
 
 class SearchedRMT(RecurrentMemoryTransformer):
-    """A Recurrent Memory Transformer with a gate of old against new in each feature of its memory."""
+    """A Recurrent Memory Transformer with the options that the library does not have."""
 
-    def __init__(self, *, write_gate: int, **options: Any):
+    def __init__(self, *, write_gate: int = 0, write_old: float = 0.0, **options: Any):
         super().__init__(**options)
-        self.to_write_gate = nn.Linear(2 * self.dim, self.dim)
-        nn.init.zeros_(self.to_write_gate.weight)
+        self.write_old = write_old
+        self.to_write_gate = None
+        if write_gate:
+            self.to_write_gate = nn.Linear(2 * self.dim, self.dim)
+            nn.init.zeros_(self.to_write_gate.weight)
+
+    def write_rows(self, memory: Tensor) -> Tensor:
+        rows = super().write_rows(memory)
+        return rows + self.write_old * memory if self.write_old else rows
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
+        if self.to_write_gate is None:
+            return written
         return torch.lerp(memory, written, self.to_write_gate(torch.cat((written, memory), dim=-1)).sigmoid())
 
 
@@ -183,24 +194,49 @@ def set_start(
             module.start()
 
 
+@torch.no_grad()
+def start_as_before(model: SegmentModel) -> None:
+    """Draws the weights anew as the library did before the search: each block starts as the identity."""
+    for name, parameter in model.named_parameters():
+        if name.endswith('bias') and not name.endswith('to_decay.bias'):
+            nn.init.zeros_(parameter)
+        elif name.startswith('layers.') and name.endswith('weight') and parameter.ndim == 2:
+            writes = name.endswith(('to_out.weight', 'proj_out.weight'))
+            nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def start_active(model: SegmentModel) -> None:
+    """Draws the weights anew as the rows of the page had them before: embeddings of 0.5, and PyTorch's own start."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    for name, parameter in model.named_parameters():
+        if not name.startswith(('layers.', 'logits.')) and parameter.ndim == 2:
+            parameter.normal_(std=0.5)
+
+
 def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -> SegmentWrapper:
     """Returns a model of two layers and four heads with the start and the options of a run, in its wrapper."""
     torch.manual_seed(spec['seed'])
     sizes: dict[str, Any] = dict(num_tokens=num_tokens, dim=dim, depth=2, heads=4, dim_head=dim // 4)
-    sizes |= {name: value for name, value in spec.get('options', {}).items() if name not in ('twin', 'gate_lr')}
+    options = spec.get('options', {})
+    sizes |= {name: value for name, value in options.items() if name not in ('twin', 'gate_lr', 'emb_lr')}
     start = spec['start']
     made: SegmentModel
     if spec['model'] == 'rmt':
         sizes = {'seq_len': segment_length, 'num_memory_tokens': 4, **sizes}
-        made = SearchedRMT(**sizes) if 'write_gate' in sizes else RecurrentMemoryTransformer(**sizes)
+        made = SearchedRMT(**sizes) if {'write_gate', 'write_old'} & set(sizes) else RecurrentMemoryTransformer(**sizes)
     elif {'gates', 'normed', 'strength'} & set(sizes):
         made = SearchedInfini(**sizes)
     else:
         made = InfiniTransformer(**sizes)
-    if start == 'private':
-        start_active(made, 0.5)
-    elif start != 'library':
+    if isinstance(start, dict):
         set_start(made, **start)
+    elif start != 'default':
+        {'library': start_as_before, 'private': start_active}[start](made)
     return SegmentWrapper(made, segment_length=segment_length)
 
 
@@ -211,6 +247,12 @@ def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[st
     for group in made:
         if factor is not None and group['lr'] != lr:
             group['lr'] = lr * factor
+    if emb_lr := spec.get('options', {}).get('emb_lr'):
+        tables = [parameter for name, parameter in model.named_parameters() if name.endswith('_emb.weight')]
+        known = {id(table) for table in tables}
+        for group in made:
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
+        made.append({'params': tables, 'lr': lr * emb_lr, 'weight_decay': 0.0})
     return made
 
 
@@ -278,7 +320,7 @@ def parsed(text: str, steps: int | None) -> dict[str, Any]:
     named = dict(word.split('=') for word in words if '=' in word)
     start: Any = {name: float(value) for name, value in named.items() if name in START}
     if not start:
-        [start] = [word for word in words if word in ('library', 'private')]
+        [start] = [word for word in words if word in ('default', 'library', 'private')]
     options = {name: value if value.islower() else ast.literal_eval(value) for name, value in named.items()}
     options = {name: value for name, value in options.items() if name not in START}
     default = {'memorize': 1000, 'copy': 1200}.get(trial, 800)

@@ -79,7 +79,7 @@ def main(
         if name == 'without memory':
             wrapper = without_memory(lm, segment_length)
         elif method == 'infini':  # a gate of 4 leaves the local attention a share of 0.98 at the start
-            memory: SegmentModel = add_infini_attention(lm, memory_rule='delta', head_gate_init_value=4.0)
+            memory: SegmentModel = add_infini_attention(lm)
             wrapper = SegmentWrapper(memory, segment_length=segment_length)
         else:
             memory = RecurrentMemoryLM(lm, num_memory_tokens=4)

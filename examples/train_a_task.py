@@ -117,6 +117,8 @@ def main(
         )
         groups = made.param_groups(3e-3, 0.01)
     else:
+        if virtual_length:  # only these rules can count a segment several times
+            sizes['memory_rule'] = 'linear'
         made = InfiniTransformer(**sizes)
         groups = made.param_groups(3e-3, 0.01, **({} if gate_lr is None else {'gate_lr': gate_lr}))
     wrapper = SegmentWrapper(made, segment_length=task.segment_length)

@@ -16,10 +16,10 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import (
-    MEMORY_RULES,
     Memories,
     Recallable,
     Writes,
+    chosen_rule,
     local_share,
     mix,
     recall,
@@ -30,6 +30,9 @@ from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rot
 from segment_recurrence_pytorch.state import copied
 
 NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
+# Initial value of the gates, with which the local attention has a share of sigmoid(3) = 0.95. With equal shares (0), a
+# memory that holds nothing of use yet costs more on text than it ever gains (benchmarks/search.py)
+GATE_START = 3.0
 # initial bias of the decay: a token keeps sigmoid(8) = 0.9997 of the memory, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0
 # a map of `mem_transform` starts as the identity plus exp(-6) = 0.0025 in each entry (kv_proj: divided by dim_head)
@@ -85,7 +88,7 @@ class FastweightMemory(nn.Module):
     Args:
         heads: number of query heads h. Each has a gate; sigmoid(gate) is the share of the layer's own attention, as in
             infini-transformer-pytorch.
-        head_gate_init_value: initial value of the gates. Default: 0, equal shares.
+        head_gate_init_value: initial value of the gates. Default: 3, a share of 0.95.
         use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
         kv_heads: number of memories g, a divisor of `heads`. Consecutive query heads share a memory. Default: None,
             `heads`.
@@ -106,7 +109,7 @@ class FastweightMemory(nn.Module):
     def __init__(
         self,
         heads: int,
-        head_gate_init_value: int | float = 0.0,
+        head_gate_init_value: int | float = GATE_START,
         use_mem_delta_rule: bool = False,
         *,
         kv_heads: int | None = None,
@@ -121,14 +124,7 @@ class FastweightMemory(nn.Module):
         check_finite(head_gate_init_value=head_gate_init_value)
         if heads % kv_heads:
             raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
-        if use_mem_delta_rule and memory_rule not in (None, 'delta'):
-            raise ValueError(
-                f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them"
-            )
-        if memory_rule is None:
-            memory_rule = 'delta' if use_mem_delta_rule else 'linear'
-        if memory_rule not in MEMORY_RULES:
-            raise ValueError(f'memory_rule is {memory_rule!r}: give one of {", ".join(MEMORY_RULES)}')
+        memory_rule, _ = chosen_rule(memory_rule, None, use_mem_delta_rule)
         if mem_transform not in (None, 'talking_heads', 'kv_proj'):
             raise ValueError(f"mem_transform is {mem_transform!r}: give 'talking_heads', 'kv_proj' or None")
         if mem_transform == 'kv_proj' and dim_head is None:

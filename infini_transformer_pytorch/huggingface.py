@@ -2,7 +2,7 @@
 
     from transformers import AutoModelForCausalLM
     lm = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-1B')
-    model = add_infini_attention(lm, head_gate_init_value=4.0)
+    model = add_infini_attention(lm)
     wrapper = SegmentWrapper(model, segment_length=1024)
 
 No line of the model's code is copied. The memory needs queries and keys as they are before rotation, but after the
@@ -29,10 +29,10 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, LayerMemory, empty_memories
+from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, LayerMemory, empty_memories
 from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
-from infini_transformer_pytorch.memory import Memories, Writes
+from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
 from segment_recurrence_pytorch.cache import Slots
 from segment_recurrence_pytorch.checks import is_whole
 from segment_recurrence_pytorch.huggingface.decoder import (
@@ -56,10 +56,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def add_infini_attention(
     lm: Any,
     *,
-    memory_rule: str = 'linear',
+    memory_rule: str | None = None,
     learned_delta_update: bool = False,
-    memory_decay: bool = False,
-    head_gate_init_value: int | float = 0.0,
+    memory_decay: bool | None = None,
+    head_gate_init_value: int | float = GATE_START,
     layers: Any = None,
 ) -> InfiniLM:
     """Adds a memory to the attention of a pretrained language model, and returns it as an `InfiniLM`.
@@ -69,10 +69,10 @@ def add_infini_attention(
 
     Args:
         lm: see `InfiniLM`.
-        memory_rule: see `InfiniLM`. Default: 'linear'.
+        memory_rule: see `InfiniLM`. Default: None, 'deltanet'.
         learned_delta_update: see `InfiniLM`. Default: False.
-        memory_decay: see `InfiniLM`. Default: False.
-        head_gate_init_value: see `InfiniLM`. Default: 0.
+        memory_decay: see `InfiniLM`. Default: None, True with 'deltanet'.
+        head_gate_init_value: see `InfiniLM`. Default: 3.
         layers: see `InfiniLM`. Default: None, all layers.
 
     Raises:
@@ -100,12 +100,11 @@ class InfiniLM(PretrainedLM, GatedMemories):
 
     Args:
         lm: what `AutoModelForCausalLM.from_pretrained` returned, or its PEFT model. See `PretrainedLM`.
-        memory_rule: 'linear', 'delta' or 'deltanet'. See `InfiniTransformer`. Default: 'linear'.
+        memory_rule: 'linear', 'delta' or 'deltanet'. See `InfiniTransformer`. Default: None, 'deltanet'.
         learned_delta_update: whether the strength of each token is learned; always with 'deltanet'. Default: False.
-        memory_decay: whether the decay of each token is learned. Default: False.
-        head_gate_init_value: initial value of the gates. sigmoid(gate) is the share of the local attention. Default: 0,
-            equal shares, as in the library's own model. A pretrained model is used to local attention alone: at 4 it
-            starts with a share of 0.98.
+        memory_decay: whether the decay of each token is learned. Default: None, True with 'deltanet', else False.
+        head_gate_init_value: initial value of the gates. sigmoid(gate) is the share of the local attention. Default: 3,
+            a share of 0.95, as in the library's own model.
         layers: numbers of the layers that get a memory, from 0. Default: None, all layers.
 
     Raises:
@@ -120,10 +119,10 @@ class InfiniLM(PretrainedLM, GatedMemories):
         self,
         lm: Any,
         *,
-        memory_rule: str = 'linear',
+        memory_rule: str | None = None,
         learned_delta_update: bool = False,
-        memory_decay: bool = False,
-        head_gate_init_value: int | float = 0.0,
+        memory_decay: bool | None = None,
+        head_gate_init_value: int | float = GATE_START,
         layers: Any = None,
     ):
         super().__init__(lm)
@@ -134,6 +133,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
             )
         self.max_segment_length = self.longest_segment(None, 0)
         self._adapters_first = hasattr(self.lm, 'peft_config')
+        self.memory_rule, self.memory_decay = chosen_rule(memory_rule, memory_decay)
         found = attention_modules(self.lm)
         chosen = self._layers = _checked_layers(layers, len(found))
         self.kv_heads, self.dim_head = _heads_of(found[0], self.config)
@@ -144,9 +144,9 @@ class InfiniLM(PretrainedLM, GatedMemories):
                 index=index,
                 heads=self.config.num_attention_heads,
                 kv_heads=self.kv_heads,
-                learned_strength=learned_delta_update or memory_rule == 'deltanet',
-                memory_decay=memory_decay,
-                memory_rule=memory_rule,
+                learned_strength=learned_delta_update or self.memory_rule == 'deltanet',
+                memory_decay=self.memory_decay,
+                memory_rule=self.memory_rule,
                 head_gate_init_value=head_gate_init_value,
             ).to(self.device, torch.promote_types(self.dtype, torch.float32))
             for index in range(len(chosen))
@@ -178,7 +178,9 @@ class InfiniLM(PretrainedLM, GatedMemories):
         return list(self._memories)
 
     def recorded_argument(self, name: str, value: Any) -> Any:
-        """See `SegmentModel.recorded_argument`. The chosen layers are recorded as a list."""
+        """See `SegmentModel.recorded_argument`. Layers are recorded as a list, and the rule as it was chosen."""
+        if name in ('memory_rule', 'memory_decay'):
+            return getattr(self, name)
         return list(self._layers) if name == 'layers' and value is not None else super().recorded_argument(name, value)
 
     def decode(self, x: Tensor, *rows: Any, **options: Any) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from infini_transformer_pytorch.attention import (
     DECAY_BIAS,
+    GATE_START,
     NORM_EPS,
     CachedKV,
     InfiniAttention,
@@ -32,7 +33,7 @@ from infini_transformer_pytorch.attention import (
     empty_memories,
 )
 from infini_transformer_pytorch.decoding import InfiniCache
-from infini_transformer_pytorch.memory import Memories, Writes
+from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
 from segment_recurrence_pytorch.checks import (
     check_faults,
     check_finite,
@@ -46,7 +47,9 @@ from segment_recurrence_pytorch.model import SegmentModel, whole
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
-GATE_LR = 30.0  # factor of the gates' learning rate; the Hugging Face replication has 0.01 for gates and 3e-4 else
+# Factor of the gates' learning rate. Few numbers decide whether a memory is used: with 1 a fact is learned later, with
+# 30 gates run ahead of what the memory holds, which costs on text (benchmarks/search.py)
+GATE_LR = 3.0
 
 
 class TransformerReturn(NamedTuple):
@@ -94,7 +97,7 @@ class GatedMemories(SegmentModel):
         Args:
             lr: learning rate of the first two groups.
             weight_decay: weight decay of the first group.
-            gate_lr: the learning rate of the gates, as a factor of lr. Default: 30.
+            gate_lr: the learning rate of the gates, as a factor of lr. Default: 3.
 
         Raises:
             ValueError: if gate_lr is not a positive number.
@@ -146,16 +149,18 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         attn_dropout: probability that a weight of the local attention is dropped during training. Default: 0.
         ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
         ff_dropout: probability that an inner feature of the feed-forward is dropped during training. Default: 0.
-        use_mem_delta_rule: the published name of memory_rule='delta'. Default: False.
+        use_mem_delta_rule: the published option: True is memory_rule='delta', False is memory_rule='linear'.
+            Default: None, memory_rule decides.
         memory_rule: how the memory is written: 'linear' (equation 4), 'delta' (equation 5), or 'deltanet' (token after
-            token, without a normaliser, and always with a learned strength). See `memory`. Default: None, 'delta' if
-            use_mem_delta_rule is True, else 'linear'.
+            token, without a normaliser, and always with a learned strength). See `memory`. Default: None, 'deltanet'
+            unless use_mem_delta_rule is given.
         learned_delta_update: whether the strength of each token is learned: how much of it is written. Default: False.
         strength_in_normaliser: whether the strength of a token also scales what it adds to the normaliser. Checkpoints
             of infini-transformer-pytorch need False. Default: True.
-        memory_decay: whether the decay of each token is learned: the share of the memory that it keeps. Default: False.
-        head_gate_init_value: initial value of the gates. sigmoid(gate) is the share of the local attention. Default: 0,
-            equal shares, with which the memory learns.
+        memory_decay: whether the decay of each token is learned: the share of the memory that it keeps. Default: None,
+            True with 'deltanet', False with the other rules.
+        head_gate_init_value: initial value of the gates. sigmoid(gate) is the share of the local attention. Default: 3,
+            a share of 0.95, with which the memory costs nothing on text until it is of use.
         mem_transform: a learned map of the memory before it is recalled from, 'talking_heads' or 'kv_proj'. See
             `FastweightMemory`. Default: None, no map.
         mem_read_from: from which memory a layer recalls: 'same', its own, or 'above', that of the next layer (the last
@@ -182,12 +187,12 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         attn_dropout: int | float = 0.0,
         ff_mult: int | float = 4,
         ff_dropout: int | float = 0.0,
-        use_mem_delta_rule: bool = False,
+        use_mem_delta_rule: bool | None = None,
         memory_rule: Literal['linear', 'delta', 'deltanet'] | None = None,
         learned_delta_update: bool = False,
         strength_in_normaliser: bool = True,
-        memory_decay: bool = False,
-        head_gate_init_value: int | float = 0.0,
+        memory_decay: bool | None = None,
+        head_gate_init_value: int | float = GATE_START,
         mem_transform: Literal['talking_heads', 'kv_proj'] | None = None,
         mem_read_from: Literal['same', 'above'] = 'same',
         rotary_theta: int | float = 10000.0,
@@ -204,17 +209,13 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
         if dim_head % 2:
             raise ValueError(f'rotary positions turn pairs of features: dim_head={dim_head} must be even')
-        if use_mem_delta_rule and memory_rule not in (None, 'delta'):
-            raise ValueError(
-                f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them"
-            )
-        memory_rule = memory_rule or ('delta' if use_mem_delta_rule else 'linear')
+        rule, memory_decay = chosen_rule(memory_rule, memory_decay, use_mem_delta_rule)
 
         self.num_tokens = num_tokens
         self.dim = dim
         self.kv_heads = kv_heads
         self.dim_head = dim_head
-        self.memory_rule = memory_rule
+        self.memory_rule = rule
         self.memory_decay = memory_decay
         self.mem_read_from = mem_read_from
         self.rotary_theta = rotary_theta
@@ -228,9 +229,9 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             dim_head=dim_head,
             dropout=attn_dropout,
             qk_norm=qk_norm,
-            learned_strength=learned_delta_update or memory_rule == 'deltanet',
+            learned_strength=learned_delta_update or rule == 'deltanet',
             memory_decay=memory_decay,
-            memory_rule=memory_rule,
+            memory_rule=rule,
             strength_in_normaliser=strength_in_normaliser,
             head_gate_init_value=head_gate_init_value,
             mem_transform=mem_transform,
@@ -246,6 +247,16 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         if tie_embeddings:
             self.logits.weight = self.token_emb.weight
         self.init_weights()
+
+    def recorded_argument(self, name: str, value: Any) -> Any:
+        """See `SegmentModel.recorded_argument`. What was chosen for None is recorded: files then keep their meaning."""
+        return getattr(self, name) if name in ('memory_rule', 'memory_decay') else value
+
+    def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """See `SegmentModel.as_arguments`. Older versions recorded no rule where use_mem_delta_rule decided."""
+        if saved.get('memory_rule') is None and 'use_mem_delta_rule' in saved:
+            saved = {**saved, 'memory_rule': 'delta' if saved['use_mem_delta_rule'] else 'linear'}
+        return saved
 
     def make_attention(self, index: int, **options: Any) -> InfiniAttention:
         """Returns the attention of a layer. The constructor calls it. Override it to use another attention.
@@ -273,23 +284,11 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Gives the parameters their initial values.
-
-        Embeddings and logits are normal with std 0.02. Linear layers are normal with std fan_in ** -0.5, but those that
-        write to the residual stream are 0, so that each block starts as the identity. Biases are 0, and biases of
-        decays are `DECAY_BIAS`. Gates, gains and maps of the memory keep the values that their constructors gave them.
-        A linear layer that a subclass adds to a block is initialised like the others.
-        """
+        """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`."""
+        super().init_weights()
         for name, parameter in self.named_parameters():
             if name.endswith('to_decay.bias'):
                 nn.init.constant_(parameter, DECAY_BIAS)
-            elif name.endswith('bias'):
-                nn.init.zeros_(parameter)
-            elif name.startswith('layers.') and name.endswith('weight') and parameter.ndim == 2:
-                writes = name.endswith(('to_out.weight', 'proj_out.weight'))
-                nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
-            elif name.endswith(('token_emb.weight', 'logits.weight')):
-                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self,
@@ -341,7 +340,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         """Returns a model with the weights of a checkpoint of infini-transformer-pytorch 0.2.1, in their dtype.
 
         The shapes of the weights tell num_tokens, dim, depth, heads, dim_head, ff_mult and learned_delta_update.
-        Nothing in a checkpoint tells whether it was trained with use_mem_delta_rule: give that argument.
+        Nothing in a checkpoint tells whether it was trained with use_mem_delta_rule: give that argument. Without it the
+        rule is linear. The other options are those of that package: no decay, a gate for each head, no norm.
 
         Args:
             state_dict: the weights.
@@ -352,7 +352,10 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         """
         from infini_transformer_pytorch.peer import arguments_of, translated
 
-        model = cls(**{**arguments_of(state_dict), **arguments, 'strength_in_normaliser': False})
+        published: dict[str, Any] = {'memory_decay': False, 'strength_in_normaliser': False}
+        if arguments.get('memory_rule') is None and arguments.get('use_mem_delta_rule') is None:
+            published['use_mem_delta_rule'] = False
+        model = cls(**{**arguments_of(state_dict), **arguments, **published})
         weights = translated(state_dict)
         try:
             model.to(weights['token_emb.weight'].dtype).load_state_dict(weights)

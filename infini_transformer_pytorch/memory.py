@@ -172,6 +172,31 @@ def write(
         return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
 
 
+def chosen_rule(
+    memory_rule: str | None, memory_decay: bool | None, use_mem_delta_rule: bool | None = None
+) -> tuple[str, bool]:
+    """Returns the rule and whether it decays, as the options of a model name them.
+
+    Not to name them is to choose what costs nothing on text and still learns to remember: 'deltanet' with decay. A rule
+    that is named, by either option, has no decay unless it is asked for, but for 'deltanet'.
+
+    Args:
+        memory_rule: a name in `MEMORY_RULES`, or None.
+        memory_decay: whether the memory decays, or None.
+        use_mem_delta_rule: the published option: True is 'delta', False is 'linear', None is not given.
+
+    Raises:
+        ValueError: if the rule is unknown, or if the options contradict each other.
+    """
+    if use_mem_delta_rule and memory_rule not in (None, 'delta'):
+        raise ValueError(f"use_mem_delta_rule=True means memory_rule='delta', not {memory_rule!r}: give one of them")
+    if memory_rule is None:
+        memory_rule = 'deltanet' if use_mem_delta_rule is None else 'delta' if use_mem_delta_rule else 'linear'
+    if memory_rule not in MEMORY_RULES:
+        raise ValueError(f'memory_rule is {memory_rule!r}: give one of {", ".join(MEMORY_RULES)}')
+    return memory_rule, memory_rule == 'deltanet' if memory_decay is None else memory_decay
+
+
 def recall(queries: Tensor, memories: Recallable, rule: str) -> Tensor:
     """Returns what queries recall from memories (equation 3), (..., b, h, n, e). From an empty memory they recall 0.
 

@@ -43,7 +43,7 @@ from segment_recurrence_pytorch.checks import (
     check_positive,
     check_probability,
 )
-from segment_recurrence_pytorch.layers import NORM_EPS, Blocks, ResidualBlock, SegmentTransformer
+from segment_recurrence_pytorch.layers import NORM_EPS, POSITION_STD, Blocks, ResidualBlock, SegmentTransformer
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
 from segment_recurrence_pytorch.state import copied, where_rows
 
@@ -86,8 +86,10 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             table in `attention`. Default: None, 'causal' if memory_not_causal is False, else 'block'.
         memory_not_causal: the published name: True means 'block', False means 'causal'. Default: None.
         write_init: what goes into the write rows: 'learned', learned tokens; 'previous', the memory that goes into the
-            read rows (as in the paper); 'sum', the sum of both. Default: 'sum', which keeps the gradient through many
-            segments best.
+            read rows (as in the paper); 'sum', the sum of both; 'scaled', the sum with dim ** -0.5 times the memory. A
+            memory comes from a norm, so it is far larger than embeddings, and what is written can hardly change it;
+            scaled, it is as large as they are. Default: 'scaled', which learns text as well as 'learned' does and
+            copies as well as 'sum'.
         qk_norm: whether queries and keys go through an RMS norm with a learned gain. Default: False.
         tie_embeddings: whether the logits use the weight of the token embedding. Default: False.
         axial_mem_len: number of its last values to which each memory slot attends before the memory goes into the read
@@ -128,7 +130,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         enhanced_xl_recurrence: bool = False,
         memory_mask: Literal['causal', 'block', 'mixed'] | None = None,
         memory_not_causal: bool | None = None,
-        write_init: Literal['learned', 'previous', 'sum'] = 'sum',
+        write_init: Literal['scaled', 'learned', 'previous', 'sum'] = 'scaled',
         qk_norm: bool = False,
         tie_embeddings: bool = False,
         axial_mem_len: int = 0,
@@ -225,25 +227,19 @@ class RecurrentMemoryTransformer(SegmentTransformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Gives the parameters their initial values.
+        """See `SegmentTransformer.init_weights`.
 
-        Embeddings, memory tokens and logits are normal with std 0.02. (Memory tokens must differ: equal ones would stay
-        equal.) Linear layers are normal with std fan_in ** -0.5, but those that write to the residual stream are 0.
-        Each block thus starts as the identity, and does not drown the small embeddings. Biases are 0 and norm gains are
-        1. A matrix that a subclass adds inside a block is a linear layer of this kind; its other parameters keep the
-        values that they have.
+        Memory tokens start as token embeddings do; equal ones would stay equal. Axial attention starts as the identity,
+        and what it has beside its linear layers as position embeddings do.
         """
-        memory = ('initial_memory', 'read_memory_emb', 'memory_tokens', 'axial.positions', 'axial.null_kv')
+        super().init_weights()
         for name, parameter in self.named_parameters():
-            if name.endswith('norm.weight'):
-                nn.init.ones_(parameter)
-            elif name.endswith('bias'):
+            if name in ('initial_memory', 'read_memory_emb', 'memory_tokens'):
+                nn.init.normal_(parameter, std=self.dim**-0.5)
+            elif name in ('axial.positions', 'axial.null_kv'):
+                nn.init.normal_(parameter, std=POSITION_STD)
+            elif name == 'axial.to_out.weight':
                 nn.init.zeros_(parameter)
-            elif name.startswith(('layers.', 'axial.to_')) and parameter.ndim == 2:
-                writes = name.endswith(('to_out.weight', 'proj_out.weight'))
-                nn.init.normal_(parameter, std=0.0 if writes else parameter.shape[1] ** -0.5)
-            elif name in memory or name in ('token_emb.weight', 'pos_emb.weight', 'logits.weight'):
-                nn.init.normal_(parameter, std=0.02)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""
@@ -400,7 +396,9 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         if self.write_init == 'previous':
             return memory
         tokens = self.memory_tokens.expand(memory.shape[0], -1, -1)  # `len` would fix the batch in `torch.export`
-        return tokens if self.write_init == 'learned' else tokens + memory
+        if self.write_init == 'learned':
+            return tokens
+        return tokens + (memory if self.write_init == 'sum' else self.dim**-0.5 * memory)
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
         """Returns the memory that is carried to the next segment, (b, m, dim). The default returns `written`.

@@ -72,7 +72,7 @@ def make_rmt(**options) -> RecurrentMemoryTransformer:
 
 @torch.no_grad()
 def random_weights(model):
-    """Weights of the size that trained ones have: at the start blocks are the identity, and memories small."""
+    """Weights of the size that trained ones have: at the start blocks do little, and memories are small."""
     for name, parameter in model.named_parameters():
         if name.endswith('norm.weight'):
             parameter.uniform_(0.5, 1.5)
@@ -95,6 +95,7 @@ RMT_OPTIONS = {
     'causal': {'memory_mask': 'causal'},
     'mixed': {'memory_mask': 'mixed'},
     'learned': {'write_init': 'learned'},
+    'sum': {'write_init': 'sum'},
     'previous': {'write_init': 'previous'},
     'rotary': {'rotary_pos_emb': True, 'abs_pos_emb': False},
     'gqa': {'heads': 4, 'kv_heads': 2, 'qk_norm': True},
@@ -113,20 +114,21 @@ RMT_OPTIONS = {
     'deep': {'depth': 3, 'ff_mult': 2},
 }
 INFINI_OPTIONS = {
-    'linear': {},
-    'linear, strength': {'learned_delta_update': True},
-    'linear, decay': {'memory_decay': True},
+    'default': {},
+    'linear': {'memory_rule': 'linear'},
+    'linear, strength': {'memory_rule': 'linear', 'learned_delta_update': True},
+    'linear, decay': {'memory_rule': 'linear', 'memory_decay': True},
     'delta': {'use_mem_delta_rule': True},
     'delta, strength, decay': {'memory_rule': 'delta', 'learned_delta_update': True, 'memory_decay': True},
     'delta, published strength': {
         'memory_rule': 'delta', 'learned_delta_update': True, 'strength_in_normaliser': False
     },
     'delta, gqa': {'memory_rule': 'delta', 'heads': 4, 'kv_heads': 2, 'qk_norm': True, 'learned_delta_update': True},
-    'deltanet': {'memory_rule': 'deltanet'},
+    'deltanet': {'memory_rule': 'deltanet', 'memory_decay': False},
     'deltanet, decay, gqa': {'memory_rule': 'deltanet', 'memory_decay': True, 'heads': 4, 'kv_heads': 2},
-    'talking heads': {'mem_transform': 'talking_heads', 'heads': 4, 'kv_heads': 2},
+    'talking heads': {'mem_transform': 'talking_heads', 'memory_rule': 'linear', 'heads': 4, 'kv_heads': 2},
     'kv proj': {'mem_transform': 'kv_proj', 'use_mem_delta_rule': True},
-    'above': {'mem_read_from': 'above', 'depth': 3, 'tie_embeddings': True},
+    'above': {'mem_read_from': 'above', 'memory_rule': 'linear', 'depth': 3, 'tie_embeddings': True},
     'deltanet, above': {'mem_read_from': 'above', 'memory_rule': 'deltanet', 'mem_transform': 'kv_proj'},
 }  # fmt: skip
 DROPOUT = {'attn_dropout': 0.2, 'ff_dropout': 0.3}

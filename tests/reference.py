@@ -47,7 +47,8 @@ def rmt_segment(model, text: Tensor, positions: list[int], memory: Tensor, xl: l
         x = x + model.pos_emb.weight[positions]
     if m:
         write = {'learned': lambda: model.memory_tokens, 'previous': lambda: memory,
-                 'sum': lambda: memory + model.memory_tokens}[model.write_init]()  # fmt: skip
+                 'sum': lambda: memory + model.memory_tokens,
+                 'scaled': lambda: model.memory_tokens + memory / math.sqrt(model.dim)}[model.write_init]()  # fmt: skip
         x = torch.cat((memory + model.read_memory_emb, x, write))
     rows = [('read', i) for i in range(m)] + [('text', i) for i in positions] + [('write', i) for i in range(m)]
     depth, new_xl = len(model.layers), []

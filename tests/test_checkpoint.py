@@ -139,9 +139,14 @@ OTHER_OPTIONS = [
     (make_rmt, {'memory_mask': 'mixed'}, {'memory_mask': 'block'}, "memory_mask='mixed', this model has 'block'"),
     (make_rmt, {'rotary_pos_emb': True}, {}, 'rotary_pos_emb=True, this model has False'),
     (make_rmt, {}, {'ignore_index': 3}, 'ignore_index=-1, this model has 3'),
-    (make_infini, {}, {'use_mem_delta_rule': True}, 'use_mem_delta_rule=False, this model has True'),
+    (
+        make_infini,
+        {'use_mem_delta_rule': False},
+        {'use_mem_delta_rule': True},
+        "memory_rule='linear', this model has 'delta'",
+    ),
     (make_infini, {'mem_read_from': 'above'}, {}, "mem_read_from='above', this model has 'same'"),
-    (make_infini, {'head_gate_init_value': 1.0}, {}, r'head_gate_init_value=1\.0, this model has 0\.0'),
+    (make_infini, {'head_gate_init_value': 1.0}, {}, r'head_gate_init_value=1\.0, this model has 3\.0'),
 ]
 
 
@@ -220,7 +225,7 @@ class Shifted(InfiniTransformer):
 
 def test_arguments_hold_the_options_of_every_class():
     model = Scaled(2.0, memory_mask='causal')
-    assert {'scale': 2.0, 'name': 'none', 'memory_mask': 'causal', 'dim': 16, 'write_init': 'sum'}.items() <= (
+    assert {'scale': 2.0, 'name': 'none', 'memory_mask': 'causal', 'dim': 16, 'write_init': 'scaled'}.items() <= (
         model.arguments.items()
     )
     model = ScaledMore(2.0, 'more', shift=1.0, qk_norm=True)

@@ -82,7 +82,7 @@ def test_runs_are_shared_where_the_recipe_is_the_same_and_only_there(tmp_path, m
     monkeypatch.setattr(evidence, 'run_row', run_row)
     base = task_row('task', 'infini', Memorize, [2], [2], steps=1)
     first = Experiment(name='first', question='?', rows=[base], arms={'a': {}, 'b': {'memory_rule': 'delta'}})
-    second = Experiment(name='second', question='?', rows=[base], arms={'c': {}, 'd': {'memory_decay': True}})
+    second = Experiment(name='second', question='?', rows=[base], arms={'c': {}, 'd': {'memory_decay': False}})
     evidence.run_experiment(first, tmp_path, quick=True)
     evidence.run_experiment(second, tmp_path, quick=True)
     assert started == ['first, task, a', 'first, task, b', 'second, task, d']

@@ -98,7 +98,7 @@ def test_train_a_task_prints_the_stages_and_how_long_the_memory_lasts(options, c
 
 def test_train_a_task_counts_a_middle_segment_many_times(monkeypatch):
     task, given = Memorize(), []
-    model = InfiniTransformer(num_tokens=task.num_tokens, dim=8, depth=1, heads=1, dim_head=8)
+    model = InfiniTransformer(num_tokens=task.num_tokens, dim=8, depth=1, heads=1, dim_head=8, memory_rule='linear')
     wrapper = SegmentWrapper(model, segment_length=32)
     loss = wrapper.loss
     monkeypatch.setattr(wrapper, 'loss', lambda *args, **options: given.append(options) or loss(*args, **options))

@@ -72,7 +72,7 @@ def test_full_training_gives_every_parameter_a_gradient(make):
     assert not any('norm' in name or 'embed' in name or own(name) for name in decayed)
     if isinstance(model, InfiniLM):
         assert [names[id(p)].split('.')[-1] for p in groups[2]['params']] == ['head_gates'] * 2
-        assert groups[2]['lr'] == 30
+        assert groups[2]['lr'] == 3
 
 
 def test_linear_layers_of_gpt2_decay():

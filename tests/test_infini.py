@@ -177,7 +177,7 @@ def test_the_published_calls_with_an_open_and_a_closed_segment():
 
 
 def test_what_is_detached_carries_no_graph_whether_the_segment_is_closed_or_not():
-    model, x = make_infini(), ids(1, 16)
+    model, x = make_infini(memory_rule='delta'), ids(1, 16)
     _, _, memories = model(x, return_new_memories=True)
     assert all(leaf.requires_grad for leaf in leaves(memories))
     for closed in (False, True):
@@ -261,6 +261,9 @@ def test_published_checkpoints_give_their_logits_and_gradients(case):
         close(loss, file[f'loss_{k}'], 1e-10)
         for name in ('token_emb.weight', 'layers.0.attn.to_qkv.weight', 'layers.1.attn.fastweight_mem.head_gates'):
             close(model.get_parameter(name).grad, file[f'gradient_{k}/{name}'], 1e-10)
+    unnamed = InfiniTransformer.from_peer_state_dict(weights)  # the rule of that package, if nothing is said
+    assert (unnamed.memory_rule, unnamed.memory_decay) == ('linear', False)
+    assert InfiniTransformer.from_peer_state_dict(weights, memory_rule='delta').memory_rule == 'delta'
     with pytest.raises(ValueError, match='is missing'):
         InfiniTransformer.from_peer_state_dict({})
     with pytest.raises(ValueError, match='is no weight of'):
@@ -292,7 +295,10 @@ def test_parameter_groups_and_shares():
     with pytest.raises(ValueError, match='gate_lr is 0'):
         model.param_groups(1e-3, 0.1, gate_lr=0.0)
     assert (
-        InfiniTransformer(num_tokens=9, dim=8, depth=3, heads=2, dim_head=4).memory_shares().tolist() == [[0.5] * 2] * 3
+        InfiniTransformer(num_tokens=9, dim=8, depth=3, heads=2, dim_head=4, head_gate_init_value=0)
+        .memory_shares()
+        .tolist()
+        == [[0.5] * 2] * 3
     )
 
 
@@ -399,7 +405,7 @@ def bad_calls():
     yield {'x': ids(2, 0)}, 'x holds no token: give at least one'
     yield {'mask': torch.ones(2, 4, dtype=torch.bool)}, 'mask has shape'
     yield {'cached_kv': []}, 'cached_kv has 0 entries'
-    cache = make_infini()(ids(2, 3)).cached_kvs
+    cache = make_infini(memory_rule='linear')(ids(2, 3)).cached_kvs
     yield {'cached_kv': make_infini()(ids(3, 2)).cached_kvs}, 'cached_kv of layer 0: kv: shape'
     yield {'cached_kv': 3}, 'cached_kv is a int: give the list that a call returned'
     yield {'cached_kv': [None, None]}, 'cached_kv of layer 0 is a NoneType: give what a call returned'
@@ -412,7 +418,10 @@ def bad_calls():
 
 def bad_learned_caches():
     cache = make_infini(**LEARNED)(ids(2, 3)).cached_kvs
-    yield make_infini()(ids(2, 3)).cached_kvs, 'cached_kv of layer 0: strength is missing: .* with other options'
+    yield (
+        make_infini(memory_rule='linear')(ids(2, 3)).cached_kvs,
+        'cached_kv of layer 0: strength is missing: .* with other options',
+    )
     for part in ('strength', 'log_decay'):
         good, name = getattr(cache[1], part), f'cached_kv of layer 1: {part}'
         yield [cache[0], cache[1]._replace(**{part: None})], f'{name} is missing: it comes from a model with other'
@@ -436,7 +445,55 @@ def test_a_cache_without_what_the_model_learns_is_refused(cache, message):
 @pytest.mark.parametrize(('call', 'message'), list(bad_calls()))
 def test_bad_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        make_infini()(**{'x': ids(2, 5), **call})
+        make_infini(memory_rule='linear')(**{'x': ids(2, 5), **call})
+
+
+RULES = [
+    ({}, 'deltanet', True),
+    ({'memory_decay': False}, 'deltanet', False),
+    ({'use_mem_delta_rule': True}, 'delta', False),
+    ({'use_mem_delta_rule': False}, 'linear', False),  # equation 4, as published
+    ({'use_mem_delta_rule': False, 'memory_rule': 'deltanet'}, 'deltanet', True),
+    ({'memory_rule': 'linear'}, 'linear', False),
+    ({'memory_rule': 'delta', 'memory_decay': True}, 'delta', True),
+]
+
+
+@pytest.mark.parametrize(('options', 'rule', 'decays'), RULES)
+def test_a_rule_that_is_not_named_is_deltanet_with_decay(options, rule, decays):
+    model = make_infini(**options)
+    assert (model.memory_rule, model.memory_decay) == (rule, decays)
+    assert (model.layers[0].attn.to_decay is not None) == decays
+    assert model.layers[0].attn.fastweight_mem.memory_rule == rule
+    assert (model.arguments['memory_rule'], model.arguments['memory_decay']) == (rule, decays)
+
+
+def test_arguments_that_older_versions_recorded_mean_what_they_meant():
+    """They recorded no rule, unless it was named, and False for the rule and the decay that were not."""
+    older = {**make_infini().arguments, 'memory_rule': None, 'memory_decay': False}
+    for delta, rule in ((False, 'linear'), (True, 'delta')):
+        arguments = make_infini().as_arguments({**older, 'use_mem_delta_rule': delta})
+        assert arguments['memory_rule'] == rule
+        assert InfiniTransformer(**arguments).memory_rule == rule
+    named = {**older, 'use_mem_delta_rule': False, 'memory_rule': 'deltanet'}
+    assert make_infini().as_arguments(named) == named
+
+
+def test_initial_weights():
+    model = InfiniTransformer(num_tokens=256, dim=128, depth=2, heads=4, kv_heads=2, dim_head=32)
+    queries, keys, values = model.layers[0].attn.to_qkv.weight.split((128, 64, 64))
+    ff, unit = model.layers[1].ff, 128**0.5
+    soft = [queries, keys, model.layers[0].attn.to_strength.weight, model.layers[0].attn.to_decay.weight]
+    for weight in [*soft, model.logits.weight]:
+        assert weight.std().item() * unit == pytest.approx(3**-0.5, rel=0.15)
+    for weight in (values, ff.proj_in.weight, model.token_emb.weight):
+        assert weight.std().item() * unit == pytest.approx(1, rel=0.05)
+    for weight in (model.layers[0].attn.to_out.weight, ff.proj_out.weight):
+        assert weight.std().item() * weight.shape[1] ** 0.5 == pytest.approx(0.1, rel=0.05)
+    assert not ff.proj_in.bias.any()
+    assert model.layers[0].attn.to_decay.bias.tolist() == [8.0, 8.0]
+    assert model.layers[0].attn.fastweight_mem.head_gates.tolist() == [3.0] * 4
+    assert model(ids(2, 32)).logits.std() < 1  # no token is preferred: the first loss is that of guessing
 
 
 BAD_CONSTRUCTION = [

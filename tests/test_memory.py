@@ -87,7 +87,7 @@ def test_no_overflow_after_a_million_tokens():
 
 def test_fastweight_memory_alone():
     for rule in MEMORY_RULES[:2]:
-        memory = FastweightMemory(4, kv_heads=2, memory_rule=rule).double()
+        memory = FastweightMemory(4, 0.0, kv_heads=2, memory_rule=rule).double()
         keys, values = torch.randn(2, 2, 2, 7, 4).double()
         out, queries = torch.randn(2, 2, 4, 7, 4).double()
         mask = torch.arange(7) < torch.tensor([[7], [4]])
@@ -120,7 +120,7 @@ def reference_memories(rule, keys, values, strength, decay, mask, past):
 @pytest.mark.parametrize('given', ['strength', 'weights', 'log_decay', 'strength, log_decay', 'nothing'])
 def test_fastweight_memory_alone_writes_with_strength_and_decay(rule, given):
     """They mean what they mean in `memory.write`; weights are the published 1 - strength. Values may be wider."""
-    memory = FastweightMemory(4, kv_heads=2, memory_rule=rule).double()
+    memory = FastweightMemory(4, 0.0, kv_heads=2, memory_rule=rule).double()
     keys, values = torch.randn(2, 2, 7, 4).double(), torch.randn(2, 2, 7, 6).double()
     mask = torch.arange(7) < torch.tensor([[7], [4]])
     strength, decay, options = torch.ones(2, 2, 7).double(), torch.ones(2, 2, 7).double(), {}

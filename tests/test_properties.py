@@ -77,7 +77,7 @@ def rmt_cases(draw, causal: bool | None = True, stochastic: bool = False):
         'depth': draw(counts),
         'causal': causal,
         'memory_mask': draw(st.sampled_from(['block', 'causal', 'mixed'])) if causal else None,
-        'write_init': draw(st.sampled_from(['sum', 'previous', 'learned'])),
+        'write_init': draw(st.sampled_from(['scaled', 'sum', 'previous', 'learned'])),
         'use_xl_memories': draw(st.booleans()),
         'axial_mem_len': draw(st.integers(0, 3)) if memory_tokens else 0,
         'ff_mult': draw(st.sampled_from([1, 4])),

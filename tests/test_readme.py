@@ -12,7 +12,8 @@ import torch
 from benchmarks.evidence.report import score
 
 README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+TRAINING = (Path(__file__).resolve().parent.parent / 'docs' / 'training.md').read_text()
+BLOCKS = re.findall(r'```python\n(.*?)```', README + TRAINING, re.DOTALL)
 SMALLER = {
     'dim = 512': 'dim = 16',
     'depth = 6': 'depth = 2',
@@ -37,6 +38,8 @@ SMALLER = {
     'seq_len = 8192': 'seq_len = 40',
     '[:, :1000]': '[:, :20]',
     'max_new_tokens = 100': 'max_new_tokens = 20',
+    'range(1000)': 'range(3)',
+    '256, batch_size = 64': '4, batch_size = 4',
 }
 
 
@@ -106,8 +109,9 @@ def test_speeds_are_those_that_were_measured():
     ):
         assert words.format(*values) in README.replace('\n', ' ')
     growth = json.loads((results / 'gradient_reach.json').read_text())['gradient_norm']
-    grown = [round(growth[name]['32'] / growth[name]['1']) for name in ('sum', 'previous', 'learned')]
-    assert f'grows least, {grown[0]} times ({grown[1]} and {grown[2]} for the others' in README
+    grown = {name: norms['32'] / norms['1'] for name, norms in growth.items()}
+    words = "grows {scaled:.0f} times; it grows {sum:.0f} times with `'sum'`, {previous:.0f} with `'previous'`, and "
+    assert (words + 'shrinks to {learned:.1f} with').format(**grown) in README
 
 
 def test_what_memories_learn_is_what_was_measured():

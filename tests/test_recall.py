@@ -33,13 +33,14 @@ def accuracy_after(steps, *, published, **options):
 
 
 @pytest.mark.parametrize('seed', [0, 1])
-@pytest.mark.parametrize('rule', ['linear', 'delta', 'deltanet'])
-def test_the_memory_learns_at_the_default_settings(rule, seed):
+@pytest.mark.parametrize('options', [{}, {'memory_rule': 'linear'}, {'memory_rule': 'delta'}], ids=str)
+def test_the_memory_learns(options, seed):
+    """At the default settings; with the rules of the paper from equal shares, which learn so short a text sooner."""
     torch.manual_seed(seed)
-    assert accuracy_after(200, published=False, memory_rule=rule) > 0.95
+    assert accuracy_after(200, published=False, **(options and {'head_gate_init_value': 0.0}), **options) > 0.95
 
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_it_does_not_at_the_published_gate_start(seed):
     torch.manual_seed(seed)
-    assert accuracy_after(600, published=True, head_gate_init_value=10.0) < 0.5
+    assert accuracy_after(600, published=True, use_mem_delta_rule=False, head_gate_init_value=10.0) < 0.5

@@ -290,9 +290,9 @@ def test_initial_weights():
     model = RecurrentMemoryTransformer(64, num_tokens=256, depth=4, num_memory_tokens=8, seq_len=32)
     assert model.initial_memory.unique(dim=0).shape[0] == 8
     for name in ('initial_memory', 'memory_tokens', 'read_memory_emb', 'token_emb.weight'):
-        assert 0.015 < model.get_parameter(name).std() < 0.025
+        assert 0.9 < 8 * model.get_parameter(name).std() < 1.1
     logits, _ = model(torch.randint(0, 256, (2, 32)))
-    assert abs(nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 256, (64,))) - 5.55) < 0.2
+    assert abs(nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 256, (64,))) - 5.55) < 0.4
 
 
 def test_dropout_is_drawn_with_and_without_hidden_states():

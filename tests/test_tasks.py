@@ -257,7 +257,7 @@ def test_virtual_lengths_that_make_no_sense_are_refused():
 
 def test_write_scale_is_showing_a_segment_so_often():
     """Of the linear rule's first layer, whose writes depend on the segment alone."""
-    model, x = make_infini(depth=1), torch.randint(0, 20, (2, 15))
+    model, x = make_infini(depth=1, memory_rule='linear'), torch.randint(0, 20, (2, 15))
     scale = torch.tensor([[1.0, 3.0, 1.0], [1.0, 1.0, 2.0]]).double()
     wrapper = SegmentWrapper(model, segment_length=5)
     _, state = model.advance(x, segment_length=5, write_scale=scale)

@@ -325,7 +325,7 @@ def test_bad_arguments_of_advance_are_refused(make, per_segment, message, backwa
 
 @pytest.mark.parametrize('backward', [False, True])
 def test_numbers_of_any_type_and_from_anywhere_say_how_often_a_segment_is_written(backward):
-    wrapper, x = SegmentWrapper(make_infini().float(), segment_length=6), ids(2, 16)
+    wrapper, x = SegmentWrapper(make_infini(memory_rule='delta').float(), segment_length=6), ids(2, 16)
     with torch.inference_mode():
         scale = torch.tensor([[1.0, 2.0, 1.0], [0.0, 1.0, 3.0]])
     expected = wrapper.loss(x, per_segment={'write_scale': scale.clone()})

@@ -11,6 +11,7 @@ from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
 
 PROSE = Path(__file__).parents[1] / 'results' / 'evidence' / 'prose'
+CHECKS = 500  # the seeds from here on check the defaults: results/search/rules.md
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
 
 
@@ -23,7 +24,7 @@ def report(folder: Path, page: Path) -> None:
     """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [prose('introduction'), overview(results)]
+    parts = [prose('introduction'), overview(results), *defaults_section(folder.parent / 'search')]
     for name, row in ROWS.items():
         if not results[name]:
             continue
@@ -176,6 +177,52 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     corpora = ', '.join(dict.fromkeys(result['corpus'] for result in results))
     about = f'Bytes of {corpora}; {row.steps} steps of {row.batch_size} x {row.segment_length * row.segments} bytes.'
     return table(['seed', 'with memory', 'twin without', 'gain in bits per byte'], lines) + f'\n{about}\n'
+
+
+def defaults_section(folder: Path) -> list[str]:
+    """Returns the section on the defaults, from the checks of `benchmarks.search`: its runs on seeds from 500 on.
+
+    Args:
+        folder: the folder of the runs, and of the text of the section.
+    """
+    path = folder / 'runs.jsonl'
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found: dict[tuple[str, str, int, str], dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        spec, options = run['spec'], run['spec'].get('options', {})
+        if spec['seed'] >= CHECKS and set(options) <= {'twin'}:
+            start = 'twin' if options else spec['start']
+            found.setdefault((spec['model'], spec['trial'], spec['steps'], start), {})[spec['seed']] = run
+    if not found:
+        return []
+    learned: list[list[str]] = []
+    starts: list[list[str]] = []
+    gains: list[list[str]] = []
+    for (model, trial, steps, start), default in found.items():
+        if start != 'default':
+            continue
+        if trial == 'memorize':
+            for seed, run in sorted(default.items()):
+                learned.append([model, f'{seed}', f'{run["passed"].get("5", "not")}', f'{run["acc"]["5"]:.3f}'])
+            continue
+        length = trial.removeprefix('bytes-')
+        for other, lines in (('library', starts), ('twin', gains)):
+            pairs = [(default[seed], run) for seed, run in found.get((model, trial, steps, other), {}).items()
+                     if seed in default]  # fmt: skip
+            if pairs:
+                bits = [f'{mean(run["bits"] for run in each):.3f}' for each in zip(*pairs, strict=True)]
+                cells = [model, length, f'{steps:,}', *bits]
+                lines.append([*cells, interval([other['bits'] - own['bits'] for own, other in pairs]), f'{len(pairs)}'])
+    parts = [
+        (folder / 'checks.md').read_text(),
+        table(['model', 'seed', '5 segments reached at step', 'accuracy at 5 segments'], sorted(learned)),
+    ]
+    head = ['model', 'segments of', 'steps', 'with the defaults']
+    if starts:
+        parts += [(folder / 'starts.md').read_text(), table([*head, 'with the start before', 'gain', 'seeds'], starts)]
+    if gains:
+        parts += [(folder / 'gains.md').read_text(), table([*head, 'twin without memory', 'gain', 'seeds'], gains)]
+    return parts
 
 
 def million_section(path: Path) -> list[str]:

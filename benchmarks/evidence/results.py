@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.evidence import experiments
 from benchmarks.evidence.experiments import Experiment, stored
 from benchmarks.evidence.rows import LanguageRow, TaskRow
-from benchmarks.evidence.training import run_row
+from benchmarks.evidence.training import parameter_groups, run_row
 from segment_recurrence_pytorch.checkpoint import replacing
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'evidence'
@@ -80,15 +82,31 @@ def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]
 def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     """Returns the configuration on which a result depends.
 
-    It contains the defaults of the model, too: if a default of the library changes, the stored result no longer fits.
+    It contains the defaults of the model, its initial weights and its learning rates, too: if a default of the library
+    changes, the stored result no longer fits.
     """
     texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
-    model = row.wrapper().model
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wrapper = row.wrapper()
+    model = wrapper.model
+    fields['start'] = digest_of_start(model)
+    fields['rates'] = [group['lr'] for group in parameter_groups(row, wrapper)]
     fields['options'] = {name: getattr(model, name, value) for name, value in model.arguments.items()}
     if isinstance(row, TaskRow):
         fields['task'] = {'class': type(row.task()).__name__, **vars(row.task())}
     return fields
+
+
+def digest_of_start(model: nn.Module) -> str:
+    """Returns a digest of the initial weights: of the mean and the standard deviation of each, in three digits, since
+    machines may differ in the last ones."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        numbers = weight.double()
+        digest.update(f'{name} {tuple(weight.shape)} {numbers.mean():.2e} {numbers.std(correction=0):.2e}'.encode())
+    return digest.hexdigest()[:16]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -54,9 +54,9 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
 
 
 def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> list[dict[str, Any]]:
-    """Returns the model's groups of parameters, all with the same learning rate if the row asks for it."""
-    groups = wrapper.model.param_groups(row.lr, 0.01)
-    return [{**group, 'lr': row.lr} for group in groups] if row.one_rate else groups
+    """Returns the model's groups of parameters, with the learning rates of the row."""
+    options = {} if row.gate_lr is None else {'gate_lr': row.gate_lr}
+    return wrapper.model.param_groups(row.lr, 0.01, **options)
 
 
 def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
