@@ -7,7 +7,8 @@
 
 Each argument is one run: the model, the trial (memorize, copy, or bytes- with the length of a segment), the seed, the
 start, and options. The start is 'default', as the library has it now, 'library', as it had it before the search,
-'private', with which the page of results was trained then, or standard deviations.
+or 'private', with which the page of results was trained then (both without a rate of their own for embeddings), or
+standard deviations.
 Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute; those of qk, v, ffin
 and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5. Options are arguments of
 the model, or
@@ -49,6 +50,7 @@ from infini_transformer_pytorch.memory import Recallable, local_share, mix, reca
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
+from segment_recurrence_pytorch.model import with_own_rate
 from segment_recurrence_pytorch.tasks import Copy, Memorize, Task, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
 
@@ -241,18 +243,14 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
 
 
 def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[str, Any]]:
-    """Returns the parameter groups of a run, the gates with the rate that it names."""
-    made = model.param_groups(lr, 0.01)
-    factor = spec.get('options', {}).get('gate_lr')
-    for group in made:
-        if factor is not None and group['lr'] != lr:
-            group['lr'] = lr * factor
-    if emb_lr := spec.get('options', {}).get('emb_lr'):
-        tables = [parameter for name, parameter in model.named_parameters() if name.endswith('_emb.weight')]
-        known = {id(table) for table in tables}
-        for group in made:
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
-        made.append({'params': tables, 'lr': lr * emb_lr, 'weight_decay': 0.0})
+    """Returns the parameter groups of a run, with the rates that it names."""
+    options = spec.get('options', {})
+    rates = {'gate_lr': options['gate_lr']} if 'gate_lr' in options else {}
+    made = model.param_groups(lr, 0.01, **rates)
+    emb_lr = 1 if spec['start'] in ('library', 'private') else options.get('emb_lr')
+    if emb_lr is not None:
+        tables = [table for name, table in model.named_parameters() if name.endswith('_emb.weight')]
+        made = with_own_rate(made, tables, lr * emb_lr)
     return made
 
 

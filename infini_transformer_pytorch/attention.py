@@ -35,6 +35,9 @@ NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoint
 GATE_START = 3.0
 # initial bias of the decay: a token keeps sigmoid(8) = 0.9997 of the memory, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0
+# Initial bias of the strength with the rule deltanet: a token writes sigmoid(-2) = 0.12 of itself. If it wrote half,
+# the tokens of the next segment would overwrite what a model has to learn to keep (benchmarks/search.py)
+STRENGTH_BIAS = -2.0
 # a map of `mem_transform` starts as the identity plus exp(-6) = 0.0025 in each entry (kv_proj: divided by dim_head)
 TRANSFORM_START = -6.0
 
@@ -308,7 +311,9 @@ class LayerMemory(nn.Module):
             memory_decay: whether the decay of each token is learned, in each head.
             memory: further arguments of `FastweightMemory`.
         """
-        self.to_strength = nn.Linear(dim, kv_heads, bias=False) if learned_strength else None
+        # published checkpoints, which have other rules, have no bias here
+        has_bias = memory.get('memory_rule') == 'deltanet'
+        self.to_strength = nn.Linear(dim, kv_heads, bias=has_bias) if learned_strength else None
         self.to_decay = nn.Linear(dim, kv_heads) if memory_decay else None
         self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, **memory)
 

@@ -29,7 +29,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, LayerMemory, empty_memories
+from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, STRENGTH_BIAS, LayerMemory, empty_memories
 from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
@@ -267,6 +267,8 @@ class PretrainedMemory(LayerMemory):
         self.add_memory(dim, **memory)
         if self.to_strength is not None:
             nn.init.normal_(self.to_strength.weight, std=dim**-0.5)
+            if self.to_strength.bias is not None:
+                nn.init.constant_(self.to_strength.bias, STRENGTH_BIAS)
         if self.to_decay is not None:
             nn.init.normal_(self.to_decay.weight, std=dim**-0.5)
             nn.init.constant_(self.to_decay.bias, DECAY_BIAS)

@@ -25,6 +25,7 @@ from infini_transformer_pytorch.attention import (
     DECAY_BIAS,
     GATE_START,
     NORM_EPS,
+    STRENGTH_BIAS,
     CachedKV,
     InfiniAttention,
     LayerMemory,
@@ -43,7 +44,7 @@ from segment_recurrence_pytorch.checks import (
     check_probability,
 )
 from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
-from segment_recurrence_pytorch.model import SegmentModel, whole
+from segment_recurrence_pytorch.model import SegmentModel, whole, with_own_rate
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
@@ -92,23 +93,19 @@ class GatedMemories(SegmentModel):
         return index
 
     def param_groups(self, lr: float, weight_decay: float, *, gate_lr: float = GATE_LR) -> list[dict[str, Any]]:
-        """Returns three groups of parameters for an optimizer: see `SegmentModel.param_groups`, and the gates.
+        """Returns groups of parameters for an optimizer: those of a model without gates, and last the gates.
 
         Args:
-            lr: learning rate of the first two groups.
-            weight_decay: weight decay of the first group.
+            lr: the learning rate.
+            weight_decay: weight decay of the matrices of the blocks.
             gate_lr: the learning rate of the gates, as a factor of lr. Default: 3.
 
         Raises:
             ValueError: if gate_lr is not a positive number.
         """
         check_positive(gate_lr=gate_lr)
-        gates = [p for name, p in self.named_parameters() if name.endswith('.head_gates') and p.requires_grad]
-        known = {id(gate) for gate in gates}
-        groups = super().param_groups(lr, weight_decay)
-        for group in groups:
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in known]
-        return [*groups, {'params': gates, 'lr': lr * gate_lr, 'weight_decay': 0.0}]
+        gates = [gate for name, gate in self.named_parameters() if name.endswith('.head_gates')]
+        return with_own_rate(super().param_groups(lr, weight_decay), gates, lr * gate_lr)
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:
@@ -284,11 +281,13 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`."""
+        """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`, of strengths `STRENGTH_BIAS`."""
         super().init_weights()
         for name, parameter in self.named_parameters():
             if name.endswith('to_decay.bias'):
                 nn.init.constant_(parameter, DECAY_BIAS)
+            elif name.endswith('to_strength.bias'):
+                nn.init.constant_(parameter, STRENGTH_BIAS)
 
     def forward(
         self,

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.model import SegmentModel, with_own_rate
 
 BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
 
@@ -198,6 +198,9 @@ _RUN: dict[str, Callable] = {'sdpa': _sdpa, 'flash2': _flash2, 'naive': _naive}
 NORM_EPS = 1e-6
 # initial standard deviations, see `SegmentTransformer.init_weights`
 POSITION_STD = 0.02
+# Factor of the learning rate of embeddings. A memory is learned sooner if they start large; at the rate of all else,
+# large ones were learned so slowly that text cost .03 bits per byte after 3,000 steps (benchmarks/search.py)
+EMBEDDING_LR = 5.0
 SOFT, OUTPUT = 3**-0.5, 0.1  # in units of fan_in ** -0.5
 
 
@@ -359,6 +362,22 @@ class SegmentTransformer(SegmentModel):
     dim_head: int
     kv_heads: int
     backend: str = 'auto'
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Returns three groups of parameters for an optimizer: see `SegmentModel.param_groups`, and the embeddings.
+
+        The embeddings of tokens and positions have 5 times the learning rate and no decay. With tie_embeddings=True,
+        when logits use them too, they have the rate of all else.
+
+        Args:
+            lr: the learning rate.
+            weight_decay: weight decay of the matrices of the blocks.
+        """
+        groups = super().param_groups(lr, weight_decay)
+        if self.logits.weight is self.token_emb.weight:
+            return groups
+        tables = [table for name, table in self.named_parameters() if name in ('token_emb.weight', 'pos_emb.weight')]
+        return with_own_rate(groups, tables, lr * EMBEDDING_LR)
 
     @torch.no_grad()
     def init_weights(self) -> None:

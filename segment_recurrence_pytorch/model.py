@@ -473,6 +473,21 @@ def class_name(model: nn.Module) -> str:
     return (cls.__bases__[-1] if hasattr(model, 'set_requires_gradient_sync') else cls).__name__
 
 
+def with_own_rate(groups: list[dict[str, Any]], chosen: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Returns the parameter groups of an optimizer with some of their parameters in a last group of their own, without
+    weight decay. What is in no group, since it is frozen, stays out.
+
+    Args:
+        groups: the groups.
+        chosen: the parameters to move.
+        lr: their learning rate.
+    """
+    known = {id(parameter) for parameter in chosen}
+    moved = [parameter for group in groups for parameter in group['params'] if id(parameter) in known]
+    rest = [{**group, 'params': [p for p in group['params'] if id(p) not in known]} for group in groups]
+    return [*rest, {'params': moved, 'lr': lr, 'weight_decay': 0.0}]
+
+
 def plain_arguments(model: SegmentModel) -> dict[str, Any]:
     """Returns `model.arguments` as JSON can store them. A value that JSON cannot store becomes the name of its type."""
     return json.loads(json.dumps(model.arguments, default=lambda value: f'a {type(value).__qualname__}'))

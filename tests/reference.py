@@ -197,7 +197,7 @@ def infini_segment(model, text: Tensor, positions: list[int], memories: list):
         if hasattr(attn.q_norm, 'weight'):
             q, k = rms_norm(q, attn.q_norm.weight, 1e-12), rms_norm(k, attn.k_norm.weight, 1e-12)
         ones = torch.ones(n, attn.kv_heads, dtype=x.dtype)
-        strength = ones if attn.to_strength is None else (normed @ attn.to_strength.weight.T).sigmoid()
+        strength = ones if attn.to_strength is None else F.linear(normed, *attn.to_strength.parameters()).sigmoid()
         decay = ones if attn.to_decay is None else F.linear(normed, attn.to_decay.weight, attn.to_decay.bias).sigmoid()
         source = memories[min(index + 1, depth - 1) if model.mem_read_from == 'above' else index]
         shown = source

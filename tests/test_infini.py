@@ -287,7 +287,9 @@ def test_parameter_groups_and_shares():
     groups = model.param_groups(1e-3, 0.1)
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     assert sorted(named[id(p)] for group in groups for p in group['params']) == sorted(named.values())
-    gates = next(group for group in groups if group['lr'] > 1e-3)
+    *_, embeddings, gates = groups
+    assert [named[id(p)] for p in embeddings['params']] == ['token_emb.weight']
+    assert (embeddings['lr'], embeddings['weight_decay']) == (pytest.approx(5e-3), 0)
     assert {named[id(p)].split('.')[-1] for p in gates['params']} == {'head_gates'}
     assert gates['weight_decay'] == 0
     assert gates['lr'] == pytest.approx(1e-3 * infini.GATE_LR)
@@ -492,6 +494,7 @@ def test_initial_weights():
         assert weight.std().item() * weight.shape[1] ** 0.5 == pytest.approx(0.1, rel=0.05)
     assert not ff.proj_in.bias.any()
     assert model.layers[0].attn.to_decay.bias.tolist() == [8.0, 8.0]
+    assert model.layers[0].attn.to_strength.bias.tolist() == [-2.0, -2.0]
     assert model.layers[0].attn.fastweight_mem.head_gates.tolist() == [3.0] * 4
     assert model(ids(2, 32)).logits.std() < 1  # no token is preferred: the first loss is that of guessing
 

@@ -295,6 +295,19 @@ def test_initial_weights():
     assert abs(nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 256, (64,))) - 5.55) < 0.4
 
 
+def test_embeddings_learn_faster_unless_the_logits_use_them_too():
+    for tied in (False, True):
+        model = make_rmt(tie_embeddings=tied)
+        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        rates = {named[id(p)]: group['lr'] for group in model.param_groups(1.0, 0.1) for p in group['params']}
+        assert rates.keys() == set(named.values())
+        fast = {'token_emb.weight', 'pos_emb.weight'} if not tied else set()
+        assert {name for name, rate in rates.items() if rate == 5} == fast
+        assert set(rates.values()) == ({1} if tied else {1, 5})
+        model.token_emb.weight.requires_grad_(False)  # what is frozen is in no group
+        assert sum(len(group['params']) for group in model.param_groups(1.0, 0.1)) == len(named) - 1
+
+
 def test_dropout_is_drawn_with_and_without_hidden_states():
     model, x = make_rmt(**DROPOUT), ids(2, 6)
     states = []
