@@ -7,10 +7,10 @@
 
 Each argument is one run: the model, the trial (memorize, copy, or bytes- with the length of a segment), the seed, the
 start, and options. The start is 'default', as the library has it now; 'library', as it had it before the search, or
-'private', with which the page of results was trained then (both without a rate of their own for embeddings); or standard
-deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute; those of
-qk, v, ffin and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5. Options are
-arguments of the model, or
+'private', with which the page of results was trained then (both without a rate of their own for embeddings); or
+standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute;
+those of qk, v, ffin and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5.
+Options are arguments of the model, or
 
     twin=1        bytes without memory: each segment starts a text
     gate_lr=3     factor of the learning rate of the gates
