@@ -1,8 +1,9 @@
 """Trains the memory of one of the library's models on a task, and shows for how long it lasts.
 
-    python examples/train_a_task.py                                        # RMT, 1,000 steps, about a minute
-    python examples/train_a_task.py --model infini --virtual_length 1e4    # remembers for a million tokens
-    python examples/train_a_task.py --memory_noise 0.3 --lengths 5 31250
+    python examples/train_a_task.py                                       # RMT, 1,000 steps, about a minute
+    python examples/train_a_task.py --model infini --lengths 5 31250      # asked after a million tokens, too
+    python examples/train_a_task.py --model infini --virtual_length 1e4   # the linear rule, trained for long texts
+    python examples/train_a_task.py --memory_noise 0.3
 
 The first segment of a text holds a marked token among noise, and the last token of the text asks for it. The loop is
 `train` below. The benchmarks of this project train with the same function.
@@ -117,7 +118,7 @@ def main(
         )
         groups = made.param_groups(3e-3, 0.01)
     else:
-        if virtual_length:  # only these rules can count a segment several times
+        if virtual_length:  # the default rule cannot count a segment several times
             sizes['memory_rule'] = 'linear'
         made = InfiniTransformer(**sizes)
         groups = made.param_groups(3e-3, 0.01, **({} if gate_lr is None else {'gate_lr': gate_lr}))
