@@ -4,11 +4,12 @@ import json
 import re
 import socket
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 
-from benchmarks.evidence.report import CHECKS
+from benchmarks.evidence.report import CHECKS, load
 
 README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
 TRAINING = (Path(__file__).resolve().parent.parent / 'docs' / 'training.md').read_text()
@@ -124,3 +125,13 @@ def test_what_the_defaults_learn_is_what_was_measured():
         assert all(run['acc']['5'] == 1 for run in runs)
         steps = [run['passed']['5'] for run in runs]
         assert words.format(min(steps), max(steps)) in text
+    folder = path.parents[1] / 'evidence'
+    million = {name: mean(result['curve']['31250'] for result in load(folder, name))
+               for name in ('infini_passkey', 'rmt_memorize')}  # fmt: skip
+    infini, rmt = (f'{share:.2f}'.removeprefix('0') for share in million.values())
+    assert (
+        f'a million tokens Infini still tells {infini} of the values, and RMT, trained for 2,500 steps, {rmt}' in text
+    )
+    gains = [mean(result['gain'] for result in load(folder, name)) for name in ('rmt_bytes_16', 'infini_bytes_64')]
+    rmt, infini = (f'{gain:.2f}'.replace('0.', '.') for gain in gains)
+    assert f'RMT gains {rmt} bits per byte with segments of 16, and Infini {infini} with segments of 64' in text
