@@ -390,8 +390,8 @@ class SegmentTransformer(SegmentModel):
         them, and so does what stands outside embeddings, blocks and logits.
 
         Each block thus acts from the first step on, but little, attention is soft, and tokens are large beside their
-        positions. With blocks that start as the identity and embeddings of 0.02, as this library had them before, no
-        model learned to remember within 1,000 steps, and text took .03 bits per byte more (benchmarks/search.py).
+        positions. With blocks that start as the identity and embeddings of 0.02, as this library had them before,
+        neither model learned to remember within 1,000 steps (benchmarks/results/search/found.md).
         """
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
