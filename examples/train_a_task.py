@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from infini_transformer_pytorch import InfiniTransformer
+from infini_transformer_pytorch.infini import GATE_LR
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.tasks import Memorize, SegmentCurriculum, Task, accuracy, virtual_lengths
@@ -103,7 +104,7 @@ def main(
     seed: int = 0,
     memory_noise: float = 0.0,
     virtual_length: float = 0.0,
-    gate_lr: float | None = None,
+    gate_lr: float = GATE_LR,
     lengths: Sequence[int] = (5, 16, 64, 256, 1024),
     sequences: int = 64,
 ) -> dict[int, float]:
@@ -121,7 +122,7 @@ def main(
         if virtual_length:  # the default rule cannot count a segment several times
             sizes['memory_rule'] = 'linear'
         made = InfiniTransformer(**sizes)
-        groups = made.param_groups(3e-3, 0.01, **({} if gate_lr is None else {'gate_lr': gate_lr}))
+        groups = made.param_groups(3e-3, 0.01, gate_lr=gate_lr)
     wrapper = SegmentWrapper(made, segment_length=task.segment_length)
     progress = train(
         wrapper, task, groups, stages=[1, 2, 3, 4, 5], steps=steps, virtual_length=virtual_length, seed=seed
@@ -147,7 +148,8 @@ if __name__ == '__main__':
     parser.add_argument('--memory_noise', type=float, default=0.0, help='of RMT, in training (default: none)')
     parser.add_argument('--virtual_length', type=float, default=0.0,
                         help='of Infini: how many times a segment can count as read (default: once)')  # fmt: skip
-    parser.add_argument('--gate_lr', type=float, help='of Infini: factor of the learning rate (default: its own)')
+    parser.add_argument('--gate_lr', type=float, default=GATE_LR,
+                        help='of Infini: factor of the learning rate of the gates (default: %(default)g)')  # fmt: skip
     parser.add_argument('--lengths', type=int, nargs='+', default=[5, 16, 64, 256, 1024], metavar='SEGMENTS',
                         help='of the texts that are tried (default: up to 1024; 31250: a million tokens)')  # fmt: skip
     main(**vars(parser.parse_args()))

@@ -299,7 +299,15 @@ class LayerMemory(nn.Module):
     """
 
     def add_memory(
-        self, dim: int, *, heads: int, kv_heads: int, learned_strength: bool, memory_decay: bool, **memory: Any
+        self,
+        dim: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        memory_rule: str,
+        learned_strength: bool,
+        memory_decay: bool,
+        **memory: Any,
     ) -> None:
         """Adds the memory. The constructor of a subclass calls it.
 
@@ -307,15 +315,16 @@ class LayerMemory(nn.Module):
             dim: features of a token.
             heads: number of query heads h.
             kv_heads: number of key/value heads and memories g, a divisor of `heads`.
-            learned_strength: whether the strength of each token is learned, in each head.
+            memory_rule: a name in `memory.MEMORY_RULES`.
+            learned_strength: whether the strength of each token is learned, in each head. With 'deltanet' it always is.
             memory_decay: whether the decay of each token is learned, in each head.
             memory: further arguments of `FastweightMemory`.
         """
+        deltanet = memory_rule == 'deltanet'
         # published checkpoints, which have other rules, have no bias here
-        has_bias = memory.get('memory_rule') == 'deltanet'
-        self.to_strength = nn.Linear(dim, kv_heads, bias=has_bias) if learned_strength else None
+        self.to_strength = nn.Linear(dim, kv_heads, bias=deltanet) if learned_strength or deltanet else None
         self.to_decay = nn.Linear(dim, kv_heads) if memory_decay else None
-        self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, **memory)
+        self.fastweight_mem = FastweightMemory(heads, kv_heads=kv_heads, memory_rule=memory_rule, **memory)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """Returns a gate for each token, broadcastable to (..., b, h, n). sigmoid(gate) is the share of the local

@@ -144,7 +144,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
                 index=index,
                 heads=self.config.num_attention_heads,
                 kv_heads=self.kv_heads,
-                learned_strength=learned_delta_update or self.memory_rule == 'deltanet',
+                learned_strength=learned_delta_update,
                 memory_decay=self.memory_decay,
                 memory_rule=self.memory_rule,
                 head_gate_init_value=head_gate_init_value,
@@ -178,9 +178,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
         return list(self._memories)
 
     def recorded_argument(self, name: str, value: Any) -> Any:
-        """See `SegmentModel.recorded_argument`. Layers are recorded as a list, and the rule as it was chosen."""
-        if name in ('memory_rule', 'memory_decay'):
-            return getattr(self, name)
+        """See `SegmentModel.recorded_argument`. The chosen layers are recorded as a list."""
         return list(self._layers) if name == 'layers' and value is not None else super().recorded_argument(name, value)
 
     def decode(self, x: Tensor, *rows: Any, **options: Any) -> Tensor:

@@ -74,15 +74,24 @@ class GatedMemories(SegmentModel):
     Attributes:
         kv_heads: number of memories of a layer.
         dim_head: features of a key and of a value.
+        memory_rule: a name in `memory.MEMORY_RULES`.
+        memory_decay: whether the decay of each token is learned.
     """
 
     kv_heads: int
     dim_head: int
+    memory_rule: str
+    memory_decay: bool
 
     @property
     @abstractmethod
     def memory_layers(self) -> list[LayerMemory]:
         """The layers that have a memory, in the order of the state."""
+
+    def recorded_argument(self, name: str, value: Any) -> Any:
+        """See `SegmentModel.recorded_argument`. What was chosen for None is recorded: files then keep their meaning."""
+        value = getattr(self, name) if name in ('memory_rule', 'memory_decay') else value
+        return super().recorded_argument(name, value)
 
     def layer_recalled(self, index: int) -> int:
         """Returns the number of the memory from which a layer recalls. The default returns its own.
@@ -226,7 +235,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             dim_head=dim_head,
             dropout=attn_dropout,
             qk_norm=qk_norm,
-            learned_strength=learned_delta_update or rule == 'deltanet',
+            learned_strength=learned_delta_update,
             memory_decay=memory_decay,
             memory_rule=rule,
             strength_in_normaliser=strength_in_normaliser,
@@ -244,10 +253,6 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         if tie_embeddings:
             self.logits.weight = self.token_emb.weight
         self.init_weights()
-
-    def recorded_argument(self, name: str, value: Any) -> Any:
-        """See `SegmentModel.recorded_argument`. What was chosen for None is recorded: files then keep their meaning."""
-        return getattr(self, name) if name in ('memory_rule', 'memory_decay') else value
 
     def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
         """See `SegmentModel.as_arguments`. Older versions recorded no rule where use_mem_delta_rule decided."""

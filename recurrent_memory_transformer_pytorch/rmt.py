@@ -43,7 +43,14 @@ from segment_recurrence_pytorch.checks import (
     check_positive,
     check_probability,
 )
-from segment_recurrence_pytorch.layers import NORM_EPS, POSITION_STD, Blocks, ResidualBlock, SegmentTransformer
+from segment_recurrence_pytorch.layers import (
+    NORM_EPS,
+    POSITION_STD,
+    Blocks,
+    ResidualBlock,
+    SegmentTransformer,
+    init_linear,
+)
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
 from segment_recurrence_pytorch.state import copied, where_rows
 
@@ -240,6 +247,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
                 nn.init.normal_(parameter, std=POSITION_STD)
             elif name == 'axial.to_out.weight':
                 nn.init.zeros_(parameter)
+            elif name.startswith('axial.to_'):
+                init_linear(name, parameter, value_features=parameter.shape[0] // 2)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""

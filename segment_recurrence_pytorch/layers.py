@@ -196,12 +196,12 @@ _RUN: dict[str, Callable] = {'sdpa': _sdpa, 'flash2': _flash2, 'naive': _naive}
 
 
 NORM_EPS = 1e-6
-# initial standard deviations, see `SegmentTransformer.init_weights`
-POSITION_STD = 0.02
 # Factor of the learning rate of embeddings. A memory is learned sooner if they start large; at the rate of all else,
 # large ones were learned so slowly that text cost .03 bits per byte after 3,000 steps (benchmarks/search.py)
 EMBEDDING_LR = 5.0
-SOFT, OUTPUT = 3**-0.5, 0.1  # in units of fan_in ** -0.5
+# initial standard deviations, see `SegmentTransformer.init_weights`; the second line is in units of fan_in ** -0.5
+POSITION_STD = 0.02
+SOFT, OUTPUT = 3**-0.5, 0.1
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:
@@ -330,6 +330,21 @@ class ResidualBlock(nn.Module):
         return x + self.ff(self.ff_norm(x))
 
 
+def init_linear(name: str, weight: Tensor, *, value_features: int) -> None:
+    """Gives the weight of a linear layer its initial values, by its name. See `SegmentTransformer.init_weights`.
+
+    Args:
+        name: the name of the weight.
+        weight: (out, in).
+        value_features: number of the last outputs that are values, if the layer makes keys and values.
+    """
+    std = weight.shape[1] ** -0.5
+    factor = OUTPUT if name.endswith(('to_out.weight', 'proj_out.weight')) else SOFT
+    nn.init.normal_(weight, std=std if name.endswith('proj_in.weight') else factor * std)
+    if name.endswith(('to_kv.weight', 'to_qkv.weight')):
+        nn.init.normal_(weight[-value_features:], std=std)
+
+
 if TYPE_CHECKING:
 
     class Blocks(nn.ModuleList):
@@ -400,13 +415,8 @@ class SegmentTransformer(SegmentModel):
                 nn.init.normal_(parameter, std=POSITION_STD)
             elif name == 'token_emb.weight':
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-            elif name.startswith(('layers.', 'logits.', 'axial.')) and name.endswith('weight') and parameter.ndim == 2:
-                std = parameter.shape[1] ** -0.5
-                factor = OUTPUT if name.endswith(('to_out.weight', 'proj_out.weight')) else SOFT
-                nn.init.normal_(parameter, std=std if name.endswith('proj_in.weight') else factor * std)
-                if name.endswith(('to_kv.weight', 'to_qkv.weight')):
-                    values = parameter.shape[0] // 2 if name.startswith('axial.') else self.kv_heads * self.dim_head
-                    nn.init.normal_(parameter[-values:], std=std)
+            elif name.startswith(('layers.', 'logits.')) and name.endswith('weight') and parameter.ndim == 2:
+                init_linear(name, parameter, value_features=self.kv_heads * self.dim_head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the input of the first block, without positions: the embeddings of the tokens (..., n, dim).

@@ -172,7 +172,7 @@ class PretrainedLM(SegmentModel):
     def recorded_argument(self, name: str, value: Any) -> Any:
         """See `SegmentModel.recorded_argument`. The language model is recorded by its config, without paths, versions
         and dtype."""
-        return plain_config(self.lm.config) if name == 'lm' else value
+        return plain_config(self.lm.config) if name == 'lm' else super().recorded_argument(name, value)
 
     def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
         """See `SegmentModel.as_arguments`. The config is read as this version of transformers reads it.
