@@ -37,6 +37,7 @@ bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.infini_training
 	$(BIN)/python -m benchmarks.infini_million
 	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.vocabulary
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.million_evaluation
 

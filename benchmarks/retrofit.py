@@ -12,7 +12,7 @@ is retrofitted, and trained on in two ways, with all of its weights.
     memorize    on `tasks.Memorize` over printable bytes, whose first segment holds what is asked for in the last one:
                 accuracy at 1 segment (no memory needed), at 5, the longest in training, and at longer ones
 
-Rules and seeds, and what was tried so far: results/retrofit/rules.md. The runs of the page are still to be made.
+Rules and seeds, and what was tried before: results/retrofit/rules.md.
 """
 
 from __future__ import annotations

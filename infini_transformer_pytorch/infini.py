@@ -43,7 +43,7 @@ from segment_recurrence_pytorch.checks import (
     check_positive,
     check_probability,
 )
-from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_at
+from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_between
 from segment_recurrence_pytorch.model import SegmentModel, whole, with_own_rate
 from segment_recurrence_pytorch.state import State, copied, detach
 
@@ -284,6 +284,11 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         """See `GatedMemories.memory_layers`. Every layer has a memory."""
         return [block.attn for block in self.layers]
 
+    @property
+    def draws_random(self) -> bool:
+        """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
+        return type(self) is not InfiniTransformer or self.has_dropout
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`, of strengths `STRENGTH_BIAS`."""
@@ -512,8 +517,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             length: number of tokens of the segment.
             like: a tensor with the device and dtype of the model.
         """
-        positions = torch.arange(length, device=like.device)
-        return rotations_at(positions, self.dim_head, theta=self.rotary_theta, dtype=like.dtype)
+        return rotations_between(0, length, self.dim_head, theta=self.rotary_theta, like=like)
 
     def open_segment(self, state: tuple[Memories, ...], segment_length: int) -> InfiniCache:
         """See `SegmentModel.open_segment`."""

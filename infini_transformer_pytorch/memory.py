@@ -351,6 +351,9 @@ def affine_scan(
     if chain is None:
         if write.shape[0] == 1 and _is_exporting():
             return _one_step(write, start, erase, decay)
+        if erase is None and decay is None and write.device.type != 'cpu':
+            # a sum of all segments before: one kernel, not one for each segment. On a CPU the loop is ten times faster
+            return torch.cat((start[None], write)).cumsum(0)
         return _scan(write, start, erase, decay)
     if torch.is_grad_enabled() and not start.requires_grad:
         # all ranks must run backward, even if only another one has something to learn

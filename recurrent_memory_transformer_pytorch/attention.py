@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segment_recurrence_pytorch.layers import HeadNorm, attend, rotate, rotations_at
+from segment_recurrence_pytorch.layers import HeadNorm, attend, constants, rotate, rotations_between
 
 
 class Layout(NamedTuple):
@@ -137,8 +137,8 @@ class Positions(NamedTuple):
             stop: the position after the last one.
             like: a tensor with the device and dtype of what will be rotated.
         """
-        positions = torch.arange(start, stop, device=like.device) + self.first
-        return rotations_at(positions, self.dim_head, theta=self.theta, dtype=like.dtype)
+        first = self.first
+        return rotations_between(first + start, first + stop, self.dim_head, theta=self.theta, like=like)
 
     def all(self, layout: Layout, like: Tensor) -> Tensor:
         """Returns the rotations of all keys of a layout, (xl + rows, d / 2, 2).
@@ -147,9 +147,16 @@ class Positions(NamedTuple):
             layout: the numbers of keys.
             like: a tensor with the device and dtype of what will be rotated.
         """
-        text = self.text(-layout.xl, layout.text, like)
-        memory = text.new_tensor((1.0, 0.0)).expand(layout.read, *text.shape[1:])
-        return torch.cat((text[: layout.xl], memory, text[layout.xl :], memory))
+
+        def made() -> Tensor:
+            text = self.text(-layout.xl, layout.text, like)
+            # the rotations of position 0 turn nothing
+            memory = rotations_between(0, 1, self.dim_head, theta=self.theta, like=like).expand(layout.read, -1, -1)
+            return torch.cat((text[: layout.xl], memory, text[layout.xl :], memory))
+
+        if type(self) is not Positions:  # what another class computes may depend on more than its fields
+            return made()
+        return constants.get(('all', self, layout, like.dtype, like.device), like.device, made)
 
 
 class Surroundings(NamedTuple):

@@ -45,12 +45,13 @@ class AxialAttention(nn.Module):
         self.positions = nn.Parameter(torch.empty(length, heads, dim_head))
         self.null_kv = nn.Parameter(torch.empty(2, heads, 1, dim_head))
 
-    def forward(self, memory: Tensor, past: PastMemories) -> Tensor:
+    def forward(self, memory: Tensor, past: PastMemories, backend: str = 'sdpa') -> Tensor:
         """Returns the memory that goes into the read rows, (b, m, dim).
 
         Args:
             memory: the newest memory (b, m, dim).
             past: the memories that entered the segments before.
+            backend: the name of an attention backend that takes a mask. Default: 'sdpa'.
         """
         batch, m, dim = memory.shape
         heads, d = self.positions.shape[1:]
@@ -63,5 +64,5 @@ class AxialAttention(nn.Module):
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
         valid = F.pad(past.valid(), (1, 1), value=True)  # the null key and the newest value are always valid
         mask = valid[:, None, None].repeat_interleave(m, dim=0)
-        out = attend(q, k, v, mask=mask, backend='sdpa')
+        out = attend(q, k, v, mask=mask, backend=backend)
         return memory + self.to_out(out.flatten(1)).view(batch, m, dim)

@@ -250,6 +250,11 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             elif name.startswith('axial.to_'):
                 init_linear(name, parameter, value_features=parameter.shape[0] // 2)
 
+    @property
+    def draws_random(self) -> bool:
+        """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
+        return type(self) is not RecurrentMemoryTransformer or self.has_dropout or self.memory_noise > 0
+
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""
         return super().decays(name, parameter) or (parameter.ndim == 2 and name.startswith('axial.'))
@@ -386,7 +391,9 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             state: the state that enters the segment.
         """
         memory = state.memory.to(self.dtype)
-        return memory if self.axial is None else self.axial(memory, state.past)
+        if self.axial is None:
+            return memory
+        return self.axial(memory, state.past, backend='naive' if self.backend == 'naive' else 'sdpa')
 
     def read_rows(self, memory: Tensor) -> Tensor:
         """Returns what goes into the read rows, (b, m, dim). The default adds a learned embedding to the memory.

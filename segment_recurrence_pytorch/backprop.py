@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from segment_recurrence_pytorch.loss import target_nll
+from segment_recurrence_pytorch.loss import hidden_nll
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
 
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 # tokens of a window, for models that read segments in parallel: larger windows need more memory and are not faster
 WINDOW_TOKENS = 8192
+# bytes of the states that enter the segments of a window, of all rows: with large heads they are most of its memory
+WINDOW_STATE_BYTES = 2**30
 BackwardFn = Callable[[Tensor], Any]
 
 
@@ -169,17 +171,23 @@ def window_of_rank(length: int, segment_length: int, chain: Chain, *, backprop_s
     return Window(*columns, segment_length, False, slice(first, stop), cuts)
 
 
-def segments_at_once(model: SegmentModel, segment_length: int) -> int:
+def segments_at_once(model: SegmentModel, segment_length: int, rows: int) -> int:
     """Returns the default number of segments of a window.
 
-    For a model that reads segments in parallel, a window holds about `WINDOW_TOKENS` tokens. For other models it is one
-    segment.
+    For a model that reads segments in parallel, a window holds about `WINDOW_TOKENS` tokens of a row, and less if the
+    states that enter its segments would take more than `WINDOW_STATE_BYTES`. For other models it is one segment.
 
     Args:
         model: the model.
         segment_length: number of tokens of a segment.
+        rows: number of rows b. With sharded parameters it does not count, since all ranks must use the same windows.
     """
-    return max(1, WINDOW_TOKENS // segment_length) if model.parallel_segments else 1
+    if not model.parallel_segments:
+        return 1
+    state = sum(leaf.numel() * leaf.element_size() for leaf in leaves(model.largest_state(1)))
+    if model.mesh is None:
+        state *= rows
+    return max(1, min(WINDOW_TOKENS // segment_length, WINDOW_STATE_BYTES // max(1, state)))
 
 
 def read_window(
@@ -243,7 +251,7 @@ def read_windows(
         For each window: its columns as a slice, its hidden states (None if need_hidden is False), and the state after
         it.
     """
-    segments = segments_per_pass or segments_at_once(model, segment_length)
+    segments = segments_per_pass or segments_at_once(model, segment_length, tokens.shape[0])
     for window in plan_windows(tokens.shape[1], segment_length, segments_per_pass=segments):
         at = slice(window.start, window.stop)
         window_mask = None if mask is None else mask[:, at]
@@ -264,7 +272,7 @@ def window_nll(
         per_token: whether to return a value for each token (b, n) instead of the sum (). Default: False.
     """
     hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length, per_segment=batch.per_segment)
-    nll = target_nll(model.to_logits(hidden), batch.targets)
+    nll = hidden_nll(model.to_logits, hidden, batch.targets, model.num_tokens, draws_random=model.draws_random)
     return (nll if per_token else nll.sum()), state
 
 
@@ -300,7 +308,7 @@ def sequence_nll(
             state = detach(state)
         arguments = (model, batch.columns(window), state, window.segment_length, per_token)
         if recompute and torch.is_grad_enabled():
-            loss, state = checkpoint(window_nll, *arguments, use_reentrant=False)
+            loss, state = checkpoint(window_nll, *arguments, use_reentrant=False, preserve_rng_state=model.draws_random)
         else:
             loss, state = window_nll(*arguments)
         losses.append(loss)
@@ -512,11 +520,18 @@ def fill_gradients(model: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def _random_state(model: SegmentModel) -> tuple[Tensor, list[int], list[Tensor]]:
-    return torch.get_rng_state(), *get_device_states(*model.parameters())
+RandomState = tuple[Tensor, list[int], list[Tensor]]
 
 
-def _set_random_state(random_state: tuple[Tensor, list[int], list[Tensor]]) -> None:
-    cpu, devices, states = random_state
-    torch.set_rng_state(cpu)
-    set_device_states(devices, states)
+def _random_state(model: SegmentModel) -> RandomState | None:
+    if not model.draws_random:
+        return None
+    of_devices = {parameter.device: parameter for parameter in model.parameters()}  # one parameter of each device
+    return torch.get_rng_state(), *get_device_states(*of_devices.values())
+
+
+def _set_random_state(random_state: RandomState | None) -> None:
+    if random_state is not None:
+        cpu, devices, states = random_state
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)

@@ -55,9 +55,9 @@ def first_bad_tensor(wrapper: SegmentWrapper, piece: Piece, state: State, memory
         return f'the weight {name}'
     if not all_finite(*leaves(state)):
         return 'the state that enters the step'
-    tokens, starts = piece.tokens.to(model.device), piece.starts.to(model.device)
+    tokens = piece.tokens.to(model.device)
     segments = tokens.unfold(1, length + 1, length).unbind(1)
-    state = wrapper.reset(state, starts) if memory else None
+    state = wrapper.reset(state, piece.starts) if memory else None
     losses: list[Tensor] = []
     gradients: list[str] = []
     for i, segment in enumerate(segments):

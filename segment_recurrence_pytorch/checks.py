@@ -9,6 +9,7 @@ Letters: b rows of the batch, n tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -220,6 +221,8 @@ def check_input(
     ignore_index: int | None = None,
     padding_ids: tuple[int, ...] = (),
     max_length: int | None = None,
+    check_values: bool = True,
+    further: Sequence[tuple[str, Tensor]] = (),
 ) -> tuple[Tensor, State, Tensor | None]:
     """Checks the input of a call, and converts it into the form that the model takes.
 
@@ -234,6 +237,9 @@ def check_input(
         ignore_index: a label that does not count, besides `IGNORE`. Default: None, there is no other such label.
         padding_ids: ids that mean padding. Default: none.
         max_length: the largest n. Default: None, there is no limit.
+        check_values: whether values are checked, which waits for the device once. Without it a wrong value goes
+            unnoticed, and ids in `padding_ids` are not treated as padding. Default: True.
+        further: further checks of values: pairs of an error message and a flag () bool. Default: none.
 
     Returns:
         x, with ids as int64 and 0 at padded positions; the state as the model takes it; and the mask, which is None if
@@ -247,18 +253,18 @@ def check_input(
     state = model.as_state(state, x.shape[0])
     if state is not None:
         model.check_state(state, x.shape[0])
-    compiling, valid = torch.compiler.is_compiling(), mask
+    check_values, valid = check_values and not torch.compiler.is_compiling(), mask
     if x.is_floating_point():
         x = x if valid is None else x.masked_fill(~valid[..., None], 0)
     else:
         x = x.long()
-        for padding_id in () if compiling else padding_ids:
+        for padding_id in padding_ids if check_values else ():
             is_text = x != padding_id
             valid = is_text if valid is None else valid & is_text
         x = x if valid is None else x.masked_fill(~valid, 0)
-    if compiling:
+    if not check_values:
         return x, state, valid
-    has_padding = _check_values(model, x, state, labels, ignore_index, valid)
+    has_padding = _check_values(model, x, state, labels, ignore_index, valid, further)
     return x, state, (valid if has_padding else None)
 
 
@@ -299,7 +305,13 @@ def _check_shapes(
 
 
 def _check_values(
-    model: SegmentModel, x: Tensor, state: State, labels: Tensor | None, ignore_index: int | None, valid: Tensor | None
+    model: SegmentModel,
+    x: Tensor,
+    state: State,
+    labels: Tensor | None,
+    ignore_index: int | None,
+    valid: Tensor | None,
+    further: Sequence[tuple[str, Tensor]],
 ) -> bool:
     """Raises ValueError if a value is wrong. Returns whether any position is padding. It waits for the device once."""
     flags = [x.new_zeros((), dtype=torch.bool) if valid is None else ~valid.all()]
@@ -319,9 +331,10 @@ def _check_values(
         faults.append((message, labels))
         flags.append(_outside(counted, model.num_tokens))
     if state is not None:
-        for message, flag in model.state_faults(state):
-            faults.append((message, None))
-            flags.append(flag)
+        further = [*model.state_faults(state), *further]
+    for message, flag in further:
+        faults.append((message, None))
+        flags.append(flag)
     has_padding, *wrong = torch.stack(flags).tolist()
     for (message, ids), is_wrong in zip(faults, wrong, strict=True):
         if is_wrong:

@@ -13,6 +13,7 @@ Letters: b rows of the batch, n tokens.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -37,9 +38,10 @@ from segment_recurrence_pytorch.checks import check_whole, is_whole
 from segment_recurrence_pytorch.distributed import check_same_reads
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, copied, detach, map_state
+from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
 
-CHECK_EVERY = 32  # tokens between two checks of the values on a GPU
+CHECK_EVERY = 32  # tokens between two looks at the values on a GPU
+IDLE_CACHES = 2  # of compiled streams of one shape, which wait for the next stream
 
 
 class Cursor(NamedTuple):
@@ -122,9 +124,11 @@ class Stream:
         max_new_tokens: number of new tokens of each row. Default: None, the stream has no end.
         eos_token_id: see `SegmentWrapper.stream`. Default: None, no row ends.
         compile: see `SegmentWrapper.stream`. Default: False.
-        check_every: number of tokens between two checks of the values. A check waits for the device. Default: 1.
+        check_every: number of tokens between two looks at the values: whether logits are NaN, and whether all rows have
+            ended. A look waits for the device. Default: 1.
         segments_per_pass: number of segments of a window, when the tokens of the cursor are read. Default: None, the
             number that `backprop.segments_at_once` returns.
+        counts: the lengths of the cursor, as numbers. Default: None, they are fetched from the device.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class Stream:
         compile: bool = False,
         check_every: int = 1,
         segments_per_pass: int | None = None,
+        counts: list[int] | None = None,
     ):
         self.model = model
         self.sampler = sampler
@@ -147,34 +152,37 @@ class Stream:
         self.segment_length = segment_length
         self.check_every = check_every
         self.produced = 0
+        self._ended = False  # whether all rows had ended when the values were looked at
         self._checked = 0  # number of new tokens whose logits were checked
         self._unchecked: list[Tensor] = []  # the largest logit of each row, of every new token that was not checked yet
-        self._start = cursor.lengths.tolist()
+        self._start = cursor.lengths.tolist() if counts is None else counts
         device = model.device.type
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         with self.guarded():
-            state, rest, lengths = read_segments(model, cursor, segment_length, segments_per_pass)
+            (state, rest, lengths), self._in_cache = read_segments(
+                model, cursor, segment_length, segments_per_pass, counts=self._start
+            )
             self._cache = model.open_segment(state, segment_length)
-            uniform = len(set(lengths.tolist())) == 1
+            uniform = len(set(self._in_cache)) == 1
             hidden = self._cache.extend(model, rest, None if uniform else lengths)
             last = hidden[torch.arange(len(rest), device=rest.device), lengths - 1]
             self._logits: Tensor | None = model.to_logits(last)
+            steps: tuple[Callable, Callable] = _step, _close
             if compile:
                 self._cache.make_static()
+                shape = type(model), model.arguments, model.dtype, len(rest), segment_length, self._autocast
+                compiled = _compiled(str(model.device), repr(shape))
+                steps, self._cache = compiled.steps, compiled.lend(self._cache)
+                weakref.finalize(self, compiled.take_back, self._cache)
+            self._step, self._close = steps
             self._tokens = rest.new_zeros(len(rest), segment_length + 1)
             self._tokens[:, : rest.shape[1]] = rest
-            self._in_cache = lengths.tolist()
             self._in_cursor = lengths
             self._column = lengths.clone()
             self._newest = rest[:, -1]
             self._done = torch.zeros_like(lengths, dtype=torch.bool)
             self._state = self._cache.state_now()  # for the cursor: in finished rows it stays, while the cache goes on
             self._seen = _occurrences(cursor, model.num_tokens) if sampler.needs_seen else None
-        steps: tuple[Callable, Callable] = _step, _close
-        if compile:
-            shape = type(model), model.arguments, model.dtype, len(rest), segment_length, self._autocast
-            steps = _compiled(device, repr(shape))
-        self._step, self._close = steps
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -197,16 +205,15 @@ class Stream:
             yield
 
     def _advance(self) -> Tensor | None:
-        look = self.eos is not None and self.produced % self.check_every == 0
-        if self.produced == self.max_new_tokens or (look and bool(self._done.all())):
-            self._check()
+        if self.produced == self.max_new_tokens or self._ended:
+            self._look()
             return None
         if self._logits is None:
             self._logits = self._next_logits()
         token, largest = self.sampler(self._logits, self._seen)
         self._unchecked.append(largest)
         if len(self._unchecked) >= self.check_every:
-            self._check()
+            self._look(token)
         self._take(token)
         self._logits = None
         self.produced += 1
@@ -225,7 +232,8 @@ class Stream:
         """Where each row stands now, as a `Cursor`. `generate`, `stream` and `read` can go on from it, with or without
         a prompt."""
         state = self._cache.state_now() if self.eos is None else self._state
-        longest = int(self._in_cursor.max())
+        known = max(self._in_cache) + (self.produced > 0)  # if no row has ended, without waiting for the device
+        longest = known if self.eos is None else int(self._in_cursor.max())
         return map_state(torch.clone, Cursor(state, self._tokens[:, :longest], self._in_cursor))
 
     @property
@@ -237,7 +245,7 @@ class Stream:
         """Closes the segments that are full, reads the newest token of each row, and returns the logits after it."""
         full = [count == self.segment_length for count in self._in_cache]
         if any(full):
-            rows = torch.tensor(full, device=self.model.device)
+            rows = self._column == self.segment_length
             self._close(self.model, self._cache, None if all(full) and not self._cache.static else rows)
             if self.eos is not None:
                 self._state = self.model.where(self._done, self._state, self._cache.state_now())
@@ -270,11 +278,23 @@ class Stream:
         self._tokens.scatter_(1, column, torch.where(rows[:, None], token[:, None], old))
         self._in_cursor = torch.where(rows, self._column + 1, self._in_cursor)
 
-    def _check(self) -> None:
-        """Raises ValueError if logits since the last check are NaN or infinite. It waits for the device."""
+    def _look(self, token: Tensor | None = None) -> None:
+        """Waits for the device, and sees whether all rows have ended.
+
+        Args:
+            token: the tokens (b,) that were just drawn and not taken yet. Default: None.
+
+        Raises:
+            ValueError: if logits since the last look are NaN or infinite.
+        """
         if not self._unchecked:
             return
-        bad = (~torch.stack(self._unchecked).isfinite()).tolist()
+        seen = [~largest.isfinite() for largest in self._unchecked]
+        if self.eos is not None and token is not None:
+            seen.append(self._done | (token == self.eos))
+        bad = torch.stack(seen).tolist()
+        if self.eos is not None and token is not None:
+            self._ended = all(bad.pop())
         first, self._checked = self._checked, self._checked + len(bad)
         self._unchecked.clear()
         for step, flags in enumerate(bad, start=first):
@@ -287,8 +307,13 @@ class Stream:
 
 
 def read_segments(
-    model: SegmentModel, cursor: Cursor, segment_length: int, segments_per_pass: int | None = None
-) -> tuple[State, Tensor, Tensor]:
+    model: SegmentModel,
+    cursor: Cursor,
+    segment_length: int,
+    segments_per_pass: int | None = None,
+    *,
+    counts: list[int],
+) -> tuple[Cursor, list[int]]:
     """Reads whole segments of the tokens of a cursor. The last 1 to segment_length tokens of each row stay unread.
 
     Args:
@@ -297,14 +322,15 @@ def read_segments(
         segment_length: number of tokens of a segment.
         segments_per_pass: number of segments of a window. Default: None, the number that `backprop.segments_at_once`
             returns.
+        counts: the lengths of the cursor, as numbers: the device need not be waited for.
 
     Returns:
-        The three parts of the new cursor: the state at the last border of each row, the ids of the unread tokens (b,
-        n), and their number in each row (b,).
+        The new cursor: the state at the last border of each row, the ids of the unread tokens (b, n), and their number
+        in each row (b,). And these numbers as a list.
     """
     state, tokens, lengths = cursor
     whole = (lengths - 1) // segment_length
-    shortest, longest = int(whole.min()) * segment_length, int(whole.max()) * segment_length
+    shortest, longest = (end(count - 1 for count in counts) // segment_length * segment_length for end in (min, max))
     further = torch.arange(shortest, longest, device=tokens.device) < (whole * segment_length)[:, None]
     # the part that all rows have needs no mask
     parts: list[tuple[Tensor, Tensor | None]] = [(tokens[:, :shortest], None), (tokens[:, shortest:longest], further)]
@@ -315,7 +341,7 @@ def read_segments(
         _, state = read_window(model, tokens[:, at], state, every, segment_length, need_hidden=False)
         state, parts = model.chain.last(state), []
     if model.mesh is not None:
-        at_once = segments_per_pass or segments_at_once(model, segment_length)
+        at_once = segments_per_pass or segments_at_once(model, segment_length, len(tokens))
         plans = (plan_windows(part.shape[1], segment_length, segments_per_pass=at_once) for part, _ in parts)
         check_same_reads(model, [window for plan in plans for window in plan])
     for part, mask in parts:
@@ -324,16 +350,17 @@ def read_segments(
         )
         for _, _, after in windows:
             state = after
-    rest = lengths - whole * segment_length
-    place = (whole * segment_length)[:, None] + torch.arange(int(rest.max()), device=tokens.device)
+    rest, left_counts = lengths - whole * segment_length, [(count - 1) % segment_length + 1 for count in counts]
+    place = (whole * segment_length)[:, None] + torch.arange(max(left_counts), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
     state = initial_state(model, len(tokens)) if state is None else copied(detach(state))
-    return state, left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0), rest
+    left = left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0)
+    return Cursor(state, left, rest), left_counts
 
 
-def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> Cursor:
-    """Returns the cursor of a state and a prompt. If a cursor is given as state, the prompt follows the tokens of that
-    cursor.
+def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> tuple[Cursor, list[int]]:
+    """Returns the cursor of a state and a prompt, and its lengths as numbers. If a cursor is given as state, the prompt
+    follows the tokens of that cursor.
 
     Args:
         prompt: token ids (b, n), or a list of b tensors (n_i,), or None.
@@ -353,6 +380,8 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
                 f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
                 'list of rows (length,)'
             )
+        if prompt_lengths is not None and isinstance(state, Cursor):
+            prompt_lengths, state = _fetched_together(prompt_lengths, state)
         counts = (
             [prompt.shape[1]] * len(prompt)
             if prompt_lengths is None
@@ -384,8 +413,8 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
             'the prompt is empty: give at least one token in every row, a Cursor as the state, or batch_size= to begin '
             'with start_token'
         )
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return Cursor(state, pad_sequence(rows, batch_first=True), lengths)
+    counts = [len(row) for row in rows]
+    return Cursor(state, pad_sequence(rows, batch_first=True), torch.tensor(counts, device=device)), counts
 
 
 def new_token_count(name: str, length: int | None, max_new_tokens: int | None, prompt: Any) -> int:
@@ -458,6 +487,16 @@ def _moved(tokens: Tensor, device: torch.device) -> Tensor:
     return tokens.to(device)
 
 
+def _fetched_together(prompt_lengths: Any, cursor: Cursor) -> tuple[Any, Cursor]:
+    """Returns the lengths of a prompt, and a cursor. If both have lengths on a device, they are fetched to the CPU at
+    once."""
+    both = [prompt_lengths, cursor.lengths]
+    if all(isinstance(each, Tensor) and each.ndim == 1 and _are_ids(each) and each.is_cuda for each in both):
+        first, second = torch.cat(both).cpu().split([len(each) for each in both])
+        return first, cursor._replace(lengths=second)
+    return prompt_lengths, cursor
+
+
 def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
     rows, width = tokens.shape
     try:
@@ -486,13 +525,42 @@ def _close(model: SegmentModel, cache: OpenSegment, rows: Tensor | None) -> None
     cache.close(model, rows)
 
 
+class _Compiled:
+    """`_step` and `_close`, compiled for one model and its shapes, and the caches that they work on. On CUDA they run
+    as CUDA graphs, which belong to the addresses of a cache: a cache that is used again needs no new graph.
+
+    Args:
+        device_type: type of the device, for example 'cuda'.
+    """
+
+    def __init__(self, device_type: str):
+        mode = 'reduce-overhead' if device_type == 'cuda' else None
+        # each gets its own code object: the compiler compiles only a few variants of one code object
+        step, close = (
+            torch.compile(FunctionType(fn.__code__.replace(), fn.__globals__), fullgraph=True, dynamic=False, mode=mode)
+            for fn in (_step, _close)
+        )
+        self.steps = step, close
+        self.idle: list[OpenSegment] = []
+
+    def lend(self, fresh: OpenSegment) -> OpenSegment:
+        """Returns a cache that no stream uses, with the values of a new one; or the new one if there is none."""
+        while self.idle:
+            cache = self.idle.pop()
+            pairs = list(zip(leaves(vars(cache)), leaves(vars(fresh)), strict=True))
+            if all(old.shape == new.shape and old.dtype == new.dtype for old, new in pairs):
+                for old, new in pairs:
+                    if old is not new:  # as constants are, which all caches share
+                        old.copy_(new)
+                return cache
+        return fresh
+
+    def take_back(self, cache: OpenSegment) -> None:
+        """Keeps the cache of a stream that is gone, unless enough of them wait."""
+        if len(self.idle) < IDLE_CACHES:
+            self.idle.append(cache)
+
+
 @lru_cache(maxsize=32)
-def _compiled(device_type: str, shape: str) -> tuple[Callable, Callable]:
-    """Returns `_step` and `_close`, compiled for one model and its shapes. On CUDA they run as CUDA graphs."""
-    mode = 'reduce-overhead' if device_type == 'cuda' else None
-    # each gets its own code object: the compiler compiles only a few variants of one code object
-    step, close = (
-        torch.compile(FunctionType(fn.__code__.replace(), fn.__globals__), fullgraph=True, dynamic=False, mode=mode)
-        for fn in (_step, _close)
-    )
-    return step, close
+def _compiled(device: str, shape: str) -> _Compiled:
+    return _Compiled(torch.device(device).type)

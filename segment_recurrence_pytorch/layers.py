@@ -16,7 +16,7 @@ Letters: b rows of the batch, h query heads, g key/value heads, i queries, j key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from segment_recurrence_pytorch.model import SegmentModel, with_own_rate
 
 BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
+HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 class AttentionCall(NamedTuple):
@@ -133,7 +135,7 @@ def record_attention() -> Iterator[list[AttentionCall]]:
 def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_head: int) -> str | None:
     if device.type != 'cuda':
         return f'needs a CUDA device, not {device.type}'
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF_TYPES:
         return f'takes float16 and bfloat16, not {dtype}'
     if masked:
         return 'takes no mask tensor'
@@ -160,16 +162,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dr
     # With fewer queries than keys, is_causal would align the first query with the first key: we need the last with the
     # last. On a CPU a mask says so at no cost. On a GPU the fast kernels take no mask: there, queries are added in
     # front, which makes queries and keys equally many, and their outputs are dropped
+    shape, grouped = q.shape, q.shape[1] != k.shape[1]
+    # a single query is the last position, which sees all keys. A tracer does not know the number, and must not fix it
+    single = isinstance(q.shape[-2], int) and q.shape[-2] == 1
+    causal = causal and not single
+    if grouped and single and (mask is None or mask.ndim < 3 or mask.shape[-3] == 1):
+        # the heads that share keys become queries of one head: kernels need not know of groups
+        q, grouped = q.reshape(shape[0], k.shape[1], q.shape[1] // k.shape[1], shape[-1]), False
     prefix = k.shape[-2] - q.shape[-2] if causal else 0
     if prefix and q.device.type == 'cpu':
         mask, causal = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(prefix), False
         prefix = 0
     if prefix:
         q = F.pad(q, (0, 0, prefix, 0))
+    if grouped and q.device.type != 'cpu' and (mask is not None or q.dtype not in HALF_TYPES):
+        # only the flash kernel takes groups, and it takes neither a mask nor float32: torch would fall back on plain
+        # products, which hold all weights of the attention
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
-    return out[:, :, prefix:] if prefix else out
+    return out[:, :, prefix:] if prefix else out.reshape(shape)
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
@@ -213,23 +227,68 @@ def no_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def rotations_at(positions: Tensor, dim_head: int, *, theta: float, dtype: torch.dtype) -> Tensor:
-    """Returns the rotations of rotary positions (arXiv 2104.09864), as cosine and sine, (n, dim_head / 2, 2).
+class Constants:
+    """Tensors that depend on nothing but numbers, kept so that each is computed and sent to a device only once.
+
+    Args:
+        size: number of tensors that are kept. The oldest one goes first.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """Returns the tensor of a key. It must not be changed.
+
+        Nothing is kept where a tensor is not an ordinary one: while `torch.compile` or `torch.export` traces, and while
+        a CUDA graph is recorded, whose memory belongs to the graph.
+
+        Args:
+            key: what the tensor depends on, the device and the dtype included.
+            device: the device of the tensor.
+            make: a function that computes it.
+        """
+        if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+            return make()
+        found = self.kept.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = make()
+            if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+                return found
+            for oldest in list(self.kept)[: max(0, len(self.kept) + 1 - self.size)]:
+                self.kept.pop(oldest, None)
+            self.kept[key] = found
+        return found
+
+
+constants = Constants(64)
+
+
+def rotations_between(start: int, stop: int, dim_head: int, *, theta: float, like: Tensor) -> Tensor:
+    """Returns the rotations of the rotary positions (arXiv 2104.09864) start to stop - 1, as cosine and sine, (stop -
+    start, dim_head / 2, 2). They must not be changed.
 
     They are computed in float32 at least, since at position 10,000 half types give neighbours the same angle. No
     frequencies are stored on a module, so `.half()` cannot round them.
 
     Args:
-        positions: (n,).
+        start: the first position.
+        stop: the position after the last one.
         dim_head: features of a head, an even number.
         theta: base of the frequencies. The i-th pair of features turns by theta ** (-2 i / dim_head) radians per
             position.
-        dtype: dtype of the tensor that will be rotated.
+        like: a tensor with the device and dtype of what will be rotated.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
-    angles = positions.to(dtype)[:, None] * theta**-exponents
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+
+    def made() -> Tensor:
+        exponents = torch.arange(0, dim_head, 2, device=device, dtype=dtype) / dim_head
+        angles = torch.arange(start, stop, device=device).to(dtype)[:, None] * theta**-exponents
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+    return constants.get(('rotations', start, stop, dim_head, theta, dtype, device), device, made)
 
 
 def rotate(t: Tensor, rotations: Tensor) -> Tensor:
@@ -237,7 +296,7 @@ def rotate(t: Tensor, rotations: Tensor) -> Tensor:
 
     Args:
         t: queries or keys (..., n, d).
-        rotations: cosines and sines (..., n, d / 2, 2), from `rotations_at`.
+        rotations: cosines and sines (..., n, d / 2, 2), from `rotations_between`.
 
     Returns:
         The rotated tensor, with the shape and dtype of t.

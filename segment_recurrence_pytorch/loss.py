@@ -7,11 +7,16 @@ Letters: b rows of the batch, n tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # the label that never counts in a loss
+# logits that are held at once: 256 MB in float32. With a vocabulary of 50,000 these are those of 1,342 tokens
+LOGITS_AT_ONCE = 2**26
 
 
 def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None) -> Tensor:
@@ -38,6 +43,43 @@ def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction='none')
     return nll.view_as(targets)
+
+
+def hidden_nll(
+    to_logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    num_tokens: int,
+    *,
+    draws_random: bool = False,
+) -> Tensor:
+    """Returns the negative log likelihood of each target, (b, n), in nats and at least float32.
+
+    It holds at most `LOGITS_AT_ONCE` logits, or those of one token. If there are more, they are computed part by part,
+    and computed again in backward.
+
+    Args:
+        to_logits: a function from hidden states (..., dim) to logits (..., num_tokens).
+        hidden: hidden states (b, n, dim).
+        targets: target ids (b, n). Where a target is `IGNORE`, the result is 0.
+        num_tokens: size of the vocabulary.
+        draws_random: whether `to_logits` may draw random numbers. Default: False.
+    """
+    at_once = max(1, LOGITS_AT_ONCE // num_tokens)
+    if targets.numel() <= at_once:
+        return target_nll(to_logits(hidden), targets)
+
+    def of_part(part: Tensor, asked: Tensor) -> Tensor:
+        return target_nll(to_logits(part), asked)
+
+    parts = hidden.flatten(0, 1)[None].split(at_once, dim=1), targets.flatten()[None].split(at_once, dim=1)
+    found = [
+        checkpoint(of_part, *each, use_reentrant=False, preserve_rng_state=draws_random)
+        if torch.is_grad_enabled()
+        else of_part(*each)
+        for each in zip(*parts, strict=True)
+    ]
+    return torch.cat(found, dim=1).view_as(targets)
 
 
 def mean_loss(nll_sum: Tensor, num_targets: Tensor) -> Tensor:

@@ -267,6 +267,16 @@ class SegmentModel(nn.Module, ABC):
         """
         return where_rows(rows, chosen, other)
 
+    @property
+    def draws_random(self) -> bool:
+        """Whether `advance` may draw random numbers in training mode. Replay and recomputing then keep the random state
+        of each window.
+
+        The default is True, which is always right. A class that draws none may return False, which saves that work; a
+        subclass of it that does draw some has to return True again.
+        """
+        return True
+
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Returns two groups of parameters for an optimizer, one with weight decay and one without.
 

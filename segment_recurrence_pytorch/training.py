@@ -98,7 +98,7 @@ def train_loss(
         # every segment becomes a row of its own, followed by the next token as its last target
         rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
         return loss(rows)._replace(state=None)
-    returned = loss(tokens, wrapper.reset(state, piece.starts.to(device)))
+    returned = loss(tokens, wrapper.reset(state, piece.starts))  # on the host, which knows whether a text starts
     return returned._replace(state=detach(returned.state))
 
 
@@ -114,14 +114,14 @@ def bits_per_byte(wrapper: SegmentWrapper, streams: Iterable[Piece], memory: boo
         memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
             own.
     """
-    nats = targets = 0.0
+    losses = []
     state = None
     with evaluating(wrapper):
         for piece in streams:
             loss, num_targets, state = train_loss(wrapper, piece, state, memory)
-            nats += loss.item() * num_targets.item()
-            targets += num_targets.item()
-    return nats / targets / math.log(2)
+            losses.append(torch.stack((loss, num_targets.to(loss.dtype))))
+    found = torch.stack(losses).tolist()  # at the end: a GPU is waited for once
+    return math.fsum(mean * count for mean, count in found) / sum(count for _, count in found) / math.log(2)
 
 
 def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:

@@ -30,7 +30,6 @@ from segment_recurrence_pytorch.backprop import (
 from segment_recurrence_pytorch.checks import (
     check_batch_first,
     check_count,
-    check_faults,
     check_has_weights,
     check_input,
     is_whole,
@@ -71,7 +70,8 @@ class SegmentWrapper(nn.Module):
         segments_per_pass: number of segments of a window. The segments of a window are held at once, where windows are
             used: by a model that reads segments in parallel, by recomputing and by replay. It changes speed and memory
             but no result; with dropout, other random numbers are drawn. Default: None, about 8,192 tokens for a model
-            that reads segments in parallel, else one segment.
+            that reads segments in parallel, and fewer if the states of its segments would take more than 1 GiB; else
+            one segment.
         backprop_segments: with the value k, the gradient does not pass the border after every k-th segment of a call.
             Default: None, the gradient is exact and passes all borders.
         recompute: whether `loss.backward()` computes the activations of each window again, instead of keeping them.
@@ -85,6 +85,9 @@ class SegmentWrapper(nn.Module):
             the number of their targets. Gradients must be averaged over the same ranks, as DistributedDataParallel,
             FSDP2 and `distributed.sync_gradients` do. All ranks have to make each call of `loss`, also without
             gradients; to score a text on one rank, use a wrapper without a group. Default: None, this process alone.
+        check_values: whether values that are given are checked: ids and labels in their range, numbers that are finite,
+            a mask that hides anything at all. A GPU waits for this once a call. Without it a wrong id can end the whole
+            process, and padding is only what a mask says, not ids equal to `ignore_index`. Default: True.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -102,6 +105,7 @@ class SegmentWrapper(nn.Module):
         align: Literal['left', 'right'] = 'left',
         ignore_index: int = IGNORE,
         process_group: Any = None,
+        check_values: bool = True,
     ):
         super().__init__()
         check_batch_first(model)
@@ -116,6 +120,7 @@ class SegmentWrapper(nn.Module):
         self.align = align
         self.ignore_index = ignore_index
         self.process_group = process_group
+        self.check_values = check_values
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See `loss`. A module that calls this wrapper, such as DistributedDataParallel, thus computes its loss."""
@@ -180,10 +185,13 @@ class SegmentWrapper(nn.Module):
         if backward and not (x.requires_grad or any(p.requires_grad for p in self.model.parameters())):
             raise ValueError('backward=True, but every parameter is frozen: unfreeze one, or leave backward out')
         check_call(self, backward=backward, mean=reduction == 'mean')
-        batch, state = self._batch(x, state, labels, mask)
+        further = []
+        if per_segment and x.ndim > 1:
+            columns = x.shape[1] if labels is not None else max(0, x.shape[1] - 1)
+            further = self._per_segment_faults(per_segment, x.shape[0], -(-columns // self._length(segment_length)))
+        batch, state = self._batch(x, state, labels, mask, further)
+        batch = batch._replace(per_segment=outside_inference(per_segment or {}))
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        segments = -(-batch.tokens.shape[1] // self._length(segment_length))
-        batch = batch._replace(per_segment=self._checked_per_segment(per_segment, x.shape[0], segments))
         check_same_reads(self.model, windows)
         group = self.process_group
         own = batch.targets[:, windows[0].start : windows[-1].stop] if windows else batch.targets
@@ -222,7 +230,7 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
-        x, state, mask = check_input(self.model, x, _no_cursor(state), mask=mask, padding_ids=self._padding_ids)
+        x, state, mask = self._checked(x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         windows = self._windows(batch, self.backprop_segments)
         check_same_reads(self.model, windows)
@@ -247,7 +255,8 @@ class SegmentWrapper(nn.Module):
 
         Args:
             state: the state that the last call returned, or None.
-            rows: (b,) bool, True where a new text starts.
+            rows: (b,) bool, True where a new text starts, on the device of the model or on the CPU. On the CPU a GPU
+                need not be waited for to know whether there is any.
 
         Returns:
             The state with these rows set back to the initial state. None if the given state is None.
@@ -258,13 +267,15 @@ class SegmentWrapper(nn.Module):
         if rows.dtype != torch.bool or rows.ndim != 1:
             raise ValueError(f'rows is {rows.dtype} of shape {tuple(rows.shape)}: give a bool tensor (batch,)')
         check_has_weights(self.model)
-        if rows.device != self.model.device:
+        if rows.device not in (self.model.device, torch.device('cpu')):
             raise ValueError(f'rows is on {rows.device}, the model on {self.model.device}: move one of them')
         if state is None:
             return None
         state, rows = outside_inference((self.model.as_state(_no_cursor(state), rows.shape[0]), rows))
         self.model.check_state(state, rows.shape[0])
-        return self.model.reset(state, rows) if rows.any() else copied(state)
+        if (self.check_values or rows.device.type == 'cpu') and not rows.any():
+            return copied(state)
+        return self.model.reset(state, rows.to(self.model.device, non_blocking=True))
 
     @beartype
     def generate_tokens(
@@ -295,8 +306,7 @@ class SegmentWrapper(nn.Module):
         """
         if not is_whole(max_new_tokens) or max_new_tokens < 0:
             raise ValueError(f'{max_new_tokens} new tokens: give 0 or more. A length counts the prompt too')
-        on_cpu = self.model.device.type == 'cpu'
-        stream = self._open_stream(prompt, max_new_tokens, 1 if on_cpu else CHECK_EVERY, **options)
+        stream = self._open_stream(prompt, max_new_tokens, **options)
         hidden = None if progress is None else not progress  # None: tqdm hides the bar where there is no terminal
         with stream.guarded():
             tokens = list(tqdm(stream.unguarded(), total=max_new_tokens, disable=hidden, unit='token'))
@@ -313,6 +323,9 @@ class SegmentWrapper(nn.Module):
 
         Segments start at the first token of a text, even with align='right'. The cursor of a finished row can be
         continued like any other. To go on without the finished rows, take `cursor.rows(~stream.finished)`.
+
+        On a GPU the values are looked at every 32 tokens, since each look waits for the device: there an error, or the
+        end of all rows, is noticed up to 31 tokens late.
 
         Args:
             prompt: token ids (b, n), or a list of b tensors (n_i,), which may differ in length. Each row is continued
@@ -335,8 +348,7 @@ class SegmentWrapper(nn.Module):
             filter_fn: see `sampling.Sampler`. Default: None.
             generator: see `sampling.Sampler`. Default: None.
             compile: whether to run each step under `torch.compile`, and on CUDA as a CUDA graph. The first two segments
-                are then slow. The values are checked only every 32 tokens, so an error, or the end of all rows, can be
-                noticed up to 32 tokens late. Default: False.
+                are then slow, in the first stream of a shape. Default: False.
             segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
 
         Raises:
@@ -345,7 +357,7 @@ class SegmentWrapper(nn.Module):
         """
         if max_new_tokens is not None and (not is_whole(max_new_tokens) or max_new_tokens < 0):
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
-        return self._open_stream(prompt, max_new_tokens, CHECK_EVERY if options.get('compile') else 1, **options)
+        return self._open_stream(prompt, max_new_tokens, **options)
 
     @beartype
     def read(
@@ -364,15 +376,14 @@ class SegmentWrapper(nn.Module):
             ValueError: if an argument does not fit.
         """
         length = self._length(segment_length)
-        cursor = self._checked_cursor(prompt, prompt_lengths, state)
+        cursor, counts = self._checked_cursor(prompt, prompt_lengths, state)
         with evaluating(self.model), torch.no_grad():
-            return Cursor(*read_segments(self.model, cursor, length, self.segments_per_pass))
+            return read_segments(self.model, cursor, length, self.segments_per_pass, counts=counts)[0]
 
     def _open_stream(
         self,
         prompt: Any,
         max_new_tokens: int | None,
-        check_every: int,
         *,
         state: Any = None,
         prompt_lengths: Any = None,
@@ -405,7 +416,7 @@ class SegmentWrapper(nn.Module):
             if prompt is not None or isinstance(state, Cursor):
                 raise ValueError(f'batch_size={batch_size} begins new rows with start_token: give no prompt or cursor')
             prompt = torch.full((batch_size, 1), start_token or 0, device=self.model.device)
-        cursor = self._checked_cursor(prompt, prompt_lengths, state)
+        cursor, counts = self._checked_cursor(prompt, prompt_lengths, state)
         return Stream(
             self.model,
             cursor,
@@ -414,17 +425,19 @@ class SegmentWrapper(nn.Module):
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             compile=compile,
-            check_every=check_every,
+            check_every=1 if self.model.device.type == 'cpu' else CHECK_EVERY,
             segments_per_pass=self.segments_per_pass,
+            counts=counts,
         )
 
-    def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> Cursor:
+    def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> tuple[Cursor, list[int]]:
+        """Returns the cursor of a prompt and a state, which are checked, and its lengths as numbers."""
         if not self.model.causal:
             raise ValueError('a model with causal=False cannot generate: its positions see later tokens')
         check_has_weights(self.model)
-        cursor = as_cursor(prompt, prompt_lengths, state, self.model.device)
-        tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state)
-        return Cursor(state, tokens, cursor.lengths)
+        cursor, counts = as_cursor(prompt, prompt_lengths, state, self.model.device)
+        tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state, check_values=self.check_values)
+        return Cursor(state, tokens, cursor.lengths), counts
 
     def _length(self, segment_length: int | None) -> int:
         """Returns the segment length of one call: the given one, or the wrapper's."""
@@ -434,18 +447,29 @@ class SegmentWrapper(nn.Module):
     def _padding_ids(self) -> tuple[int, ...]:
         return (IGNORE,) if self.ignore_index == IGNORE else (IGNORE, self.ignore_index)
 
-    def _batch(self, x: Tensor, state: State, labels: Tensor | None, mask: Tensor | None) -> tuple[Batch, State]:
+    def _checked(self, x: Tensor, state: State, **more: Any) -> tuple[Tensor, State, Tensor | None]:
+        """Returns x, the state and the mask as `check_input` does. Its further arguments are `more`."""
+        return check_input(self.model, x, _no_cursor(state), check_values=self.check_values, **more)
+
+    def _batch(
+        self,
+        x: Tensor,
+        state: State,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        further: list[tuple[str, Tensor]],
+    ) -> tuple[Batch, State]:
         """Returns the tokens to read with their targets, and the state. All of them are checked."""
         if labels is not None:
-            x, state, mask = check_input(
-                self.model, x, _no_cursor(state), mask=mask, labels=labels, ignore_index=self.ignore_index
+            x, state, mask = self._checked(
+                x, state, mask=mask, labels=labels, ignore_index=self.ignore_index, further=further
             )
             return Batch(x, valid_targets(labels, self.ignore_index, mask), mask), state
         if not self.model.causal:
             raise ValueError('a model with causal=False sees the next token, so there is nothing to learn: give labels')
         if x.is_floating_point():
             raise ValueError('embeddings do not tell the next token: give labels')
-        x, state, mask = check_input(self.model, x, _no_cursor(state), mask=mask, padding_ids=self._padding_ids)
+        x, state, mask = self._checked(x, state, mask=mask, padding_ids=self._padding_ids, further=further)
         if mask is None:
             return Batch(x[:, :-1], x[:, 1:], None), state
         # the last column is a target and is not read, since the next piece starts with it. A row whose last column is
@@ -453,9 +477,8 @@ class SegmentWrapper(nn.Module):
         targets = valid_targets(x[:, 1:], None, mask[:, 1:] & mask[:, :-1])
         return Batch(x[:, :-1], targets, mask[:, :-1]), state
 
-    def _checked_per_segment(self, per_segment: dict | None, rows: int, segments: int) -> dict[str, Tensor]:
-        if not per_segment:
-            return {}
+    def _per_segment_faults(self, per_segment: dict, rows: int, segments: int) -> list[tuple[str, Tensor]]:
+        """Returns the checks of the values of further arguments, whose names and shapes are checked here."""
         takes = set(inspect.signature(self.model.advance).parameters)
         takes -= {*inspect.signature(SegmentModel.advance).parameters, 'cuts'}
         for name, value in per_segment.items():
@@ -469,8 +492,7 @@ class SegmentWrapper(nn.Module):
                 )
             if value.device != self.model.device:
                 raise ValueError(f'{name} is on {value.device}, the model on {self.model.device}: move one of them')
-        check_faults(self.model.per_segment_faults(per_segment))
-        return outside_inference(per_segment)
+        return self.model.per_segment_faults(per_segment)
 
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length, columns = self._length(segment_length), batch.tokens.shape[1]
@@ -480,7 +502,7 @@ class SegmentWrapper(nn.Module):
             columns,
             length,
             align=self.align,
-            segments_per_pass=self.segments_per_pass or segments_at_once(self.model, length),
+            segments_per_pass=self.segments_per_pass or segments_at_once(self.model, length, batch.tokens.shape[0]),
             backprop_segments=backprop_segments,
         )
 

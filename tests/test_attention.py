@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from recurrent_memory_transformer_pytorch.attention import Layout, attention_calls, attention_mask
-from segment_recurrence_pytorch import attend, choose_backend, record_attention
-from tests.conftest import close, make_rmt
+from segment_recurrence_pytorch import attend, choose_backend, layers, record_attention
+from tests.conftest import RMT_OPTIONS, close, make_rmt
 from tests.reference import rmt_may_attend
 
 
@@ -116,6 +116,53 @@ def test_the_calls_of_each_memory_mask_see_what_the_table_says(pattern, layout):
         valid = {'xl': xl_valid, 'text': text_valid}.get(key[0])
         hidden = valid is not None and not valid[b, key[1]]
         assert mask[b, 0, i, j] == ((expected[i, j] and not hidden) or row == key)
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, causal=False):
+    """What flash-attn says of its function: (b, n, h, d), grouped heads, causal to the lower right."""
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum('bihd,bjhd->bhij', q, k) / q.shape[-1] ** 0.5
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+        scores = scores.masked_fill(hidden, float('-inf'))
+    weights = torch.dropout(scores.softmax(-1), dropout_p, train=True)
+    return torch.einsum('bhij,bjhd->bihd', weights, v)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    monkeypatch.setattr(layers, '_flash_attn_func', lambda: flash_attn_func)
+    refuse = layers._flash2_refusal
+    cuda = torch.device('cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(
+        layers, '_flash2_refusal', lambda device, dtype, masked, dim: refuse(cuda, torch.bfloat16, masked, dim)
+    )
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('kv_heads', [4, 2, 1])
+@pytest.mark.parametrize('queries', [1, 5, 9])
+def test_flash2_calls_the_package_as_it_asks(flash_attn, causal, kv_heads, queries):
+    q, k, v = inputs(kv_heads=kv_heads, queries=queries)
+    close(attend(q, k, v, causal=causal, backend='flash2'), attend(q, k, v, causal=causal, backend='naive'))
+    dropped = attend(q, k, v, causal=causal, backend='flash2', dropout=0.999)
+    assert (dropped == 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize('options', RMT_OPTIONS.values(), ids=RMT_OPTIONS)
+def test_a_model_on_flash2_is_the_model(flash_attn, options):
+    model, x = make_rmt(**options), torch.randint(0, 20, (2, 6))
+    found = {}
+    for backend in ('naive', 'auto'):
+        model.attention_backend = backend
+        with record_attention() as calls:
+            _, state = model(x)
+            found[backend] = model(x, state)[0]
+        ran = {call.backend for call in calls if not call.masked}
+        assert ran == {'flash2' if backend == 'auto' else backend}
+    close(found['auto'], found['naive'])
 
 
 @pytest.mark.cuda

@@ -5,12 +5,23 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch import SegmentWrapper, loss
 from segment_recurrence_pytorch.backprop import plan_windows
 from segment_recurrence_pytorch.state import detach, leaves
-from tests.conftest import DROPOUT, INFINI_OPTIONS, RMT_OPTIONS, close, make_infini, make_rmt, random_weights
+from tests.conftest import (
+    DROPOUT,
+    INFINI_OPTIONS,
+    RMT_OPTIONS,
+    close,
+    make_infini,
+    make_rmt,
+    random_weights,
+    same_gradients,
+)
 from tests.reference import truncated_loss
 
 TOKENS = 20  # segments of 6, 6, 6 and 1 inputs
@@ -39,13 +50,6 @@ def gradients(model):
     assert all(gradient is not None for gradient in found.values())
     model.zero_grad()
     return found
-
-
-def same_gradients(have, want, tolerance=1e-9):
-    for name, gradient in want.items():
-        torch.testing.assert_close(
-            have[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f'{n}: {m}'
-        )
 
 
 def run(model, way, x, mask, k=None, segments_per_pass=None):
@@ -107,6 +111,46 @@ def test_truncation_is_the_loop_with_detach(name, k):
             same_gradients(have, want)
     exact = run(model, 'full', x, None)[2]
     assert any((exact[name] - want[name]).abs().max() > 1e-6 for name in want)
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most numbers of a tensor whose last dimension is the vocabulary, but for what is as large as its weights."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[-1] == 20:
+                self.most = max(self.most, each.numel())
+        return out
+
+
+@pytest.mark.parametrize('make', [make_rmt, make_infini])
+@pytest.mark.parametrize('way', [{}, {'recompute': True}, {'backward': True}])
+def test_logits_are_held_in_parts(make, way, monkeypatch):
+    found = []
+    for limit in (2**26, 20 * 4):
+        monkeypatch.setattr(loss, 'LOGITS_AT_ONCE', limit)
+        torch.manual_seed(1)
+        wrapper = SegmentWrapper(make(**DROPOUT), segment_length=6, recompute='recompute' in way)
+        x = torch.arange(3 * 25).view(3, 25).remainder(20)
+        labels = x.masked_fill(x % 3 == 0, -100)
+        torch.manual_seed(2)
+        with LargestLogits() as seen:
+            each = wrapper.loss(x, labels=labels, backward='backward' in way).loss
+            if each.requires_grad:
+                each.backward()
+        found.append((each.detach(), {name: p.grad for name, p in wrapper.named_parameters()}))
+        # the weight of the last layer and its gradient are (20, 16)
+        assert seen.most <= max(limit, 16 * 20) if limit < 2**26 else seen.most > 16 * 20
+    close(found[1][0], found[0][0])
+    same_gradients(found[1][1], found[0][1])
+    monkeypatch.setattr(loss, 'LOGITS_AT_ONCE', 1)
+    with torch.no_grad():
+        one_by_one = wrapper.eval().loss(x, labels=labels, reduction='none').loss
+    monkeypatch.setattr(loss, 'LOGITS_AT_ONCE', 2**26)
+    close(wrapper.loss(x, labels=labels, reduction='none').loss.detach(), one_by_one)
 
 
 def test_windows():

@@ -31,6 +31,30 @@ def compile_counter(monkeypatch):
     torch._dynamo.reset()
 
 
+@SOME
+def test_compiled_streams_use_their_caches_again(case, compile_counter):
+    """CUDA graphs belong to addresses: a stream after another one of its shape finds those of the first."""
+    wrapper, prompt = wrapped(case), ids(2, 8)
+
+    def addresses(stream):
+        return [buffer.data_ptr() for buffer in stream._cache.keys]
+
+    want = wrapper.generate_tokens(prompt, 9, temperature=0)
+    first = wrapper.stream(prompt.flip(1), temperature=0, compile=True)
+    for _ in range(3):
+        next(first)
+    cursor, at = first.cursor, addresses(first)
+    beside = wrapper.stream(prompt, temperature=0, compile=True)
+    assert not set(addresses(beside)) & set(at), 'two streams that live have two caches'
+    del first
+    after = wrapper.stream(prompt, max_new_tokens=9, temperature=0, compile=True)
+    assert addresses(after) == at
+    assert torch.equal(torch.stack(list(after), 1), want)
+    assert torch.equal(torch.stack([next(beside) for _ in range(9)], 1), want)
+    again = wrapper.generate_tokens(None, 9, state=cursor, temperature=0, compile=True)
+    assert torch.equal(again, wrapper.generate_tokens(None, 9, state=cursor, temperature=0))
+
+
 @ALL
 @pytest.mark.parametrize('start', [3, 6, 9, 18, 43], ids=lambda start: f'{start / LENGTH:.2f} segments')
 def test_decoding_is_the_parallel_forward_token_by_token(case, start):

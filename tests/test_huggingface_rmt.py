@@ -9,7 +9,15 @@ from recurrent_memory_transformer_pytorch.huggingface import RecurrentMemoryLM
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.testing import check_model
 from tests.conftest import close, same_gradients
-from tests.pretrained import FAMILIES, LENGTH, decoded, gradients_of, tiny_lm, tokens
+from tests.pretrained import (  # noqa: F401  softmax_in_float64 acts on every test
+    FAMILIES,
+    LENGTH,
+    decoded,
+    gradients_of,
+    softmax_in_float64,
+    tiny_lm,
+    tokens,
+)
 
 CASES = [(name, '') for name in FAMILIES] + [('llama', 'eager'), ('gpt2', 'eager')]
 every_family = pytest.mark.parametrize(('name', 'attention'), CASES, ids=[' '.join(case).strip() for case in CASES])

@@ -14,7 +14,7 @@ from infini_transformer_pytorch import (
     TransformerReturn,
     infini,
 )
-from segment_recurrence_pytorch import record_attention
+from segment_recurrence_pytorch import SegmentWrapper, backprop, record_attention
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import INFINI_OPTIONS, close, ids, make_infini
 from tests.reference import infini_row, mean_nll
@@ -68,6 +68,25 @@ def test_windows_equal_the_definition(options, segments_per_pass):
                 assert not parameter.grad.any()
             else:
                 close(parameter.grad, want[name])
+
+
+def test_a_window_holds_no_more_states_than_its_limit(monkeypatch):
+    """Large heads, short segments and many rows: the states would be most of the memory."""
+    wrapper, x = SegmentWrapper(make_infini(), segment_length=6), ids(3, 60)
+    want, read = wrapper.loss(x).loss, []
+    advance = wrapper.model.advance
+    monkeypatch.setattr(
+        wrapper.model,
+        'advance',
+        lambda tokens, *args, **more: read.append(tokens.shape[1]) or advance(tokens, *args, **more),
+    )
+    close(wrapper.loss(x).loss, want)
+    assert read == [59], 'ten segments are one window'
+    read.clear()
+    # a row holds 2 layers of 2 heads, each with a matrix of 4 x 4 and 4 sums, in 8 bytes
+    monkeypatch.setattr(backprop, 'WINDOW_STATE_BYTES', 4 * 3 * 2 * 2 * (4 * 4 + 4) * 8)
+    close(wrapper.loss(x).loss, want)
+    assert read == [24, 24, 11]
 
 
 def test_evaluating_fewer_segments_at_once_changes_no_number(monkeypatch):

@@ -43,6 +43,32 @@ SMALLER = {
 }
 
 
+def test_numbers_of_retrofits_are_measured():
+    folder = Path(__file__).resolve().parent.parent / 'benchmarks' / 'results' / 'retrofit'
+    runs = [json.loads(path.read_text()) for path in folder.glob('*-?.json')]
+
+    def of(method, base=None):
+        return {
+            (run['base'], run['seed']): run for run in runs if run['method'] == method and base in (None, run['base'])
+        }
+
+    unmodified = of('unmodified')
+    guess = mean(run['memorize']['curve']['5'] for run in unmodified.values())
+    assert f'the models as they were guess ({guess:.2f})'.replace('(0', '(') in README
+    shifts = {}
+    for method, base in (('rmt', 'llama'), ('infini', 'llama'), ('rmt', 'gpt2')):
+        found = of(method, base)
+        assert sorted(seed for _, seed in found) == [0, 1, 2]
+        assert all(run['memorize']['curve']['5'] == 1 for run in found.values())
+        shifts[method, base] = mean(run['bytes']['300'] - unmodified[key]['bytes']['300'] for key, run in found.items())
+    said = (
+        f'a Llama with memory tokens gains {-shifts["rmt", "llama"]:.3f} bits per byte, with Infini-attention '
+        f'{-shifts["infini", "llama"]:.3f}; a GPT-2, whose learned positions the memory shifts, loses '
+        f'{shifts["rmt", "gpt2"]:.3f}'
+    )
+    assert re.sub(r'\b0\.', '.', said) in README
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # of Trainer, on a machine without a GPU
 @pytest.mark.parametrize('block', BLOCKS, ids=[block.strip().splitlines()[-1][:40] for block in BLOCKS])
 def test_blocks_run(block, tmp_path, monkeypatch):
@@ -91,6 +117,11 @@ def test_speeds_are_those_that_were_measured():
         assert f'| {cells} |' in README
     million = json.loads((results / 'infini_million.json').read_text())
     assert f'{million["peak_ratio_without_inputs"]} times the peak memory of 65,536 tokens' in README
+    rows = json.loads((results / 'vocabulary.json').read_text())['rows']
+    parts, whole = (rows[arm]['peak_megabytes'] / 1000 for arm in ('parts', 'whole'))
+    slower = rows['parts']['seconds'] / rows['whole']['seconds']
+    assert parts / whole <= 0.2
+    assert f'memory is {parts:.1f} GB instead of {whole:.1f} GB, in {slower:.2f} times the time' in README
     times = [row['times_sequential'] for row in json.loads((results / 'scan.json').read_text())['rows']]
     for name, words in (('chunked', 'than a\nchunked scan'), ('associative', 'than an associative one')):
         slower = [round(row[name], 1) for row in times]

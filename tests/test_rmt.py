@@ -6,7 +6,7 @@ from torch import nn
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import record_attention
-from segment_recurrence_pytorch.layers import rotations_at
+from segment_recurrence_pytorch.layers import rotations_between
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import DROPOUT, RMT_OPTIONS, close, ids, make_rmt, random_weights
 from tests.reference import rmt_row
@@ -255,7 +255,7 @@ def test_reset_rows_start_again():
 
 
 def test_half_types_keep_their_positions():
-    turns = rotations_at(torch.arange(10000, 10008), 16, theta=32768.0, dtype=torch.bfloat16)
+    turns = rotations_between(10000, 10008, 16, theta=32768.0, like=torch.empty(0, dtype=torch.bfloat16))
     assert turns.dtype == torch.float32
     assert turns[:, 0, 0].unique().numel() == 8
     torch.manual_seed(1)
