@@ -222,10 +222,11 @@ def launches(name):
 
 
 SOME = ['rmt plain', 'rmt gqa', 'rmt xl mixed', 'rmt axial', 'infini default', 'infini delta, gqa', 'infini above']
-GROUPED = [name for name, (_, options) in MODELS.items() if 'kv_heads' in options]
+MORE = [*SOME, 'rmt encoder', 'rmt xl enhanced', 'infini linear', 'infini delta, strength, decay', 'infini kv proj']
+GROUPED = ['rmt gqa', 'infini delta, gqa', 'infini deltanet, decay, gqa']
 KINDS = {
-    'training': (training, MODELS), 'evaluation': (evaluation, SOME), 'random states': (random_states, SOME),
-    'decoding': (decoding, SOME), 'autocast': (autocast, SOME), 'reported': (reported, SOME),
+    'training': (training, MORE), 'evaluation': (evaluation, SOME), 'random states': (random_states, SOME[::3]),
+    'decoding': (decoding, SOME), 'autocast': (autocast, SOME), 'reported': (reported, SOME[::2]),
     'kernels': (kernels, GROUPED), 'reset': (reset, SOME), 'ends together': (ends_together, SOME[::4]),
     'lengths from the device': (lengths_from_the_device, SOME[::4]),
     'launches': (launches, ['rmt plain', 'rmt xl mixed', 'infini default', 'infini linear', 'infini delta']),
