@@ -33,6 +33,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         backprop_segments: see `SegmentWrapper`. Default: None, gradients are exact, through the whole sequence.
         recompute: see `SegmentWrapper`. Default: False.
         process_group: see `SegmentWrapper`. Default: None.
+        check_values: see `SegmentWrapper`. Default: True.
 
     Raises:
         ValueError: if a value is outside its range, or if an option is given under both names with different values.
@@ -52,6 +53,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
         backprop_segments: int | None = None,
         recompute: bool = False,
         process_group: Any = None,
+        check_values: bool = True,
     ):
         if not model.parallel_segments and segments_per_pass is not None:
             raise ValueError(
@@ -67,6 +69,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
             recompute=recompute,
             ignore_index=ignore_index,
             process_group=process_group,
+            check_values=check_values,
         )
 
     @beartype

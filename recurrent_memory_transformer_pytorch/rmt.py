@@ -51,7 +51,7 @@ from segment_recurrence_pytorch.layers import (
     SegmentTransformer,
     init_linear,
 )
-from segment_recurrence_pytorch.loss import IGNORE, mean_loss, target_nll, valid_targets
+from segment_recurrence_pytorch.loss import IGNORE, hidden_nll, mean_loss, valid_targets
 from segment_recurrence_pytorch.state import copied, where_rows
 
 
@@ -300,11 +300,11 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         memories = self.as_memories(state)
         if return_embeddings:
             return hidden, memories
-        logits = self.to_logits(hidden)
         if labels is None:
-            return logits, memories
+            return self.to_logits(hidden), memories
         targets = valid_targets(labels, self.ignore_index, mask)
-        return mean_loss(target_nll(logits, targets).sum(), (targets != IGNORE).sum()), memories
+        nll = hidden_nll(self.to_logits, hidden, targets, self.num_tokens, draws_random=self.draws_random)
+        return mean_loss(nll.sum(), (targets != IGNORE).sum()), memories
 
     def initial_state(self, batch_size: int) -> RMTState:
         """See `SegmentModel.initial_state`. The state holds the learned first memory, and no XL memories or past

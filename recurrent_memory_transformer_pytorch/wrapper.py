@@ -32,6 +32,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         recompute: see `SegmentWrapper`. Default: False.
         align: see `SegmentWrapper`. Default: 'left'.
         process_group: see `SegmentWrapper`. Default: None.
+        check_values: see `SegmentWrapper`. Default: True.
 
     Raises:
         ValueError: if a value is outside its range, or if an option is given under both names with different values.
@@ -51,6 +52,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         recompute: bool = False,
         align: Literal['left', 'right'] = 'left',
         process_group: Any = None,
+        check_values: bool = True,
     ):
         super().__init__(
             transformer,
@@ -61,6 +63,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             align=align,
             ignore_index=transformer.ignore_index,
             process_group=process_group,
+            check_values=check_values,
         )
 
     @property

@@ -289,12 +289,10 @@ class Stream:
         """
         if not self._unchecked:
             return
-        seen = [~largest.isfinite() for largest in self._unchecked]
-        if self.eos is not None and token is not None:
-            seen.append(self._done | (token == self.eos))
-        bad = torch.stack(seen).tolist()
-        if self.eos is not None and token is not None:
-            self._ended = all(bad.pop())
+        bad_and_done = [~largest.isfinite() for largest in self._unchecked]
+        bad_and_done.append(self._done if token is None or self.eos is None else self._done | (token == self.eos))
+        *bad, done = torch.stack(bad_and_done).tolist()
+        self._ended = all(done)
         first, self._checked = self._checked, self._checked + len(bad)
         self._unchecked.clear()
         for step, flags in enumerate(bad, start=first):

@@ -65,18 +65,16 @@ def hidden_nll(
         num_tokens: size of the vocabulary.
         draws_random: whether `to_logits` may draw random numbers. Default: False.
     """
-    at_once = max(1, LOGITS_AT_ONCE // num_tokens)
-    if targets.numel() <= at_once:
-        return target_nll(to_logits(hidden), targets)
 
     def of_part(part: Tensor, asked: Tensor) -> Tensor:
         return target_nll(to_logits(part), asked)
 
+    at_once = max(1, LOGITS_AT_ONCE // num_tokens)
+    if targets.numel() <= at_once:
+        return of_part(hidden, targets)
     parts = hidden.flatten(0, 1)[None].split(at_once, dim=1), targets.flatten()[None].split(at_once, dim=1)
     found = [
         checkpoint(of_part, *each, use_reentrant=False, preserve_rng_state=draws_random)
-        if torch.is_grad_enabled()
-        else of_part(*each)
         for each in zip(*parts, strict=True)
     ]
     return torch.cat(found, dim=1).view_as(targets)

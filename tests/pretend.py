@@ -33,12 +33,12 @@ from typing import Any, NamedTuple  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from filelock import FileLock  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 from segment_recurrence_pytorch.layers import _naive  # noqa: E402
+from tests.once import made_once  # noqa: E402
 
 DEVICE = torch.device('cuda', 0)
 ROOT = FOLDER.parent
@@ -82,9 +82,6 @@ class Attention(NamedTuple):
     """A call of `scaled_dot_product_attention`."""
 
     dtype: torch.dtype
-    queries: int
-    heads: tuple[int, int]
-    causal: bool
     masked: bool
     grouped: bool
 
@@ -153,7 +150,7 @@ def _seen() -> Seen:
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False, **_: Any):
     heads = q.shape[1], k.shape[1]
-    _seen().attention.append(Attention(q.dtype, q.shape[2], heads, is_causal, attn_mask is not None, enable_gqa))
+    _seen().attention.append(Attention(q.dtype, attn_mask is not None, enable_gqa))
     assert q.dtype == k.dtype == v.dtype, f'attention of {q.dtype}, {k.dtype}, {v.dtype}: {_line()}'
     assert enable_gqa or heads[0] == heads[1], f'attention of {heads} heads without enable_gqa: {_line()}'
     assert not is_causal or q.shape[2] == k.shape[2], f'is_causal begins at the first key, not at the last: {_line()}'
@@ -229,13 +226,7 @@ def values(value):
 def once(tmp_path_factory, config) -> dict[str, str]:
     """What went wrong in each case, by name: nothing, or the error. The process is started once, by whichever worker of
     pytest-xdist comes first. A key 'skip' says why nothing was run."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if hasattr(config, 'workerinput') else base
-    with FileLock(base / 'pretend.lock'):
-        path = base / 'pretend.json'
-        if not path.exists():
-            path.write_text(json.dumps(_run(base)))
-        return json.loads(path.read_text())
+    return made_once(tmp_path_factory, config, 'pretend', _run)
 
 
 def _run(folder: Path) -> dict[str, str]:
@@ -249,12 +240,18 @@ def _run(folder: Path) -> dict[str, str]:
         return {'skip': f'needs a C++ compiler, there is no {compiler}'}
     except subprocess.CalledProcessError as error:
         return {'skip': f'this PyTorch cannot be told of a device: {error.stderr[-500:]}'}
-    done = subprocess.run(
-        [sys.executable, '-W', 'error', '-m', 'tests.pretend', str(guard), str(results)],
-        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+    with (folder / 'output').open('w') as output:
+        try:
+            subprocess.run(
+                [sys.executable, '-W', 'error', '-m', 'tests.pretend', str(guard), str(results)],
+                cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=output, stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+            )  # fmt: skip
+            ended = ''
+        except subprocess.TimeoutExpired:
+            ended = f'stopped after {SECONDS} seconds. '
     found = dict(map(json.loads, results.read_text().splitlines())) if results.exists() else {}
-    return {**found, 'ended': f'{done.stdout[-2000:]}\n{done.stderr[-4000:]}'}
+    return {**found, 'ended': ended + (folder / 'output').read_text()[-4000:]}
 
 
 def _main(results: Path, word: str = '') -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
+
+from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_OF_A_WAIT = 60  # of one rank for another, before it is an error
@@ -52,19 +53,14 @@ def once(module, tmp_path_factory, config, prepare=lambda folder: None):
         config: that of pytest.
         prepare: called with the folder of the processes before they start.
     """
-    base = tmp_path_factory.getbasetemp()
-    if hasattr(config, 'workerinput'):  # the folder of all workers
-        base = base.parent
     name = module.__name__.rpartition('.')[2]
 
     def of(ranks: int) -> dict[str, str]:
-        with FileLock(base / f'{name}-{ranks}.lock'):
-            path, own = base / f'{name}-{ranks}.json', base / f'{name}-{ranks}'
-            if not path.exists():
-                own.mkdir()
-                prepare(own)
-                path.write_text(json.dumps(run(module, ranks, own)))
-            return json.loads(path.read_text())
+        def make(folder: Path) -> dict[str, str]:
+            prepare(folder)
+            return run(module, ranks, folder)
+
+        return made_once(tmp_path_factory, config, f'{name}-{ranks}', make)
 
     return of
 

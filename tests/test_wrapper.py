@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from infini_transformer_pytorch import InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper, RMTState
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.state import leaves
+from segment_recurrence_pytorch.state import leaves, map_state
 from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, close, ids, make_infini, make_rmt
 from tests.reference import mean_nll, rmt_row
 
@@ -369,3 +370,18 @@ def test_other_refusals():
         wrapper(ids(2, 6), return_loss=True, mrbp_loss_weight=0.5)
     with torch.no_grad(), pytest.raises(ValueError, match='no_grad'):
         wrapper(ids(2, 6), memory_replay_backprop=True)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda **options: RecurrentMemoryTransformerWrapper(make_rmt(), **options),
+        lambda **options: InfiniTransformerWrapper(make_infini(), 6, **options),
+    ],
+)
+def test_values_are_checked_unless_told_not_to(make):
+    x = ids(2, 13)
+    state = map_state(lambda t: t * float('nan'), make().loss(x).state)
+    with pytest.raises(ValueError, match='NaN'):
+        make().loss(x, state)
+    assert make(check_values=False).loss(x, state).loss.isnan()
