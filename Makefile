@@ -1,12 +1,12 @@
-# make train | test | test-hf | test-onnx | lint | bench | evidence: each makes the environment that it needs, once,
-# from constraints.txt
+# make train | test | test-hf | test-onnx | lint | docs | bench | evidence | release-check: each makes the environment
+# that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test test-hf test-onnx lint bench evidence clean
+.PHONY: train test test-hf test-onnx lint docs bench evidence release-check clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -31,6 +31,13 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the site, in site/: numbers and drawings are made again, notebooks are run, and whatever mkdocs warns of is an error
+docs: .venv-docs/ready
+	.venv-docs/bin/python docs/drawings.py
+	.venv-docs/bin/python docs/run_notebooks.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	.venv-docs/bin/python docs/check_site.py site
+
 bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.gradient_reach
 	$(BIN)/python -m benchmarks.rmt_training
@@ -43,9 +50,10 @@ bench: $(VENV)/ready .venv-peer/ready
 
 evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report
+	$(BIN)/python docs/measured.py
 
 clean:
-	rm -rf $(VENV) .venv-peer .venv-onnx .venv-hf-oldest .venv-hf-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-peer .venv-onnx .venv-hf-oldest .venv-hf-newest .venv-docs build dist site *.egg-info
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +64,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 .venv-onnx/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,onnx]'
+	touch $@
+
+.venv-docs/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv-hf-oldest/ready: TRANSFORMERS = 4.57.1

@@ -1,0 +1,282 @@
+"""The measured numbers of the documentation: where each comes from, and how it gets into a page.
+
+A page holds a number between two comments, which no reader sees:
+
+    RMT still tells <!--=million_rmt-->.98<!--/--> of the values.
+
+`NUMBERS` has a function for each name, which returns the text from the JSON that a benchmark has written.
+
+    python docs/measured.py            # writes the numbers of all pages, and of the README, again
+    python docs/measured.py --check    # says which are not those of the JSON; the tests do the same
+
+A number that is not measured yet is 'not measured'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
+CHECKS = 500  # the seeds of the search from here on check the defaults
+NUMBERS: dict[str, Callable[[], str]] = {}
+
+
+def number(function: Callable[[], str]) -> Callable[[], str]:
+    """Registers the text that a function returns under the function's name."""
+    NUMBERS[function.__name__] = function
+    return function
+
+
+def short(value: float, digits: int = 2) -> str:
+    """Returns a number as this project writes it: .98 instead of 0.98."""
+    return re.sub(r'^(-?)0\.', r'\1.', f'{value:.{digits}f}')
+
+
+def read(name: str) -> Any:
+    """Returns the content of a JSON file in benchmarks/results."""
+    return json.loads((RESULTS / f'{name}.json').read_text())
+
+
+def row(name: str) -> list[dict[str, Any]]:
+    """Returns the results of a row of docs/results.md, a dict for each seed."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / 'evidence').glob(f'{name}-*.json'))]
+    return [result for result in found if result['row'] == name]
+
+
+def table(head: str, lines: list[list[Any]]) -> str:
+    """Returns a table in Markdown, with an empty line before and after it."""
+    columns = head.count('|') + 1
+    rows = [f'| {head} |', '|' + '---|' * columns, *(f'| {" | ".join(map(str, line))} |' for line in lines)]
+    return '\n\n' + '\n'.join(rows) + '\n\n'
+
+
+def seeds(count: int) -> str:
+    """Returns '1 seed', or '3 seeds'."""
+    return f'{count} seed' + 's' * (count != 1)
+
+
+# what the memories learn
+
+
+def checks(model: str, trial: str) -> list[dict[str, Any]]:
+    """Returns the runs that check the defaults of a model, on seeds that were not used to choose them."""
+    runs = map(json.loads, (RESULTS / 'search' / 'runs.jsonl').read_text().splitlines())
+    want = {'model': model, 'trial': trial, 'start': 'default'}
+    return [run for run in runs if run['spec']['seed'] >= CHECKS and want.items() <= run['spec'].items()]
+
+
+def steps_to_learn(model: str) -> str:
+    """Returns the range of steps after which a model remembers over 5 segments."""
+    steps = [run['passed']['5'] for run in checks(model, 'memorize')]
+    return f'{min(steps)} to {max(steps)} steps ({seeds(len(steps))})'
+
+
+def share_at(name: str, segments: int) -> str:
+    """Returns the mean accuracy of a row at a number of segments."""
+    found = [result['curve'].get(str(segments)) for result in row(name)]
+    if not found or None in found:
+        return 'not measured'
+    return f'{short(mean(found))} ({seeds(len(found))})'
+
+
+def gain_of(name: str) -> str:
+    """Returns what a memory gains on bytes over the twin without memory."""
+    gains = [result['gain'] for result in row(name)]
+    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))})' if gains else 'not measured'
+
+
+@number
+def learned_rmt() -> str:
+    return steps_to_learn('rmt')
+
+
+@number
+def learned_infini() -> str:
+    return steps_to_learn('infini')
+
+
+@number
+def million_rmt() -> str:
+    return share_at('rmt_memorize', 31250)
+
+
+@number
+def million_infini() -> str:
+    return share_at('infini_passkey', 31250)
+
+
+@number
+def seconds_infini() -> str:
+    """The CPU time of the training of the row."""
+    return f'{max(result["train_cpu_seconds"] for result in row("infini_passkey")):.0f}'
+
+
+@number
+def pairs_rmt() -> str:
+    return share_at('rmt_associative', 5)
+
+
+@number
+def pairs_infini() -> str:
+    return share_at('infini_associative', 6)
+
+
+@number
+def copy_rmt() -> str:
+    return share_at('rmt_copy', 6)
+
+
+@number
+def gains_on_text() -> str:
+    names = [(f'{model}_bytes_{length}', model, length) for length in (16, 64, 128) for model in ('rmt', 'infini')]
+    lines = [[{'rmt': 'RMT', 'infini': 'Infini-Transformer'}[model], length, gain_of(name)]
+             for name, model, length in names if (model, length) != ('rmt', 128)]  # fmt: skip
+    return table('model | bytes of a segment | gain over a twin trained without memory', lines)
+
+
+@number
+def retrofits() -> str:
+    runs = [json.loads(path.read_text()) for path in (RESULTS / 'retrofit').glob('*-?.json')]
+    plain = {(run['base'], run['seed']): run for run in runs if run['method'] == 'unmodified'}
+    lines = []
+    for base, method, name in (('llama', 'rmt', 'Llama, memory tokens'), ('llama', 'infini', 'Llama, Infini-attention'),
+                               ('gpt2', 'rmt', 'GPT-2, memory tokens')):  # fmt: skip
+        found = [run for run in runs if (run['base'], run['method']) == (base, method)]
+        change = [run['bytes']['300'] - plain[base, run['seed']]['bytes']['300'] for run in found]
+        cells = [short(mean(run['memorize']['curve'][length] for run in found)) for length in ('5', '64')]
+        lines.append([name, *cells, f'{mean(change):+.3f}', len(found)])
+    guess = [short(mean(run['memorize']['curve'][length] for run in plain.values())) for length in ('5', '64')]
+    lines.append(['unmodified', *guess, '', len(plain) // 2])
+    head = 'model | remembered after 5 segments | after 64 | bits per byte against the unmodified model | seeds'
+    return table(head, lines)
+
+
+# how fast it is
+
+
+@number
+def gradient_reach() -> str:
+    norms = read('gradient_reach')['gradient_norm']
+    return table('`write_init` | gradient through 32 segments, through one = 1',
+                 [[f"`'{name}'`", f'{of["32"] / of["1"]:.1f}'] for name, of in norms.items()])  # fmt: skip
+
+
+@number
+def speed_rmt() -> str:
+    times = read('rmt_training')['times_ours']
+    names = {'ours': 'this library', 'published, 4 streams (its default)': 'published, its four residual streams',
+             'published, 1 stream': 'published, one residual stream'}  # fmt: skip
+    return table(
+        'training step of RMT | time, ours = 1', [[names[name], f'{time:.2f}'] for name, time in times.items()]
+    )
+
+
+@number
+def speed_infini() -> str:
+    lines = [[f'{row["segment_length"]}, {row["rule"]}', f'{row["times_faster"]:.2f}', f'{row["operations"]["ours"]:,}',
+              f'{row["operations"]["published"]:,}'] for row in read('infini_training')['rows']]  # fmt: skip
+    return table('segment, rule | times faster | operations dispatched | published', lines)
+
+
+@number
+def speed_generation() -> str:
+    names = {'rmt': 'RMT', 'infini': 'Infini'}
+    lines = [[f'{names[row["model"]]}, {row["segment_length"]}', *(row[f'{what}_{how}'] for what in
+              ('times_faster', 'batch') for how in ('eager', 'compiled'))]
+             for row in read('generation')['tokens']]  # fmt: skip
+    return table('model, segment | times faster | compiled | batch of 16 | compiled', lines)
+
+
+def both(values: Any) -> str:
+    """Returns the values of both models: of RMT and of the Infini-Transformer."""
+    rmt, infini = values
+    return f'{rmt} (RMT) and {infini} (Infini)'
+
+
+@number
+def far_positions() -> str:
+    return both(place['time_ratio'] for place in read('generation')['positions'].values())
+
+
+@number
+def far_megabytes() -> str:
+    return both(f'{place["megabytes_more"]} MB' for place in read('generation')['positions'].values())
+
+
+@number
+def ragged() -> str:
+    return both(read('generation')['ragged_times_aligned'].values())
+
+
+@number
+def prompt_speed() -> str:
+    return both(read('generation')['prompt_times_evaluation'].values())
+
+
+def scan_range(name: str) -> str:
+    """Returns how many times slower another scan is, over the numbers of segments that were measured."""
+    times = [row['times_sequential'][name] for row in read('scan')['rows']]
+    return f'{min(times):.1f} to {max(times):.1f}'
+
+
+@number
+def scan_chunked() -> str:
+    return scan_range('chunked')
+
+
+@number
+def scan_associative() -> str:
+    return scan_range('associative')
+
+
+@number
+def million_peak() -> str:
+    return f'{read("infini_million")["peak_ratio_without_inputs"]}'
+
+
+@number
+def vocabulary() -> str:
+    parts, whole = (read('vocabulary')['rows'][arm] for arm in ('parts', 'whole'))
+    memory = f'{parts["peak_megabytes"] / 1000:.1f} GB instead of {whole["peak_megabytes"] / 1000:.1f} GB'
+    return f'{memory}, in {parts["seconds"] / whole["seconds"]:.2f} times the time'
+
+
+def pages() -> list[Path]:
+    """Returns all files that may hold marked numbers."""
+    return [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+
+
+def filled(text: str) -> str:
+    """Returns a text with its marked numbers as they are in the JSON."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in NUMBERS:
+            raise ValueError(f'no number has the name {match[2]!r}: add a function to docs/measured.py')
+        return match[1] + NUMBERS[match[2]]() + match[4]
+
+    return MARK.sub(fill, text)
+
+
+def main(check: bool = False) -> int:
+    """Writes the numbers again, or says which pages hold others."""
+    stale = [page for page in pages() if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f'{page.relative_to(ROOT)}: its numbers ' + ('are not those of the JSON' if check else 'are new'))
+        if not check:
+            page.write_text(filled(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='change nothing')
+    sys.exit(main(parser.parse_args().check))
