@@ -38,6 +38,18 @@ docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 	.venv-docs/bin/python docs/check_site.py site
 
+# what users would get: built, checked, and each installed into an environment that holds nothing else
+release-check: .venv-release/ready
+	rm -rf dist build
+	.venv-release/bin/python -m build --no-isolation
+	.venv-release/bin/python -m twine check --strict dist/*
+	for each in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf .venv-installed && $(PYTHON) -m venv .venv-installed && \
+	  .venv-installed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$each && \
+	  .venv-installed/bin/python tests/try_installed.py || exit 1; \
+	done
+	rm -rf .venv-installed
+
 bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.gradient_reach
 	$(BIN)/python -m benchmarks.rmt_training
@@ -53,7 +65,7 @@ evidence: $(VENV)/ready
 	$(BIN)/python docs/measured.py
 
 clean:
-	rm -rf $(VENV) .venv-peer .venv-onnx .venv-hf-oldest .venv-hf-newest .venv-docs build dist site *.egg-info
+	rm -rf $(VENV) .venv-peer .venv-onnx .venv-hf-oldest .venv-hf-newest .venv-docs .venv-release .venv-installed build dist site *.egg-info
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +81,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 .venv-docs/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+.venv-release/ready: constraints.txt
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build twine setuptools
 	touch $@
 
 .venv-hf-oldest/ready: TRANSFORMERS = 4.57.1

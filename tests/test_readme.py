@@ -10,37 +10,15 @@ import pytest
 import torch
 
 from benchmarks.evidence.report import CHECKS, load
+from tests.blocks import SMALLER, blocks_of, run
 
-README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
-TRAINING = (Path(__file__).resolve().parent.parent / 'docs' / 'training.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', README + TRAINING, re.DOTALL)
-SMALLER = {
-    'dim = 512': 'dim = 16',
-    'depth = 6': 'depth = 2',
-    'depth = 8': 'depth = 2',
-    'dim_head = 64': 'dim_head = 8',
-    'dim_head = 128': 'dim_head = 8',
-    'heads = 8': 'heads = 2',
-    'seq_len = 1024': 'seq_len = 16',
-    'segment_length = 512': 'segment_length = 16',
-    'num_memory_tokens = 128': 'num_memory_tokens = 4',
-    'num_tokens = 20000': 'num_tokens = 256',
-    '(1, 1024)': '(1, 16)',
-    '10000, 512)': '100, 16)',
-    '10000': '100',
-    ':512]': ':8]',
-    '512:]': '8:]',
-    'split(1000': 'split(30',
-    'split(1024': 'split(16',
-    'segment_length = 1024': 'segment_length = 16',
-    '9980': '80',
-    'length = 2048': 'length = 30',
-    'seq_len = 8192': 'seq_len = 40',
-    '[:, :1000]': '[:, :20]',
-    'max_new_tokens = 100': 'max_new_tokens = 20',
-    'range(1000)': 'range(3)',
-    '256, batch_size = 64': '4, batch_size = 4',
-}
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text()
+# a block that stands in the README and on a page runs once; docs/distributed.md is one script for several processes, which
+# `distributed_cases.the_page_runs` runs
+PAGES = [page for page in sorted((ROOT / 'docs').rglob('*.md')) if page.name != 'distributed.md']
+BLOCKS = {block: page for page in [*PAGES, ROOT / 'README.md'] for block in blocks_of(page)}
+NAMES = [f'{page.stem}: {block.strip().splitlines()[-1][:40]}' for block, page in BLOCKS.items()]
 
 
 def test_numbers_of_retrofits_are_measured():
@@ -70,8 +48,8 @@ def test_numbers_of_retrofits_are_measured():
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # of Trainer, on a machine without a GPU
-@pytest.mark.parametrize('block', BLOCKS, ids=[block.strip().splitlines()[-1][:40] for block in BLOCKS])
-def test_blocks_run(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('block', 'page'), BLOCKS.items(), ids=NAMES)
+def test_blocks_run(block, page, tmp_path, monkeypatch):
     if 'transformers' in block:
         pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
     monkeypatch.chdir(tmp_path)
@@ -82,12 +60,8 @@ def test_blocks_run(block, tmp_path, monkeypatch):
             port = free.getsockname()[1]
         for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}.items():
             monkeypatch.setenv(name, str(value))
-    for large, small in SMALLER.items():
-        block = block.replace(large, small)
-    if not torch.cuda.is_available():
-        block = block.replace('.cuda()', '')
     try:
-        exec(compile(block, 'README.md', 'exec'), {})
+        run(block, page.name)
     finally:
         if many:
             torch.distributed.destroy_process_group()
