@@ -104,6 +104,11 @@ class FastweightMemory(nn.Module):
             Default: None, no map.
         dim_head: features of a head. Only 'kv_proj' needs it. Default: None.
 
+    Attributes:
+        scan_backend: what writes one segment after the other: 'auto', 'torch', or 'triton'. It can be set at any time,
+            and is not saved, since it changes no result by more than rounding. See `memory.affine_scan`. Default:
+            'auto', the Triton kernel on a GPU where it works, else PyTorch.
+
     Raises:
         ValueError: if a value is outside its range.
     """
@@ -138,6 +143,7 @@ class FastweightMemory(nn.Module):
         self.kv_heads = kv_heads
         self.memory_rule = memory_rule
         self.strength_in_normaliser = strength_in_normaliser
+        self.scan_backend = 'auto'
         self.mem_transform = mem_transform
         self.dim_head = dim_head if mem_transform == 'kv_proj' else None
         self.head_gates = nn.Parameter(torch.full((heads,), float(head_gate_init_value)))
@@ -234,7 +240,8 @@ class FastweightMemory(nn.Module):
             past: the memories before the first segment, (b, ...).
             ranks: chain and cuts, if the segments are spread over ranks.
         """
-        return write(writes, past, self.memory_rule, strength_in_normaliser=self.strength_in_normaliser, **ranks)
+        options = dict(strength_in_normaliser=self.strength_in_normaliser, backend=self.scan_backend, **ranks)
+        return write(writes, past, self.memory_rule, **options)
 
     def recall(self, local: Tensor, queries: Tensor, memories: Recallable, gates: Tensor | None = None) -> Tensor:
         """Recalls from memories, and returns the mix with local attention (equations 3 and 6), (..., b, h, n, e).

@@ -30,7 +30,9 @@ e features of a value.
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from segment_recurrence_pytorch.distributed import Chain
 
 MEMORY_RULES = ('linear', 'delta', 'deltanet')
+SCAN_BACKENDS = ('auto', 'torch', 'triton')
 DELTANET_CHUNK = 64  # tokens of a chunk, which deltanet solves as one triangular system
 
 
@@ -118,6 +121,7 @@ def write(
     strength_in_normaliser: bool = True,
     chain: Chain | None = None,
     cuts: tuple[int, ...] = (),
+    backend: str = 'auto',
 ) -> tuple[Memories, Memories]:
     """Writes the tokens of s segments, one segment after the other (equation 4 or 5, or deltanet).
 
@@ -128,6 +132,7 @@ def write(
         strength_in_normaliser: whether the strength of a token also scales what it adds to z. Default: True.
         chain: see `affine_scan`. Default: None.
         cuts: see `affine_scan`. Default: none.
+        backend: see `affine_scan`. Default: 'auto'.
 
     Returns:
         The memories that enter each segment, (s, b, ...), and the memories after the last segment, (b, ...).
@@ -135,7 +140,7 @@ def write(
     with no_autocast(writes.keys.device.type):
         writes = _prepared(writes, rule)
         if rule == 'deltanet':
-            return _write_deltanet(writes, past, chain, cuts)
+            return _write_deltanet(writes, past, chain, cuts, backend)
         keys, values, strength, log_decay, *_ = writes
         decay, weighted = None, keys
         if log_decay is not None:
@@ -157,17 +162,20 @@ def write(
                 decay=decay,
                 chain=chain,
                 cuts=cuts,
+                backend=backend,
             )
             states, norms = both[..., :-1], both[..., -1]
             return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
-        norms = _normalisers(to_norm, past.k_norm, decay, chain, cuts)
+        norms = _normalisers(to_norm, past.k_norm, decay, chain, cuts, backend)
         erase = None
         if rule == 'delta':
             normaliser = keys @ norms[:-1, ..., None]
             # an empty memory holds nothing to erase
             shares = torch.where(normaliser > 0, normaliser, 1).reciprocal() * (normaliser > 0)
             erase = weighted.mT @ (keys * shares)
-        states = affine_scan(weighted.mT @ values, past.kv_mem, erase=erase, decay=decay, chain=chain, cuts=cuts)
+        states = affine_scan(
+            weighted.mT @ values, past.kv_mem, erase=erase, decay=decay, chain=chain, cuts=cuts, backend=backend
+        )
         # clones, since a view of the last memory would keep the memories of all segments alive
         return Memories(states[:-1], norms[:-1]), Memories(states[-1].clone(), norms[-1].clone())
 
@@ -254,16 +262,17 @@ def _prepared(writes: Writes, rule: str) -> Writes:
 
 
 def _normalisers(
-    updates: Tensor, start: Tensor, decay: Tensor | None, chain: Chain | None, cuts: tuple[int, ...]
+    updates: Tensor, start: Tensor, decay: Tensor | None, chain: Chain | None, cuts: tuple[int, ...], backend: str
 ) -> Tensor:
     """Returns the normalisers before the first segment and after each segment, (s + 1, b, g, d)."""
     if decay is None and chain is None:
         return torch.cat((start[None], updates)).cumsum(0)
-    return affine_scan(updates[..., None], start[..., None], decay=decay, chain=chain, cuts=cuts)[..., 0]
+    both = updates[..., None], start[..., None]
+    return affine_scan(*both, decay=decay, chain=chain, cuts=cuts, backend=backend)[..., 0]
 
 
 def _write_deltanet(
-    writes: Writes, past: Memories, chain: Chain | None, cuts: tuple[int, ...]
+    writes: Writes, past: Memories, chain: Chain | None, cuts: tuple[int, ...], backend: str
 ) -> tuple[Memories, Memories]:
     """Writes with the rule deltanet. The tokens of a chunk are solved together (WY form).
 
@@ -305,6 +314,7 @@ def _write_deltanet(
         decay=G_n,
         chain=chain,
         cuts=tuple(chunks * cut for cut in cuts),
+        backend=backend,
     )
 
     valid = keys.new_ones(segments, keys.shape[1]) if mask is None else mask.any(-1).to(keys.dtype)
@@ -313,7 +323,8 @@ def _write_deltanet(
         written = torch.cat((past.k_norm[None], valid)).cummax(0).values
     else:  # the mark is the same in all heads and features, so one number a row is sent
         with torch.no_grad():
-            counts = affine_scan(valid[..., :1, :1, None], past.k_norm[:, :1, :1, None], chain=chain)
+            firsts = valid[..., :1, :1, None], past.k_norm[:, :1, :1, None]
+            counts = affine_scan(*firsts, chain=chain, backend=backend)
         written = counts[..., 0].clamp(max=1).expand(-1, *past.k_norm.shape)
     entering = Memories(states[:-1:chunks], written[:-1])
     return entering, Memories(states[-1].clone(), written[-1].clone())
@@ -327,13 +338,14 @@ def affine_scan(
     decay: Tensor | None = None,
     chain: Chain | None = None,
     cuts: tuple[int, ...] = (),
+    backend: str = 'auto',
 ) -> Tensor:
     """Computes M_i = decay_i M_{i-1} - erase_i M_{i-1} + write_i for segments i = 1 .. s, one after the other.
 
     All of `write`, `erase` and `decay` are known when the scan starts, so a step is only two small operations. They run
     inside one custom operator with a backward of its own. Autograd and `torch.compile` do not see the single steps:
     recording each of them would cost more than the arithmetic. `benchmarks/scan.py` compares this loop with a chunked
-    and an associative scan.
+    and an associative scan. On a GPU, one Triton kernel can do the whole loop (`scan_triton`).
 
     Args:
         write: what each segment writes, (s, b, g, d, e).
@@ -344,21 +356,30 @@ def affine_scan(
             and takes M_0 from the rank before it, except the first rank. Default: None, this process has all segments.
         cuts: numbers i, at most s. M_i then gets no gradient, neither from the segment after it nor from the rank after
             this one. They need a chain. Default: none.
+        backend: what runs the loop. 'torch' is PyTorch. 'triton' is the Triton kernel, or an error. 'auto' is the
+            kernel on a GPU, if Triton works there, all tensors are float32, and a key has at most 256 features or
+            nothing is erased; else PyTorch. Sums without erasing and decay are one kernel in PyTorch as well, so
+            'auto' leaves them to PyTorch. Default: 'auto'.
 
     Returns:
         M_0 to M_s, (s + 1, b, g, d, e). It can be differentiated once.
+
+    Raises:
+        ValueError: if `backend` is no name of a backend, or is 'triton' and the kernel cannot compute this scan.
     """
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f'backend is {backend!r}: give one of {", ".join(SCAN_BACKENDS)}')
     if chain is None:
         if write.shape[0] == 1 and _is_exporting():
             return _one_step(write, start, erase, decay)
-        if erase is None and decay is None and write.device.type != 'cpu':
+        if erase is None and decay is None and write.device.type != 'cpu' and backend != 'triton':
             # a sum of all segments before: one kernel, not one for each segment. On a CPU the loop is ten times faster
             return torch.cat((start[None], write)).cumsum(0)
-        return _scan(write, start, erase, decay)
+        return _scan(write, start, erase, decay, backend)
     if torch.is_grad_enabled() and not start.requires_grad:
         # all ranks must run backward, even if only another one has something to learn
         start = start.detach().requires_grad_()
-    return _ChainedScan.apply(write, start, erase, decay, chain, cuts)
+    return _ChainedScan.apply(write, start, erase, decay, chain, cuts, backend)
 
 
 def _is_exporting() -> bool:
@@ -376,8 +397,34 @@ def _one_step(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor 
     return torch.stack((start, after))
 
 
+@functools.cache
+def _scan_triton() -> ModuleType | str:
+    """Returns the module of the kernel, or why it cannot be imported."""
+    try:
+        from infini_transformer_pytorch import scan_triton
+    except ImportError as error:
+        return f'Triton cannot be imported ({error}): pip install triton'
+    return scan_triton
+
+
+def _kernels(backend: str, *tensors: Tensor | None, erases: bool) -> ModuleType | None:
+    """Returns the module of the kernel if it computes a scan of these tensors, or None if PyTorch does."""
+    first = tensors[0]
+    assert first is not None
+    if backend == 'torch' or not first.numel() or (backend == 'auto' and not first.is_cuda):
+        return None
+    module = _scan_triton()
+    wrong = module if isinstance(module, str) else module.why_not(*tensors, erases=erases)
+    if wrong is not None and backend == 'triton':
+        raise ValueError(f"the scan cannot run with backend='triton': {wrong}. backend='auto' takes PyTorch then")
+    return module if isinstance(module, ModuleType) and wrong is None else None
+
+
 @torch.library.custom_op('infini_transformer_pytorch::affine_scan', mutates_args=())
-def _scan(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:
+def _scan(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None, backend: str = 'auto') -> Tensor:
+    kernels = _kernels(backend, write, start, erase, decay, erases=erase is not None)
+    if kernels is not None:
+        return kernels.scan(write, start, erase, decay)
     states = write.new_empty(write.shape[0] + 1, *start.shape)
     states[0] = start
     flat = states.flatten(1, 2).unbind(0)
@@ -395,12 +442,15 @@ def _scan(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | No
 
 
 @_scan.register_fake
-def _(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:
+def _(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None, backend: str = 'auto') -> Tensor:
     return write.new_empty(write.shape[0] + 1, *start.shape)
 
 
 @torch.library.custom_op('infini_transformer_pytorch::affine_scan_backward', mutates_args=())
-def _scan_backward(grad_states: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:
+def _scan_backward(grad_states: Tensor, erase: Tensor | None, decay: Tensor | None, backend: str = 'auto') -> Tensor:
+    kernels = _kernels(backend, grad_states, erase, decay, erases=erase is not None)
+    if kernels is not None:
+        return kernels.scan_backward(grad_states, erase, decay)
     grads = grad_states.clone(memory_format=torch.contiguous_format)
     flat = grads.flatten(1, 2).unbind(0)
     erases = None if erase is None else erase.flatten(1, 2).mT.unbind(0)
@@ -416,20 +466,20 @@ def _scan_backward(grad_states: Tensor, erase: Tensor | None, decay: Tensor | No
 
 
 @_scan_backward.register_fake
-def _(grad_states: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:
+def _(grad_states: Tensor, erase: Tensor | None, decay: Tensor | None, backend: str = 'auto') -> Tensor:
     return torch.empty_like(grad_states, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, erase, decay = inputs
+    _, _, erase, decay, ctx.backend = inputs
     ctx.save_for_backward(output, erase, decay)
 
 
 def _backward(ctx, grad_states: Tensor):
     states, erase, decay = ctx.saved_tensors
-    grads = _scan_backward(grad_states, erase, decay)
+    grads = _scan_backward(grad_states, erase, decay, ctx.backend)
     grad_erase, grad_decay = _grads_of_factors(grads[1:], states[:-1], erase, decay)
-    return grads[1:], grads[0], grad_erase, grad_decay
+    return grads[1:], grads[0], grad_erase, grad_decay, None
 
 
 def _grads_of_factors(
@@ -468,14 +518,15 @@ class _ChainedScan(torch.autograd.Function):
         decay: Tensor | None,
         chain: Chain,
         cuts: tuple[int, ...],
+        backend: str,
     ) -> Tensor:
         if chain.rank > 0:
             start = chain.receive(start, chain.rank - 1)
-        states = _scan(write, start, erase, decay)
+        states = _scan(write, start, erase, decay, backend)
         if chain.rank + 1 < chain.size:
             chain.send(states[-1], chain.rank + 1)
         ctx.save_for_backward(states, erase, decay)
-        ctx.chain, ctx.cuts = chain, cuts
+        ctx.chain, ctx.cuts, ctx.backend = chain, cuts, backend
         return states
 
     @staticmethod
@@ -496,6 +547,7 @@ class _ChainedScan(torch.autograd.Function):
                 torch.cat((grad_states[part], ends[None])),
                 None if erase is None else erase[part],
                 None if decay is None else decay[part],
+                ctx.backend,
             )
             after.insert(0, grads[1:])
         grad_start = None
@@ -505,4 +557,4 @@ class _ChainedScan(torch.autograd.Function):
             else:
                 grad_start = grads[0]
         grad_write = torch.cat(after)
-        return grad_write, grad_start, *_grads_of_factors(grad_write, states[:-1], erase, decay), None, None
+        return grad_write, grad_start, *_grads_of_factors(grad_write, states[:-1], erase, decay), None, None, None

@@ -34,7 +34,7 @@ torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 import recurrent_memory_transformer_pytorch, infini_transformer_pytorch
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
-heavy = {'flash_attn', 'safetensors', 'matplotlib', 'huggingface_hub', 'onnx', 'onnxscript'}
+heavy = {'flash_attn', 'safetensors', 'matplotlib', 'huggingface_hub', 'onnx', 'onnxscript', 'triton'}
 loaded = (heavy | {'transformers', 'peft', 'lm_eval'}) & set(sys.modules)
 assert not loaded, loaded
 """
@@ -82,12 +82,13 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
 def test_what_is_imported_is_installed_with_the_package():
     """Whatever a module imports on its own import is a core dependency, but for modules with an extra of their own."""
     project = (ROOT / 'pyproject.toml').read_text()
-    lists = dict(re.findall(r'^(dependencies|train|hf|eval) = (\[.*\])$', project, re.MULTILINE))
+    lists = dict(re.findall(r'^(dependencies|train|hf|eval|triton) = (\[.*\])$', project, re.MULTILINE))
     needs = {name: {re.split('>=', need)[0] for need in json.loads(listed)} for name, listed in lists.items()}
     for package in PACKAGES:
         for path in (ROOT / package).rglob('*.py'):
             allowed = set(needs['dependencies'])
-            for part, extra in (('plots.py', 'train'), ('huggingface', 'hf'), ('evaluation.py', 'eval')):
+            for part, extra in (('plots.py', 'train'), ('huggingface', 'hf'), ('evaluation.py', 'eval'),
+                                ('triton.py', 'triton')):  # fmt: skip
                 allowed |= needs[extra] if part in path.relative_to(ROOT).as_posix() else set()
             names = set()
             for node in ast.parse(path.read_text()).body:
