@@ -115,12 +115,6 @@ def million_infini() -> str:
 
 
 @number
-def seconds_infini() -> str:
-    """The CPU time of the training of the row."""
-    return f'{max(result["train_cpu_seconds"] for result in row("infini_passkey")):.0f}'
-
-
-@number
 def pairs_rmt() -> str:
     return share_at('rmt_associative', 5)
 

@@ -52,12 +52,14 @@ def read(wrapper: SegmentWrapper, task: Memorize, tokens: int, texts: int) -> tu
     Returns:
         The cursor after all tokens but the last, the last token (b, 1), which is the question, and the values (b,).
     """
-    draw, cursor = torch.Generator().manual_seed(1), None
+    draw = torch.Generator().manual_seed(1)
+    cursor: Cursor | None = None
     with tqdm(total=tokens, desc='reading', unit=' tokens', unit_scale=True, disable=None) as bar:
         for piece, labels in task.pieces(tokens // task.segment_length, texts, draw):
-            end = None if labels is None else -1
-            cursor = wrapper.read(piece[:, :end], cursor)
+            cursor = wrapper.read(piece if labels is None else piece[:, :-1], cursor)
             bar.update(piece.shape[1])
+    assert cursor is not None
+    assert labels is not None
     return cursor, piece[:, -1:], labels[:, -1]
 
 

@@ -39,16 +39,13 @@ def made(model: str, dim: int, segment_length: int) -> SegmentWrapper:
 
 def written(wrapper: SegmentWrapper, prompt: Tensor, count: int, memory: bool) -> str:
     """Returns a prompt and what the model writes after it. Without memory, each segment starts from nothing."""
-    draw = torch.Generator().manual_seed(0)
+    draw, text, length = torch.Generator().manual_seed(0), prompt, wrapper.segment_length
     if memory:
-        return bytes(wrapper.generate_tokens(prompt, count, top_p=0.9, generator=draw)[0].tolist()).decode(
-            errors='replace'
-        )
-    text = prompt
+        text = torch.cat((text, wrapper.generate_tokens(text, count, top_p=0.9, generator=draw)), dim=1)
     while text.shape[1] < prompt.shape[1] + count:
-        segment = text[:, (text.shape[1] - 1) // wrapper.segment_length * wrapper.segment_length :]
+        segment = text[:, (text.shape[1] - 1) // length * length :]
         text = torch.cat((text, wrapper.generate_tokens(segment, 1, top_p=0.9, generator=draw)), dim=1)
-    return bytes(text[0, prompt.shape[1] :].tolist()).decode(errors='replace')
+    return bytes(text[0].tolist()).decode(errors='replace')
 
 
 def main(

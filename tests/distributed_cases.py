@@ -910,3 +910,20 @@ def accelerate_averages_once_in_four_calls(rank, ranks):
         assert all(map(torch.equal, before, wrapper.parameters())) is (number < 3)
     for old, new, gradient in zip(before, wrapper.parameters(), want.values(), strict=True):
         close(new.detach(), old - 0.1 * gradient, EXACT)
+
+
+@case(2)
+def the_example_gives_the_numbers_of_one_process(rank, ranks):
+    """examples/many_processes.py: rows that are divided, and one text that is read together."""
+    import os
+
+    from examples import many_processes
+
+    os.environ.pop('RANK', None)
+    said: list[str] = []
+    many_processes.say = lambda rank, words: said.append(words)  # no barriers in one process
+    want = many_processes.main(steps=3, segments=4)
+    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(ranks)}
+    have = many_processes.main(steps=3, segments=4)
+    assert f'rank {rank} of {ranks}: reads rows {16 * rank} to {16 * rank + 15} of the batch' in said
+    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)

@@ -7,10 +7,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples import minimal_infini, minimal_rmt, train_a_task
+from examples import (
+    many_processes,
+    many_questions_one_book,
+    minimal_infini,
+    minimal_rmt,
+    needle_in_a_million_tokens,
+    train_a_task,
+    train_on_your_text,
+)
 from infini_transformer_pytorch import InfiniTransformer
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.tasks import Memorize
@@ -110,6 +119,90 @@ def test_train_a_task_counts_a_middle_segment_many_times(monkeypatch):
         scale = options['per_segment']['write_scale']
         assert (scale[:, [0, 3]] == 1).all()
         assert 1 < scale.max() <= 50
+
+
+@pytest.mark.parametrize('model', ['rmt', 'infini'])
+def test_needle_prints_each_answer_beside_what_was_marked(model, capsys):
+    """The text is read in pieces, and what was marked in it is what the task says."""
+    right = needle_in_a_million_tokens.main(model=model, steps=2, tokens=9632, texts=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith('read 3 texts of 9,632 tokens in ')
+    rows = [line.split() for line in lines[4:7]]
+    _, labels = Memorize().batch(301, 3, torch.Generator().manual_seed(1))
+    assert [int(row[1]) for row in rows] == labels[:, -1].tolist()
+    assert [row[3] for row in rows] == ['right' if row[1] == row[2] else 'wrong' for row in rows]
+    assert lines[-1] == f'{right:.0%} right; guessing would be 6%'
+
+
+def test_needle_asks_from_the_cursor_what_the_whole_text_would_answer():
+    task = Memorize()
+    wrapper = needle_in_a_million_tokens.trained(task, 'infini', steps=2)
+    cursor, question, values = needle_in_a_million_tokens.read(wrapper, task, 640, 3)
+    tokens, labels = task.batch(20, 3, torch.Generator().manual_seed(1))
+    assert (question == tokens[:, -1:]).all()
+    assert (values == labels[:, -1]).all()
+    close(next(wrapper.stream(question, state=cursor, temperature=0)), wrapper.logits(tokens)[0][:, -1].argmax(-1))
+
+
+def test_book_is_read_once_and_every_question_is_asked(capsys):
+    right = many_questions_one_book.main(steps=2, tokens=320)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('the book has 320 words: ')
+    asked = [line for line in lines if line.startswith('Where is ')]
+    assert len(asked) == 8
+    assert sum('no:' not in line for line in asked) == 8 * right
+    assert lines[-1].startswith(f'{8 * right:.0f} of 8 right')
+
+
+@pytest.mark.parametrize('people', [None, 8])
+def test_book_holds_each_fact_once_and_its_labels_are_the_places(people):
+    task = many_questions_one_book.WhereIsEverybody(people)
+    (book, nothing), (asked, labels) = task.pieces(20, 5, torch.Generator().manual_seed(0))
+    assert nothing is None
+    assert book.shape == (5, 40)
+    assert asked.shape == labels.shape
+    assert people is None or asked.shape == (5, 16)
+    for row in range(5):
+        for question in range(0, asked.shape[1], 2):
+            at = (book[row] == asked[row, question]).nonzero()
+            assert len(at) == 1
+            assert book[row, at + 1] == labels[row, question] == asked[row, question + 1]
+
+
+@pytest.mark.parametrize('model', ['rmt', 'infini'])
+def test_train_on_your_text_shows_what_it_writes_with_memory_and_without(model, tmp_path, capsys):
+    text = tmp_path / 'text.txt'
+    text.write_bytes(b'the cat sat on the mat. ' * 400)
+    found = train_on_your_text.main(str(text), model, 2, 'the ', dim=16, segment_length=16, valid_bytes=256, count=20)
+    out = capsys.readouterr().out
+    assert '8,640 bytes to learn from' in out
+    assert list(found) == ['with its memory', 'without']
+    for name, bits in found.items():
+        assert f'--- {name}: {bits:.3f} bits per byte of held-out text. It writes:\nthe ' in out
+    assert found['with its memory'] != found['without']
+
+
+def test_writing_without_memory_starts_each_segment_from_nothing():
+    """In the first segment both write the same."""
+    wrapper = train_on_your_text.made('rmt', 16, 16)
+    prompt = torch.tensor([[100, 101]])
+    assert len({train_on_your_text.written(wrapper, prompt, 12, memory) for memory in (True, False)}) == 1
+    assert len(train_on_your_text.written(wrapper, prompt, 40, False).encode('utf-8', 'replace')) >= 42
+
+
+def test_many_processes_in_one_process_says_what_it_reads(capsys):
+    losses = many_processes.main(steps=3, segments=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'rank 0 of 1: reads rows 0 to 31 of the batch'
+    assert f'loss {losses[0]:.6f}, after 3 steps {losses[2]:.6f}' in lines[1]
+    assert lines[2] == f'rank 0 of 1: read about 96 of 96 tokens of one text, loss {losses[3]:.6f}'
+
+
+@pytest.mark.parametrize(
+    'example', [many_processes, many_questions_one_book, needle_in_a_million_tokens, train_on_your_text]
+)
+def test_examples_are_short(example):
+    assert len(Path(example.__file__).read_text().splitlines()) < 100
 
 
 @every_file

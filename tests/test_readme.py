@@ -14,8 +14,8 @@ from tests.blocks import SMALLER, blocks_of, run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
-# a block that stands in the README and on a page runs once; docs/distributed.md is one script for several processes, which
-# `distributed_cases.the_page_runs` runs
+# a block that stands in the README and on a page runs once; docs/distributed.md is one script for several processes,
+# which `distributed_cases.the_page_runs` runs
 PAGES = [page for page in sorted((ROOT / 'docs').rglob('*.md')) if page.name != 'distributed.md']
 BLOCKS = {block: page for page in [*PAGES, ROOT / 'README.md'] for block in blocks_of(page)}
 NAMES = [f'{page.stem}: {block.strip().splitlines()[-1][:40]}' for block, page in BLOCKS.items()]
