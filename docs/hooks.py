@@ -30,7 +30,7 @@ CODE = {'.py': 'python', '.toml': 'toml', '.txt': 'text', '.jsonl': 'json', '.js
 
 def page_of(path: str) -> str:
     """Returns where a file of the repository stands in the site."""
-    if path.startswith('docs/'):
+    if path.startswith('docs/') and Path(path).suffix not in CODE:
         return path.removeprefix('docs/')
     return f'repository/{path}' + '.md' * (Path(path).suffix in CODE)
 
