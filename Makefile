@@ -33,6 +33,7 @@ lint: $(VENV)/ready
 
 # the site, in site/: numbers and drawings are made again, notebooks are run, and whatever mkdocs warns of is an error
 docs: .venv-docs/ready
+	.venv-docs/bin/python docs/measured.py
 	.venv-docs/bin/python docs/drawings.py
 	.venv-docs/bin/python docs/run_notebooks.py
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
