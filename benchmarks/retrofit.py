@@ -29,17 +29,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence.report import report
 from benchmarks.evidence.results import PAGE
 from benchmarks.evidence.results import RESULTS as EVIDENCE
 from benchmarks.search import curve
-from examples.train_a_task import train, update
+from examples.train_a_task import train
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import python_source
+from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.tasks import Example, Memorize
 from segment_recurrence_pytorch.training import warmup_cosine
@@ -126,13 +126,13 @@ def learn_bytes(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name:
         name: what the progress bar shows.
     """
     rows, draw = rows_of_bytes('train', 20_000), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(wrapper.model.param_groups(lr, 0.01), betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda done: warmup_cosine(done / steps))
+    rates = wrapper.model.param_groups(lr, 0.01)
+    train_step = TrainingStep(wrapper, rates, betas=(0.9, 0.95), schedule=lambda done: warmup_cosine(done / steps))
     found = {'0': bits(wrapper)}
     wrapper.train()
     for done in tqdm(range(1, steps + 1), desc=name, disable=None):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=draw)]
-        update(wrapper, wrapper.loss(batch).loss, optimizer, schedule)
+        train_step(batch)
         if done in (MENDING, steps):
             found[f'{done}'] = bits(wrapper)
     return found

@@ -39,23 +39,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from examples.train_a_task import train, update
+from examples.train_a_task import train
 from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
 from infini_transformer_pytorch.attention import InfiniAttention
 from infini_transformer_pytorch.memory import Recallable, local_share, mix, recall
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
+from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.model import with_own_rate
 from segment_recurrence_pytorch.tasks import Copy, Memorize, Task, accuracy
-from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
+from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine
 
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
 UNIFORM = 3**-0.5  # the standard deviation of `nn.Linear.reset_parameters`, in multiples of fan_in^-0.5
 LR = 3e-3
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LENGTHS = 5, 16, 64, 256
 START = ('emb', 'pos', 'mem', 'qk', 'v', 'ffin', 'out')
 
@@ -238,7 +239,7 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
         set_start(made, **start)
     elif start != 'default':
         {'library': start_as_before, 'private': start_active}[start](made)
-    return SegmentWrapper(made, segment_length=segment_length)
+    return SegmentWrapper(made, segment_length=segment_length).to(DEVICE)
 
 
 def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[str, Any]]:
@@ -297,13 +298,12 @@ def learn_bytes(spec: dict[str, Any], segment_length: int) -> dict[str, Any]:
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
     length = max(128, 2 * segment_length if segment_length >= 128 else segment_length)
     streams = Streams([corpus.train[i] for i in order], 16, length, loop=True)
-    optimizer = torch.optim.AdamW(groups(spec, wrapper.model, LR), betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda done: warmup_cosine(done / steps))
+    rates = groups(spec, wrapper.model, LR)
+    train_step = TrainingStep(wrapper, rates, betas=(0.9, 0.95), schedule=lambda done: warmup_cosine(done / steps))
     state, memory = None, not spec.get('options', {}).get('twin')
     wrapper.train()
     for _ in tqdm(range(steps), desc=f'{spec["model"]}, bytes, seed {seed}', disable=None):
-        loss, _, state = train_loss(wrapper, next(streams), state, memory)
-        update(wrapper, loss, optimizer, schedule)
+        _, state = train_step.read(next(streams), state, memory)
     held_out = first_bytes(corpus.valid, 131_072)
     found: dict[str, Any] = {'bits': round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)}
     if isinstance(wrapper.model, InfiniTransformer):
@@ -349,7 +349,8 @@ def main() -> None:
             found = learn_copy(spec)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
-        line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
+        made_on = {'device': torch.cuda.get_device_name()} if DEVICE == 'cuda' else {}
+        line = json.dumps({'spec': spec, **found, **made_on, 'cpu': round(time.process_time() - began)})
         print(line, flush=True)
         with open(RUNS, 'a') as file:
             file.write(line + '\n')

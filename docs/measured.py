@@ -260,6 +260,35 @@ def filled(text: str) -> str:
     return MARK.sub(fill, text)
 
 
+# on a GPU
+
+
+@number
+def training_step() -> str:
+    """A training step as it is written, and as one graph."""
+    found = read('training_step')
+    lines = [
+        [each['model'], each['dim'], *each['milliseconds'].values(), f'{each["times_faster"]:.1f}']
+        for each in found['models']
+    ]
+    about = f'{found["rows"]} texts of {found["length"]} tokens, segments of {found["segment"]}, four layers, float32, '
+    about += f'milliseconds on an {found["device"]} (`python -m benchmarks.training_step --device cuda`):'
+    return about + table('model | dim | as written | as a graph | times faster', lines)
+
+
+@number
+def scan_kernel() -> str:
+    """The scan in its forms on a GPU."""
+    found = read('scan_cuda')
+    lines = [
+        [each['segments'], f'{each["batch"]} x {each["heads"]}', each['features'], *each['milliseconds'].values()]
+        for each in found['rows']
+    ]
+    names = ' | '.join(found['rows'][0]['milliseconds']).replace('sequential', 'PyTorch, one by one')
+    head = f'segments | rows x heads | features | {names.replace("triton", "the kernel")}'
+    return f'{found["device"]} (`python -m benchmarks.scan --device cuda`):' + table(head, lines)
+
+
 def main(check: bool = False) -> int:
     """Writes the numbers again, or says which pages hold others."""
     stale = [page for page in pages() if filled(page.read_text()) != page.read_text()]

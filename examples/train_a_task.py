@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from infini_transformer_pytorch import InfiniTransformer
 from infini_transformer_pytorch.infini import GATE_LR
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.tasks import Memorize, SegmentCurriculum, Task, accuracy, virtual_lengths
 
 
@@ -67,9 +67,13 @@ def train(
         name: what the progress bar shows. Default: 'training'.
     """
     draw, curriculum = torch.Generator().manual_seed(seed), SegmentCurriculum(stages, threshold=0.9)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     # linear warm-up for 50 steps, then linearly down to 3 %
-    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps))
+    train_step = TrainingStep(
+        wrapper,
+        groups,
+        betas=(0.9, 0.98),
+        schedule=lambda step: min(1, (step + 1) / 50) * max(0.03, 1 - step / steps),
+    )
     progress = Progress({}, [])
     wrapper.train()
     for step in (bar := tqdm(range(1, steps + 1), desc=name, disable=None)):
@@ -78,8 +82,7 @@ def train(
         per_segment = {}
         if virtual_length:
             per_segment['write_scale'] = virtual_lengths(batch_size, segments, most=virtual_length, generator=draw)
-        loss = wrapper.loss(tokens, labels=labels, per_segment=per_segment).loss
-        update(wrapper, loss, optimizer, schedule)
+        loss, _ = train_step(tokens, labels=labels, per_segment=per_segment)
         curriculum.update(math.exp(-loss.item()), segments)
         stage = curriculum.stages[curriculum.stage]
         progress.reached.setdefault(stage, step)
@@ -87,15 +90,6 @@ def train(
             progress.history.append({'step': step, 'segments': stage, 'loss': round(loss.item(), 4)})
             bar.set_postfix_str(f'{stage} segments, loss {loss.item():.3f}')
     return progress
-
-
-def update(wrapper: SegmentWrapper, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """Makes one step of the optimizer, and one of the schedule of its learning rate."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
 
 
 def main(

@@ -141,11 +141,16 @@ def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_
         return 'takes no mask tensor'
     if dim_head > 256:
         return f'takes heads of at most 256 features, not {dim_head}'
-    if _flash_attn_func() is None:
+    if not _has_flash_attn():
         return "needs the package flash-attn: pip install 'segment-recurrence-pytorch[flash]'"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f'needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less'
     return None
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot follow an import that fails
+def _has_flash_attn() -> bool:
+    return _flash_attn_func() is not None
 
 
 @cache

@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Training:
         lr: the learning rate.
         folder: the folder of the run.
         ranks: the processes that make the run together.
-        options: resume, keep, parallel, save_minutes and skip_bad_steps of the command line.
+        options: resume, keep, parallel, compile, save_minutes and skip_bad_steps of the command line.
         going_on: returns the end of a message, which tells how to go on with the run.
 
     Attributes:
@@ -101,6 +102,8 @@ class Training:
         torch.manual_seed(run['seed'])
         self.wrapper = build(ranks.device, ranks.group)
         self.model = self.wrapper.model
+        # one graph for each shape of what it reads: the parameter `dynamic` would make slower ones for several shapes
+        self.advance = torch.compile(self.model.advance, fullgraph=True, dynamic=False) if options.compile else None
         if not ranks.is_first:
             torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
         self.streams = streams(self.wrapper)
@@ -252,7 +255,7 @@ class Training:
             group['lr'] = lr * scale
         piece = ranks.piece(next(self.streams))
         with ranks.in_context(model):
-            with self.precision:
+            with self.precision, reading_by(model, self.advance):
                 loss, num_targets, next_state = train_loss(self.wrapper, piece, self.state, self.memory, self.loss)
             self.optimizer.zero_grad()
             loss.backward()
@@ -295,6 +298,22 @@ class Training:
         if self.skipped > self.options.skip_bad_steps:
             on = f'{self.going_on()} --skip-bad-steps {self.skipped}, which leaves out such steps'
             raise ValueError(f'{found}{on}')
+
+
+@contextmanager
+def reading_by(model: SegmentModel, advance: Callable[..., Any] | None) -> Iterator[None]:
+    """A `with` block in which a model reads by another function than its own `advance`, unless it is None."""
+    if advance is None:
+        yield
+        return
+    model.advance = advance  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            # the compiler looks at the gradients of states, which have none
+            warnings.filterwarnings('ignore', 'The .grad attribute of a Tensor that is not a leaf')
+            yield
+    finally:
+        del model.advance  # the method of the class is back: validation, samples and the search for NaN use it
 
 
 def stop_number(stop: StopRequest) -> int:

@@ -150,6 +150,8 @@ def test_compiled_decoding_takes_any_number_of_shapes(compile_counter):
     assert compile_counter.frame_count == 22
 
 
+# the compiler says what it does by warnings, also of its own modules
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning')
 @pytest.mark.cuda
 @SOME
 def test_compiled_decoding_on_a_device(case):

@@ -312,6 +312,8 @@ def test_a_model_on_a_device(rule, launched):
         assert {'scan', 'scan_backward'} == set(launched)
 
 
+# the compiler says what it does by warnings, also of its own modules
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning')
 @pytest.mark.cuda
 @needs_triton
 def test_compiled_on_a_device():

@@ -207,3 +207,42 @@ def test_a_trained_model_writes_on(at_work):
     ]:
         assert message in main('--sample', *arguments).err
     assert files('runs') == before
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # the compiler's own modules use what torch has deprecated
+@pytest.mark.parametrize('model', MODELS)
+def test_a_compiled_run_is_the_run(made, at_work, monkeypatch, model):
+    """Traced as one graph, and run without the slow compilation of it; the method of the class is back afterwards."""
+    traced, compiled = [], torch.compile
+    torch._dynamo.reset()
+
+    def backend(graph, _):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, 'compile', lambda fn, **options: compiled(fn, **options | {'backend': backend}))
+    assert train('--steps', 4, '--compile', '--model', model, name='compiled').code == 0
+    # one graph to try the compiler, one for the first step and one for those that begin with a state of full length
+    assert 2 <= len(traced) <= 4
+    have, want = metrics(at_work / 'runs' / 'compiled'), metrics(at_work / 'runs' / model)
+    assert [line.get('bits') for line in have] == pytest.approx([line.get('bits') for line in want], abs=1e-5)
+    assert have[-1]['valid'] == pytest.approx(want[-1]['valid'], abs=1e-5)
+
+
+def test_what_cannot_be_compiled_is_refused(at_work, monkeypatch):
+    for options, why in (
+        (('--context-parallel', 2), '--compile reads on one rank'),
+        (('--parallel', 'fsdp'), '--compile needs whole parameters'),
+    ):
+        done = train('--steps', 4, '--compile', *options, name='refused')
+        assert done.code == 2
+        assert why in done.err
+
+    def fail(*_, **__):
+        raise RuntimeError('no compiler\nat all')
+
+    monkeypatch.setattr(torch, 'compile', fail)
+    done = train('--steps', 4, '--compile', name='refused')
+    assert done.code == 2
+    assert '--compile cannot be used here: no compiler. Install a C++ compiler, or leave it out' in done.err
+    assert not (at_work / 'runs' / 'refused').exists()

@@ -9,8 +9,8 @@
 
 A row stands for one claim of the page: a model that is trained on a task or on bytes, with several seeds. An experiment
 answers a question: it trains variants of a row, called its arms, with the same seeds, and compares them. Each process
-uses one CPU thread. Settings were chosen with other seeds (100 and up) than those of the rows (0, 1, 2) and of the
-experiments (10 to 14).
+uses one CPU thread, or a GPU with `--device cuda`. Settings were chosen with other seeds (100 and up) than those of the
+rows (0, 1, 2) and of the experiments (10 to 14).
 
     rows.py          the rows: what is trained, and what result is asked for
     experiments.py   the experiments: which options are compared, on which rows
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, help='only this seed of the rows')
     parser.add_argument('--quick', action='store_true', help='three steps a run, into a scratch folder')
     parser.add_argument('--report', action='store_true', help='the page and the plots from the JSON that is there')
+    parser.add_argument('--device', default='cpu', help='where to train (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='folder of the JSON')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,10 +62,10 @@ def main() -> None:
         parser.error('--seed is for rows: an experiment has seeds of its own')
     for name in names:
         if name in EXPERIMENTS:
-            run_experiment(EXPERIMENTS[name], folder, arguments.quick)
+            run_experiment(EXPERIMENTS[name], folder, arguments.quick, arguments.device)
             continue
         for seed in [arguments.seed] if arguments.seed is not None else [0] if arguments.quick else SEEDS:
-            run(ROWS[name], seed, folder, arguments.quick)
+            run(ROWS[name], seed, folder, arguments.quick, arguments.device)
     if names or arguments.report:
         report(folder, PAGE if folder == RESULTS else folder / 'results.md')
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
 
@@ -38,6 +40,7 @@ def report(folder: Path, page: Path) -> None:
             parts.append(language_table(row, results[name]))
         if remark := prose(f'remarks/{name}'):
             parts.append(remark)
+    parts += text_section(folder.parent / 'text', page.parent)
     parts += million_section(folder.parent / 'million_evaluation.json')
     if retrofits := retrofit_section(folder.parent / 'retrofit'):
         parts.append(retrofits)
@@ -158,10 +161,11 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
         cells = [f'{int(length):,}{longer}', f'{int(length) * task.segment_length:,}']
         cells += [mean_and_worst(row, int(length), shares), f'{task.without_memory:.3f}']
         lines.append([*cells, asked_of(row, int(length), mean(shares))])
-    clock = 'cpu_' if all('train_cpu_seconds' in result for result in results) else ''
-    seconds = ', '.join(str(result[f'train_{clock}seconds']) for result in results)
+    machines = dict.fromkeys(result['machine'] for result in results if result['machine'].startswith('NVIDIA'))
+    seconds = ', '.join(str(result['train_cpu_seconds']) for result in results)
+    where = f'on {" and ".join(machines)}' if machines else f'in {seconds} CPU seconds'
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
-    about = f'{len(results)} seeds, {row.steps:,} steps in {seconds} {"CPU" if clock else "wall"} seconds; '
+    about = f'{len(results)} seeds, {row.steps:,} steps {where}; '
     about += f'{row.sequences} sequences a length{million}.'
     return table(['segments', 'tokens', 'accuracy', 'without memory', 'asked for'], lines) + f'\n{about}\n'
 
@@ -272,6 +276,73 @@ def retrofit_section(folder: Path) -> str:
         (folder / 'remarks.md').read_text(),
     ]
     return '\n'.join(parts)
+
+
+def text_section(folder: Path, plots: Path) -> list[str]:
+    """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
+
+    Args:
+        folder: the folder of the runs, see `benchmarks.text`.
+        plots: the folder of the plot.
+    """
+    runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for arm, length, seed in text.RUNS:
+        path = folder / f'{arm}-{length}-{seed}.json'
+        if path.exists():
+            runs.setdefault((length, arm), []).append(json.loads(path.read_text()))
+    if not runs:
+        return []
+    lines, positions = [], []
+    for (length, arm), found in sorted(runs.items(), key=lambda each: each[0][0]):
+        alone = {run['seed']: run['bits'] for run in runs.get((length, 'segments'), [])}
+        gains = [alone[run['seed']] - run['bits'] for run in found if run['seed'] in alone]
+        gain = '' if arm == 'segments' or not gains else interval(gains)
+        bits = mean([run['bits'] for run in found])
+        lines.append(
+            [f'{length}', text.LABELS[arm], f'{found[0]["parameters"]:,}', f'{bits:.3f}', gain, f'{len(found)}']
+        )
+        columns = zip(*(run['by_position'] for run in found), strict=True)
+        positions.append([f'{length}', text.LABELS[arm], *(f'{mean(each):.3f}' for each in columns)])
+    one = next(iter(runs.values()))[0]
+    done = sum(map(len, runs.values()))
+    borders = ['0', *map(str, text.BORDERS)]
+    ranges = [f'{first} to {int(last) - 1}' for first, last in pairwise(borders)] + [f'from {borders[-1]} on']
+    plot_text(runs, plots / 'text.png')
+    about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
+    about += f'over segments alone is paired by seed. {done} of {len(text.RUNS)} runs are done. '
+    about += '' if done == len(text.RUNS) else 'What one seed says is not decided.'
+    head = ['segments of', 'model', 'parameters', 'bits per byte', 'gain', 'seeds']
+    return [
+        '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '
+        f'written before the first run. {about}\n',
+        table(head, lines),
+        '![Bits per byte against bytes read](text.png)\n',
+        'By the position of a byte in its document:\n',
+        table(['segments of', 'model', *ranges], positions),
+    ]
+
+
+def plot_text(runs: dict[tuple[int, str], list[dict[str, Any]]], path: Path) -> None:
+    """Plots bits per byte against the bytes that were read, with a line for each model: the mean over its seeds.
+
+    Args:
+        runs: the runs, by the length of a segment and the name of the arm.
+        path: the file of the plot.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    for (length, arm), found in runs.items():
+        steps = list(found[0]['curve'])
+        curve = [mean([run['curve'][step] for run in found]) for step in steps]
+        megabytes = [int(step) * text.ROWS * text.LENGTH / 1e6 for step in steps]
+        style = {64: ':', 128: '-'}.get(length, '--')
+        label = f'{text.LABELS[arm]}, {length}' if arm != 'full' else text.LABELS[arm]
+        axes.plot(megabytes, curve, style, color=f'C{list(text.LABELS).index(arm)}', label=label)
+    axes.set(xlabel='bytes read, in millions', ylabel='bits per byte of a quarter of the held-out text')
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def experiment_section(experiment: Experiment, folder: Path) -> list[str]:

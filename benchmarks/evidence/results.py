@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / 'docs' / 'results.md'
 SEEDS = (0, 1, 2)  # the seeds on which rows are trained
 
 
-def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> None:
+def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool, device: str = 'cpu') -> None:
     """Trains a row on one seed, and writes the result as JSON.
 
     Args:
@@ -30,13 +30,14 @@ def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool) -> Non
         seed: the seed.
         folder: the folder of the results.
         quick: whether to train only three steps.
+        device: where to train. Default: 'cpu'.
     """
-    done = run_row(row, seed, quick)
+    done = run_row(row, seed, quick, device=device)
     about = {'row': row.name, 'command': f'python -m benchmarks.evidence {row.name}'}
-    write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick), **done})
+    write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick, device), **done})
 
 
-def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
+def run_experiment(experiment: Experiment, folder: Path, quick: bool, device: str = 'cpu') -> None:
     """Trains the runs of an experiment that have no result yet, and writes each one when it is done.
 
     If another experiment has made a run with the same configuration and seed, its result is copied. Do not run two
@@ -46,6 +47,7 @@ def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
         experiment: the experiment.
         folder: the folder of the results.
         quick: whether to train only three steps, with one seed and two arms.
+        device: where to train. Default: 'cpu'.
     """
     for base in experiment.rows:
         path = experiment.file(folder, base)
@@ -54,7 +56,9 @@ def run_experiment(experiment: Experiment, folder: Path, quick: bool) -> None:
             for arm in list(experiment.arms)[: 2 if quick else None]:
                 row = experiment.row(base, arm)
                 wanted = json.loads(json.dumps(origin(row, seed, quick)))
-                done = known(path.parent, wanted) or {**wanted, **run_row(row, seed, quick, twin=False)}
+                done = known(path.parent, wanted)
+                if done is None:
+                    done = {**origin(row, seed, quick, device), **run_row(row, seed, quick, False, device)}
                 runs[arm, seed] = {**done, 'arm': arm}
                 write(path, {'experiment': experiment.name, 'row': base.name, 'runs': list(runs.values())})
 
@@ -73,9 +77,10 @@ def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def origin(row: TaskRow | LanguageRow, seed: int, quick: bool) -> dict[str, Any]:
+def origin(row: TaskRow | LanguageRow, seed: int, quick: bool, device: str = 'cpu') -> dict[str, Any]:
     """Returns what made a result: seed, versions, machine and configuration."""
-    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': platform.machine()}
+    machine = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
+    versions = {'torch': torch.__version__, 'python': platform.python_version(), 'machine': machine}
     return {'seed': seed, 'quick': quick, **versions, 'config': config(row)}
 
 

@@ -6,20 +6,22 @@ import time
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.evidence.rows import MILLION, LanguageRow, TaskRow
-from examples.train_a_task import train, update
+from examples.train_a_task import train
 from segment_recurrence_pytorch.data import Streams, python_source
+from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.tasks import accuracy
-from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, train_loss, valid_streams, warmup_cosine
+from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 EVALUATION_SEED = 1000  # added to the seed of the run, so evaluations use other sequences than the training
 
 
-def run_row(row: TaskRow | LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
+def run_row(
+    row: TaskRow | LanguageRow, seed: int, quick: bool, twin: bool = True, device: str = 'cpu'
+) -> dict[str, Any]:
     """Trains and evaluates a row on one seed, and returns the result.
 
     Args:
@@ -27,8 +29,11 @@ def run_row(row: TaskRow | LanguageRow, seed: int, quick: bool, twin: bool = Tru
         seed: the seed.
         quick: whether to train only three steps.
         twin: whether to train also the twin of a byte row, without memory. Default: True.
+        device: where to train. Default: 'cpu'.
     """
-    return run_language(row, seed, quick, twin) if isinstance(row, LanguageRow) else run_task(row, seed, quick)
+    if isinstance(row, LanguageRow):
+        return run_language(row, seed, quick, twin, device)
+    return run_task(row, seed, quick, device)
 
 
 def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
@@ -59,16 +64,17 @@ def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> lis
     return wrapper.model.param_groups(row.lr, 0.01, **options)
 
 
-def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
+def run_task(row: TaskRow, seed: int, quick: bool, device: str) -> dict[str, Any]:
     """Trains and evaluates a task row on one seed, and returns the result.
 
     Args:
         row: the row.
         seed: the seed.
         quick: whether to train only three steps, and to evaluate only two lengths.
+        device: where to train.
     """
     torch.manual_seed(seed)
-    wrapper = row.wrapper()
+    wrapper = row.wrapper().to(device)
     start = time.process_time()
     history = train_task(row, wrapper, seed, 3 if quick else row.steps)
     trained = time.process_time() - start
@@ -83,14 +89,15 @@ def run_task(row: TaskRow, seed: int, quick: bool) -> dict[str, Any]:
     return {'curve': curve, 'history': history, 'train_cpu_seconds': round(trained), 'evaluation_cpu_seconds': seconds}
 
 
-def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) -> dict[str, Any]:
+def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool, device: str) -> dict[str, Any]:
     """Trains a byte model with memory and its twin without memory on the same bytes. Returns their bits per byte.
 
     Args:
         row: the row.
         seed: the seed.
         quick: whether to train only three steps, and to evaluate fewer bytes.
-        twin: whether to train the twin, too. Default: True.
+        twin: whether to train the twin, too.
+        device: where to train.
     """
     corpus = python_source()
     held_out = first_bytes(corpus.valid, 10_000 if quick else 131_072)
@@ -98,17 +105,16 @@ def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool = True) ->
     bits, seconds = {}, {}
     for name, memory in (('with memory', True), ('without', False))[: 1 + twin]:
         torch.manual_seed(seed)
-        wrapper = row.wrapper()
+        wrapper = row.wrapper().to(device)
         order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
         length = wrapper.segment_length * row.segments
         streams = Streams([corpus.train[i] for i in order], row.batch_size, length, loop=True)
-        optimizer = torch.optim.AdamW(parameter_groups(row, wrapper), betas=(0.9, 0.95))
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step / steps))
+        groups = parameter_groups(row, wrapper)
+        train_step = TrainingStep(wrapper, groups, betas=(0.9, 0.95), schedule=lambda step: warmup_cosine(step / steps))
         start, state = time.process_time(), None
         wrapper.train()
         for _ in tqdm(range(steps), desc=f'{row.name}, {name}, seed {seed}', disable=None):
-            loss, _, state = train_loss(wrapper, next(streams), state, memory)
-            update(wrapper, loss, optimizer, schedule)
+            _, state = train_step.read(next(streams), state, memory)
         seconds[name] = round(time.process_time() - start)
         bits[name] = round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)
         print(f'{row.name} seed {seed}: {name} {bits[name]:.4f} bits per byte', flush=True)

@@ -1,0 +1,97 @@
+"""`TrainingStep`: on a CPU the step that one would write, on a GPU the same as a CUDA graph."""
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch.data import Piece
+from segment_recurrence_pytorch.graphs import TrainingStep
+from segment_recurrence_pytorch.loss import IGNORE
+from segment_recurrence_pytorch.training import train_loss
+from tests.conftest import ids, make_infini, make_rmt, same_gradients
+
+MODELS = {
+    'rmt': make_rmt,
+    'rmt, xl': lambda: make_rmt(use_xl_memories=True, rotary_pos_emb=True),
+    'infini': make_infini,
+    'infini, linear': lambda: make_infini(memory_rule='linear'),
+}
+
+
+def schedule(step):
+    return (0.5, 1.0, 0.1, 0.7, 0.2, 0.3, 0.1)[step]
+
+
+def pieces(count):
+    """Texts of two rows, of which some start, and one ends early."""
+    made = [Piece(ids(2, 19), torch.tensor([i == 0, i == 1])) for i in range(count)]
+    made[2].tokens[1, 15:] = IGNORE
+    return made
+
+
+def by_steps(wrapper, given, memory):
+    step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
+    state, losses = None, []
+    for piece in given:
+        loss, state = step.read(piece, state, memory)
+        losses.append(loss.item())
+    return losses
+
+
+def as_written(wrapper, given, memory):
+    optimizer = torch.optim.AdamW(wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95))
+    rates, state, losses = LambdaLR(optimizer, schedule), None, []
+    for piece in given:
+        loss, _, state = train_loss(wrapper, piece, state, memory)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        losses.append(loss.item())
+    return losses
+
+
+def made(name):
+    torch.manual_seed(3)
+    return SegmentWrapper(MODELS[name](), segment_length=6)
+
+
+@pytest.mark.parametrize('memory', [True, False])
+@pytest.mark.parametrize('name', MODELS)
+def test_it_is_what_one_would_write(name, memory):
+    given, have, want = pieces(4), made(name), made(name)
+    assert by_steps(have, given, memory) == pytest.approx(as_written(want, given, memory), abs=1e-12)
+    same_gradients(dict(have.named_parameters()), dict(want.named_parameters()), 1e-12)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('memory', [True, False])
+@pytest.mark.parametrize('name', MODELS)
+def test_the_graph_of_a_step_is_the_step(name, memory):
+    """Played four times after two shapes of states were read, recorded, and padded. Rates are float32 on the device."""
+    given, have, want = pieces(6), made(name).cuda(), made(name)
+    assert by_steps(have, given, memory) == pytest.approx(as_written(want, given, memory), abs=1e-6)
+    weights = {key: weight.cpu() for key, weight in have.named_parameters()}
+    same_gradients(weights, dict(want.named_parameters()), 1e-6)
+
+
+@pytest.mark.cuda
+def test_shapes_take_turns():
+    """A curriculum: sequences of one, two and three segments, with labels of their own, and a scale for each."""
+    found = []
+    for device in ('cuda', 'cpu'):
+        torch.manual_seed(4)
+        wrapper = made('infini, linear').to(device)
+        groups = wrapper.model.param_groups(1e-2, 0.01)
+        step, losses = TrainingStep(wrapper, groups, betas=(0.9, 0.98), schedule=lambda _: 1.0), []
+        draw = torch.Generator().manual_seed(5)
+        for segments in (1, 2, 3, 1, 3, 3, 2, 1, 2, 2):
+            x = torch.randint(0, 20, (2, 6 * segments), generator=draw)
+            labels = torch.where(torch.rand(x.shape, generator=draw) < 0.5, x, IGNORE)
+            scale = {'write_scale': 1 + torch.rand(2, segments, generator=draw)}
+            losses.append(step(x, labels=labels, per_segment=scale)[0].item())
+        found.append((losses, {name: weight.cpu() for name, weight in wrapper.named_parameters()}))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    same_gradients(found[0][1], found[1][1], 1e-6)
