@@ -5,13 +5,14 @@
     python -m benchmarks.search 'infini bytes-64 400 emb=.1 out=.1 memory_rule=deltanet gates=token gate_lr=1'
     python -m benchmarks.search --show
 
-Each argument is one run: the model, the trial (memorize, copy, or bytes- with the length of a segment), the seed, the
-start, and options. The start is 'default', as the library has it now; 'library', as it had it before the search, or
-'private', with which the page of results was trained then (both without a rate of their own for embeddings); or
-standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute;
+Each argument is one run: the model, the trial (memorize, copy, pairs, or bytes- with the length of a segment), the
+seed, the start, and options. The start is 'default', as the library has it now; 'library', as it had it before the
+search, or 'private', with which the page of results was trained then (both without a rate of their own for embeddings);
+or standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute;
 those of qk, v, ffin and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5.
 Options are arguments of the model, or
 
+    blocks=.25    standard deviation, times fan_in^-0.5, of the outputs of blocks, instead of the library's .1
     twin=1        bytes without memory: each segment starts a text
     gate_lr=3     factor of the learning rate of the gates
     emb_lr=5      factor of the learning rate of token and position embeddings
@@ -49,8 +50,9 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
 from segment_recurrence_pytorch.graphs import TrainingStep
+from segment_recurrence_pytorch.layers import OUTPUT
 from segment_recurrence_pytorch.model import with_own_rate
-from segment_recurrence_pytorch.tasks import Copy, Memorize, Task, accuracy
+from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Copy, Memorize, Task, accuracy
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine
 
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
@@ -225,7 +227,7 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
     torch.manual_seed(spec['seed'])
     sizes: dict[str, Any] = dict(num_tokens=num_tokens, dim=dim, depth=2, heads=4, dim_head=dim // 4)
     options = spec.get('options', {})
-    sizes |= {name: value for name, value in options.items() if name not in ('twin', 'gate_lr', 'emb_lr')}
+    sizes |= {name: value for name, value in options.items() if name not in ('twin', 'gate_lr', 'emb_lr', 'blocks')}
     start = spec['start']
     made: SegmentModel
     if spec['model'] == 'rmt':
@@ -239,6 +241,11 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
         set_start(made, **start)
     elif start != 'default':
         {'library': start_as_before, 'private': start_active}[start](made)
+    if 'blocks' in options:
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if name.endswith(('to_out.weight', 'proj_out.weight')):
+                    parameter.mul_(options['blocks'] / OUTPUT)
     return SegmentWrapper(made, segment_length=segment_length).to(DEVICE)
 
 
@@ -278,6 +285,17 @@ def learn_copy(spec: dict[str, Any]) -> dict[str, Any]:
     rates, name = groups(spec, wrapper.model, 2e-3), f'{spec["model"]}, copy, seed {spec["seed"]}'
     train(wrapper, task, rates, stages=[3, 6, 9], steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
     return {'acc': curve(wrapper, task, spec['seed'], (3, 6, 9))}
+
+
+def learn_pairs(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains on pairs of keys and values, two a segment, and returns the accuracy at several numbers of segments."""
+    task = AssociativeRetrieval(pairs_per_segment=2)
+    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
+    rates, name = groups(spec, wrapper.model, 2e-3), f'{spec["model"]}, pairs, seed {spec["seed"]}'
+    stages = [2, 3, 4, 5, 6]
+    made = train(wrapper, task, rates, stages=stages, steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
+    passed = {f'{stage}': step for stage, step in made.reached.items()}
+    return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 4, 6))}
 
 
 def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
@@ -320,7 +338,7 @@ def parsed(text: str, steps: int | None) -> dict[str, Any]:
         [start] = [word for word in words if word in ('default', 'library', 'private')]
     options = {name: value if value.islower() else ast.literal_eval(value) for name, value in named.items()}
     options = {name: value for name, value in options.items() if name not in START}
-    default = {'memorize': 1000, 'copy': 1200}.get(trial, 800)
+    default = {'memorize': 1000, 'copy': 1200, 'pairs': 1000}.get(trial, 800)
     spec = {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}
     return spec | ({'options': options} if options else {})
 
@@ -334,7 +352,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN')
-    parser.add_argument('--steps', type=int, help='default 1,000 of memorize, 1,200 of copy, 800 of bytes')
+    parser.add_argument('--steps', type=int, help='default 1,000 of memorize and pairs, 1,200 of copy, 800 of bytes')
     parser.add_argument('--show', action='store_true', help='print all runs')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -347,6 +365,8 @@ def main() -> None:
             found = memorize(spec)
         elif spec['trial'] == 'copy':
             found = learn_copy(spec)
+        elif spec['trial'] == 'pairs':
+            found = learn_pairs(spec)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
         made_on = {'device': torch.cuda.get_device_name()} if DEVICE == 'cuda' else {}

@@ -260,6 +260,48 @@ def filled(text: str) -> str:
     return MARK.sub(fill, text)
 
 
+@number
+def speed_summary() -> str:
+    """The tables of speed in short."""
+    training = read('rmt_training')['times_ours']
+    infini = {(row['segment_length'], row['rule']): row['times_faster'] for row in read('infini_training')['rows']}
+    tokens = {(row['model'], row['segment_length']): row for row in read('generation')['tokens']}
+    one, four = training['published, 1 stream'], training['published, 4 streams (its default)']
+    lines = [
+        ['training step, RMT with replay, segments of 256', f'{four:.2f} ({one:.2f} with one residual stream)'],
+        ['training step, Infini, delta rule, segments of 512, 128, 32',
+         ', '.join(f'{infini[length, "delta"]:.2f}' for length in (512, 128, 32))],
+        ['new token, RMT, segments of 256, 1024',
+         ', '.join(f'{tokens["rmt", length]["times_faster_eager"]}' for length in (256, 1024))],
+        ['new token, Infini, segments of 512; compiled',
+         '; '.join(f'{tokens["infini", 512][f"times_faster_{how}"]}' for how in ('eager', 'compiled'))],
+    ]  # fmt: skip
+    return table('what | times faster', lines)
+
+
+# text
+
+
+def text_gain(arm: str, length: int = 128) -> str:
+    """Returns what an arm of `benchmarks.text` gains over segments alone, and over how many seeds."""
+    runs = map(json.loads, [path.read_text() for path in (RESULTS / 'text').glob(f'*-{length}-*.json')])
+    bits = {(run['arm'], run['seed']): run['bits'] for run in runs}
+    gains = [bits['segments', seed] - own for (name, seed), own in bits.items()
+             if name == arm and ('segments', seed) in bits]  # fmt: skip
+    sign = '-' if mean(gains) < 0 else '+'
+    return f'{sign}{short(abs(mean(gains)))} bits per byte over plain segments ({seeds(len(gains))})'
+
+
+@number
+def text_xl() -> str:
+    return text_gain('xl')
+
+
+@number
+def text_rmt() -> str:
+    return text_gain('rmt')
+
+
 # on a GPU
 
 
@@ -274,6 +316,17 @@ def training_step() -> str:
     about = f'{found["rows"]} texts of {found["length"]} tokens, segments of {found["segment"]}, four layers, float32, '
     about += f'milliseconds on an {found["device"]} (`python -m benchmarks.training_step --device cuda`):'
     return about + table('model | dim | as written | as a graph | times faster', lines)
+
+
+@number
+def graph_gain() -> str:
+    """How many times faster a training step is as one graph."""
+    found = read('training_step')
+    gain = {(each['model'], each['dim']): f'{each["times_faster"]:.1f}' for each in found['models']}
+    return (
+        f'{gain["rmt", 128]} (RMT) and {gain["infini", 128]} (Infini) times faster at dim 128, {gain["rmt", 512]} and '
+        f'{gain["infini", 512]} at dim 512, on an {found["device"]}'
+    )
 
 
 @number

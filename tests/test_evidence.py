@@ -74,7 +74,7 @@ def test_every_arm_can_be_built_and_differs(experiment):
 def test_runs_are_shared_where_the_recipe_is_the_same_and_only_there(tmp_path, monkeypatch):
     started = []
 
-    def run_row(row, seed, quick, twin):
+    def run_row(row, seed, quick, twin, device):
         started.append(row.name)
         return {'curve': {'2': 0.5}}
 
