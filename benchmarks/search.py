@@ -241,6 +241,10 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
         set_start(made, **start)
     elif start != 'default':
         {'library': start_as_before, 'private': start_active}[start](made)
+    else:
+        for module in made.modules():
+            if isinstance(module, SearchedAttention):
+                module.start()
     if 'blocks' in options:
         with torch.no_grad():
             for name, parameter in made.named_parameters():
