@@ -28,7 +28,7 @@ from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, trai
 def made(model: str, dim: int, segment_length: int) -> SegmentWrapper:
     """Returns a new model of bytes in its wrapper."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(num_tokens=256, dim=dim, depth=3, heads=4, dim_head=dim // 4)
+    sizes: dict[str, Any] = dict(num_tokens=256, dim=dim, depth=2, heads=4, dim_head=dim // 4)
     new: SegmentModel
     if model == 'rmt':
         new = RecurrentMemoryTransformer(seq_len=segment_length, num_memory_tokens=8, **sizes)
@@ -51,9 +51,9 @@ def written(wrapper: SegmentWrapper, prompt: Tensor, count: int, memory: bool) -
 def main(
     path: str | None = None,
     model: str = 'rmt',
-    steps: int = 600,
+    steps: int = 400,
     prompt: str = 'def ',
-    dim: int = 128,
+    dim: int = 96,
     segment_length: int = 64,
     valid_bytes: int = 65536,
     count: int = 240,
@@ -87,6 +87,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('path', nargs='?', help='a text: raw, .gz, .bz2, .xz or .zip (default: the source of Python)')
     parser.add_argument('--model', choices=['rmt', 'infini'], default='rmt', help='(default: %(default)s)')
-    parser.add_argument('--steps', type=int, default=600, help='of the training (default: %(default)s)')
+    parser.add_argument('--steps', type=int, default=400, help='of the training (default: %(default)s)')
     parser.add_argument('--prompt', default='def ', help='what it writes on from (default: %(default)r)')
     main(**vars(parser.parse_args()))
