@@ -63,10 +63,10 @@ def build(arm: str, length: int) -> SegmentWrapper:
     if arm == 'infini':
         model = InfiniTransformer(**SIZES)
     else:
-        xl = {'use_xl_memories': True, 'xl_mem_len': length} if 'xl' in arm else {}
+        more: dict[str, Any] = {'use_xl_memories': True, 'xl_mem_len': length} if 'xl' in arm else {}
         tokens = 8 if arm.startswith('rmt') else 0
-        positions = {'abs_pos_emb': False, 'rotary_pos_emb': True}
-        model = RecurrentMemoryTransformer(**SIZES, seq_len=length, num_memory_tokens=tokens, **positions, **xl)
+        more |= {'abs_pos_emb': False, 'rotary_pos_emb': True}
+        model = RecurrentMemoryTransformer(**SIZES, seq_len=length, num_memory_tokens=tokens, **more)
     return SegmentWrapper(model, segment_length=length)
 
 

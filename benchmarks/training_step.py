@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ def main() -> None:
     for name in ('rmt', 'infini'):
         for dim in (128, 512):
             ways = {'as written': stepping(name, dim, False), 'as a graph': stepping(name, dim, True)}
-            states, seconds = dict.fromkeys(ways), {way: [] for way in ways}
+            states: dict[str, Any] = dict.fromkeys(ways)
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
             for turn in tqdm(range(ROUNDS + 1), desc=f'{name}, dim {dim}', disable=None):
                 for way, step in ways.items():
                     torch.cuda.synchronize()
@@ -78,7 +78,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     about = {'device': torch.cuda.get_device_name(), 'torch': torch.__version__, 'segment': SEGMENT, 'rows': ROWS,
              'length': LENGTH}  # fmt: skip
-    write_results(Path(__file__), {**about, 'models': rows})
+    write_results(__file__, {**about, 'models': rows})
 
 
 if __name__ == '__main__':

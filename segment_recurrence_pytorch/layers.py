@@ -148,9 +148,13 @@ def _flash2_refusal(device: torch.device, dtype: torch.dtype, masked: bool, dim_
     return None
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot follow an import that fails
 def _has_flash_attn() -> bool:
     return _flash_attn_func() is not None
+
+
+# A compiler cannot follow an import that fails: it shall call this function and take its answer as a constant.
+# `torch.compiler.assume_constant_result` sets this attribute, too, but loads the compiler, which takes seconds
+_has_flash_attn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

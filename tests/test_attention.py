@@ -1,6 +1,8 @@
 """Every attention backend against einsum, and what each refuses."""
 
 import itertools
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -192,3 +194,13 @@ def test_a_model_on_cuda_needs_no_mask_and_equals_the_cpu():
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast('cuda', torch.bfloat16):
             half = model(x.cuda(), on_device)[0].float().cpu()
         assert (half - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_compiler_takes_the_package_flash_attn_as_there_or_not(monkeypatch):
+    """It cannot follow an import that fails; on a GPU the package is asked for with bfloat16."""
+    monkeypatch.setitem(sys.modules, 'flash_attn', None)
+    layers._flash_attn_func.cache_clear()
+    refusal = partial(layers._flash2_refusal, torch.device('cuda'), torch.bfloat16, False, 64)
+    compiled = torch.compile(lambda x: x + len(refusal()), fullgraph=True, backend='eager')
+    assert compiled(torch.zeros(1)).item() == len(refusal())
+    layers._flash_attn_func.cache_clear()
