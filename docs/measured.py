@@ -25,6 +25,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.intervals import bounds  # noqa: E402
+
 MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
 CHECKS = 500  # the seeds of the search from here on check the defaults
 NUMBERS: dict[str, Callable[[], str]] = {}
@@ -88,12 +92,6 @@ def share_at(name: str, segments: int) -> str:
     return f'{short(mean(found))} ({seeds(len(found))})'
 
 
-def gain_of(name: str) -> str:
-    """Returns what a memory gains on bytes over the twin without memory."""
-    gains = [result['gain'] for result in row(name)]
-    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))})' if gains else 'not measured'
-
-
 @number
 def learned_rmt() -> str:
     return steps_to_learn('rmt')
@@ -129,11 +127,36 @@ def copy_rmt() -> str:
     return share_at('rmt_copy', 6)
 
 
+def gains_of(model: str, length: int) -> list[float]:
+    """Returns what a model gains over its twin without memory on each seed that ran: those of the row of the page, and
+    those of the checks of the defaults, which have the same sizes and steps."""
+    name = f'bytes-{length}'
+    runs = [run for run in checks(model, name) if run['spec']['steps'] == 800]
+    bits = {(run['spec']['seed'], bool(run['spec'].get('options'))): run['bits'] for run in runs}
+    seeds_of_twins = [seed for seed, twin in bits if twin and (seed, False) in bits]
+    gains = [bits[seed, True] - bits[seed, False] for seed in seeds_of_twins]
+    return [result['gain'] for result in row(f'{model}_bytes_{length}')] + gains
+
+
+def gain(model: str, length: int) -> str:
+    """Returns the mean gain on text, its bounds where there are several seeds, and their number."""
+    gains = gains_of(model, length)
+    if len(gains) < 2:
+        return f'{mean(gains):+.3f} bits per byte ({seeds(len(gains))})' if gains else 'not measured'
+    low, high = bounds(gains)
+    return f'{mean(gains):+.3f} [{low:+.3f}, {high:+.3f}] bits per byte ({seeds(len(gains))})'
+
+
+@number
+def gain_infini_64() -> str:
+    return gain('infini', 64)
+
+
 @number
 def gains_on_text() -> str:
-    names = [(f'{model}_bytes_{length}', model, length) for length in (16, 64, 128) for model in ('rmt', 'infini')]
-    lines = [[{'rmt': 'RMT', 'infini': 'Infini-Transformer'}[model], length, gain_of(name)]
-             for name, model, length in names if (model, length) != ('rmt', 128)]  # fmt: skip
+    names = {'rmt': 'RMT', 'infini': 'Infini-Transformer'}
+    what = [('rmt', 16), ('infini', 16), ('rmt', 64), ('infini', 64), ('infini', 128)]
+    lines = [[names[model], length, gain(model, length)] for model, length in what]
     return table('model | bytes of a segment | gain over a twin trained without memory', lines)
 
 
@@ -279,6 +302,22 @@ def speed_summary() -> str:
     return table('what | times faster', lines)
 
 
+def crossing(model: str) -> str:
+    """Returns the length from which on a training step takes less time than one of full attention."""
+    found = read('full_attention')['crossings']['training'][f'{model}, one graph, float32, seconds']
+    return f'{found["tokens"]:,}'
+
+
+@number
+def crossing_rmt() -> str:
+    return crossing('RMT')
+
+
+@number
+def crossing_infini() -> str:
+    return crossing('Infini')
+
+
 # text
 
 
@@ -288,8 +327,7 @@ def text_gain(arm: str, length: int = 128) -> str:
     bits = {(run['arm'], run['seed']): run['bits'] for run in runs}
     gains = [bits['segments', seed] - own for (name, seed), own in bits.items()
              if name == arm and ('segments', seed) in bits]  # fmt: skip
-    sign = '-' if mean(gains) < 0 else '+'
-    return f'{sign}{short(abs(mean(gains)))} bits per byte over plain segments ({seeds(len(gains))})'
+    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))})'
 
 
 @number

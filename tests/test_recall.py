@@ -40,7 +40,6 @@ def test_the_memory_learns(options, seed):
     assert accuracy_after(200, published=False, **(options and {'head_gate_init_value': 0.0}), **options) > 0.95
 
 
-@pytest.mark.parametrize('seed', [0, 1])
-def test_it_does_not_at_the_published_gate_start(seed):
-    torch.manual_seed(seed)
+def test_it_does_not_at_the_published_gate_start():
+    torch.manual_seed(0)
     assert accuracy_after(600, published=True, use_mem_delta_rule=False, head_gate_init_value=10.0) < 0.5

@@ -210,8 +210,7 @@ def test_a_trained_model_writes_on(at_work):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # the compiler's own modules use what torch has deprecated
-@pytest.mark.parametrize('model', MODELS)
-def test_a_compiled_run_is_the_run(made, at_work, monkeypatch, model):
+def test_a_compiled_run_is_the_run(made, at_work, monkeypatch):
     """Traced as one graph, and run without the slow compilation of it; the method of the class is back afterwards."""
     traced, compiled = [], torch.compile
     torch._dynamo.reset()
@@ -221,10 +220,10 @@ def test_a_compiled_run_is_the_run(made, at_work, monkeypatch, model):
         return graph
 
     monkeypatch.setattr(torch, 'compile', lambda fn, **options: compiled(fn, **options | {'backend': backend}))
-    assert train('--steps', 4, '--compile', '--model', model, name='compiled').code == 0
+    assert train('--steps', 4, '--compile', name='compiled').code == 0
     # one graph to try the compiler, one for the first step and one for those that begin with a state of full length
     assert 2 <= len(traced) <= 4
-    have, want = metrics(at_work / 'runs' / 'compiled'), metrics(at_work / 'runs' / model)
+    have, want = metrics(at_work / 'runs' / 'compiled'), metrics(at_work / 'runs' / 'rmt')
     assert [line.get('bits') for line in have] == pytest.approx([line.get('bits') for line in want], abs=1e-5)
     assert have[-1]['valid'] == pytest.approx(want[-1]['valid'], abs=1e-5)
 

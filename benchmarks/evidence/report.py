@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
+from benchmarks.intervals import bounds
 
 PROSE = Path(__file__).parents[1] / 'results' / 'evidence' / 'prose'
 CHECKS = 500  # the seeds from here on check the defaults: results/search/rules.md
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of pairs
 
 
 def report(folder: Path, page: Path) -> None:
@@ -165,7 +165,7 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     seconds = ', '.join(str(result['train_cpu_seconds']) for result in results)
     where = f'on {" and ".join(machines)}' if machines else f'in {seconds} CPU seconds'
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
-    about = f'{len(results)} seeds, {row.steps:,} steps {where}; '
+    about = f'{len(results)} seed{"s" * (len(results) != 1)}, {row.steps:,} steps {where}; '
     about += f'{row.sequences} sequences a length{million}.'
     return table(['segments', 'tokens', 'accuracy', 'without memory', 'asked for'], lines) + f'\n{about}\n'
 
@@ -406,12 +406,6 @@ def interval(differences: list[float]) -> str:
     low, high = bounds(differences)
     text = f'{mean(differences):+.3f} [{low:+.3f}, {high:+.3f}]'
     return text if low <= 0 <= high else f'**{text}**'
-
-
-def bounds(differences: list[float]) -> tuple[float, float]:
-    """Returns the bounds of the 95 % t interval of the mean."""
-    half = T_95[len(differences)] * stdev(differences) / len(differences) ** 0.5
-    return mean(differences) - half, mean(differences) + half
 
 
 def longest_in_training(results: list[dict[str, Any]]) -> int:
