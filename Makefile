@@ -58,6 +58,7 @@ bench: $(VENV)/ready .venv-peer/ready
 	$(BIN)/python -m benchmarks.infini_million
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.vocabulary
+	$(BIN)/python -m benchmarks.full_attention
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.million_evaluation
 
@@ -70,7 +71,7 @@ clean:
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
 	  { echo 'setting up $(VENV) failed: the packages of pyproject.toml, extra dev, in the versions of constraints.txt, are needed from an index or from PIP_FIND_LINKS' >&2; exit 1; }
 	touch $@
 
