@@ -1,4 +1,4 @@
-# make train | test | test-hf | test-onnx | lint | docs | bench | evidence | release-check: each makes the environment
+# make train | test | test-long | test-hf | test-onnx | lint | docs | bench | evidence | release-check: each makes the environment
 # that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test test-hf test-onnx lint docs bench evidence release-check clean
+.PHONY: train test test-long test-hf test-onnx lint docs bench evidence release-check clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -25,6 +25,10 @@ test-hf: .venv-hf-oldest/ready .venv-hf-newest/ready
 	for each in oldest newest; do \
 	  OMP_NUM_THREADS=1 .venv-hf-$$each/bin/python -m pytest -n auto tests/test_huggingface*.py $(ARGS) || exit 1; \
 	done
+
+# the cases of many processes in four, too, where two are enough for `make test`; kills of one process, too
+test-long: $(VENV)/ready
+	LONG_TESTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

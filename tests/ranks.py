@@ -1,7 +1,8 @@
 """Runs test cases in several processes that work together, once for all cases of one number of processes.
 
-A module of cases has functions that are marked with `@case(2, 4)`: the numbers of processes for which they run. Every
-process runs the same cases in the same order. A case passes if it raises no error on any of them.
+A module of cases has functions that are marked with `@case(2, 4)`: the numbers of processes for which they run, the
+smallest one first. `make test` runs them for that one, `make test-long` for all. Every process runs the same cases in
+the same order. A case passes if it raises no error on any of them.
 
     python -m tests.ranks FOLDER RANK RANKS MODULE     what each process runs
 """
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
+# `make test-long`: every case in every number of processes, instead of the smallest one
+LONG = os.environ.get('LONG_TESTS') == '1'
 SECONDS_OF_A_WAIT = 60  # of one rank for another, before it is an error
 SECONDS = 300  # of all cases together, of which they need about 50
 
@@ -40,7 +43,8 @@ def case(*numbers):
 
 def cases(module, ranks: int) -> list[str]:
     """The names of the cases for one number of processes, in the order of the file."""
-    return [name for name, each in vars(module).items() if ranks in getattr(each, 'numbers', ())]
+    numbers = {name: each.numbers for name, each in vars(module).items() if hasattr(each, 'numbers')}
+    return [name for name, each in numbers.items() if ranks in (each if LONG else each[:1])]
 
 
 def once(module, tmp_path_factory, config, prepare=lambda folder: None):

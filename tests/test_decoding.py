@@ -143,11 +143,11 @@ def test_compiled_steps_move_nothing(case, compile_counter):
 
 def test_compiled_decoding_takes_any_number_of_shapes(compile_counter):
     wrapper = wrapped('rmt, plain')
-    for batch in range(1, 12):
+    for batch in range(1, 10):  # more than the compiler's limit of eight
         prompt = ids(batch, 4)
         new = wrapper.generate_tokens(prompt, 4, temperature=0, compile=True)
         assert torch.equal(new, wrapper.generate_tokens(prompt, 4, temperature=0))
-    assert compile_counter.frame_count == 22
+    assert compile_counter.frame_count == 18
 
 
 # the compiler says what it does by warnings, also of its own modules

@@ -106,7 +106,7 @@ def ended(done, code, rank):
 
 @case(2, 4)
 def the_losses_of_one_process(rank, ranks):
-    for model in MODELS if ranks == 2 else ('rmt',):
+    for model in MODELS:
         with at_work():
             ended(new(model, '--steps', STEPS, '--name', f'{model}-ddp'), 0, rank)
             same_losses(f'{model}-ddp', f'{model}-whole')
