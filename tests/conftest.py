@@ -17,7 +17,12 @@ if hasattr(signal, 'SIGHUP'):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# what takes longest begins first, so that no worker ends alone with it
+LONGEST = ('test_cuda_path', 'test_distributed', 'test_kill', 'test_train_ranks')
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:
