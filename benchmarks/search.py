@@ -58,7 +58,6 @@ from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, vali
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
 UNIFORM = 3**-0.5  # the standard deviation of `nn.Linear.reset_parameters`, in multiples of fan_in^-0.5
 LR = 3e-3
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LENGTHS = 5, 16, 64, 256
 START = ('emb', 'pos', 'mem', 'qk', 'v', 'ffin', 'out')
 
@@ -250,7 +249,7 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
             for name, parameter in made.named_parameters():
                 if name.endswith(('to_out.weight', 'proj_out.weight')):
                     parameter.mul_(options['blocks'] / OUTPUT)
-    return SegmentWrapper(made, segment_length=segment_length).to(DEVICE)
+    return SegmentWrapper(made, segment_length=segment_length)
 
 
 def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[str, Any]]:
@@ -373,8 +372,7 @@ def main() -> None:
             found = learn_pairs(spec)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
-        made_on = {'device': torch.cuda.get_device_name()} if DEVICE == 'cuda' else {}
-        line = json.dumps({'spec': spec, **found, **made_on, 'cpu': round(time.process_time() - began)})
+        line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
         print(line, flush=True)
         with open(RUNS, 'a') as file:
             file.write(line + '\n')
