@@ -356,9 +356,8 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--threads', type=int, help='CPU threads')
     where.add_argument('--precision', choices=PRECISIONS, default=argparse.SUPPRESS,
                        help='of matrix products; default bfloat16 where the device has it')  # fmt: skip
-    where.add_argument(
-        '--compile', action='store_true', help='compile the training: a minute at the start, then faster'
-    )
+    where.add_argument('--compile', action='store_true',
+                       help='compile the training: minutes at the start, gain not measured')  # fmt: skip
     args = parser.parse_args()
     if args.sample and not args.resume:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
@@ -403,7 +402,7 @@ def check_compiler(parser: argparse.ArgumentParser, device: str) -> None:
     try:
         torch.compile(torch.exp)(torch.ones(1, device=device))
     except Exception as error:
-        why = str(error).strip().splitlines()[0]
+        why, *_ = str(error).strip().splitlines() or [type(error).__name__]
         parser.error(f'--compile cannot be used here: {why}. Install a C++ compiler, or leave it out')
 
 
