@@ -1,9 +1,14 @@
 """The transformer with full attention that the benchmark compares with: it has to be right before it is timed."""
 
+import json
+from typing import ClassVar
+
 import pytest
 import torch
 
-from benchmarks.full_attention import FullTransformer, KVCache, crossing, square
+from benchmarks import full_attention
+from benchmarks.crossings import FULL, QUESTIONS, crossing, square
+from benchmarks.full_transformer import FullTransformer, KVCache
 
 
 def made():
@@ -71,3 +76,50 @@ def test_crossings_and_the_square():
     assert not found['extrapolated']
     assert crossing({n: 1e3 * value for n, value in full.items()}, full, measured_to=16384) is None
     assert crossing({n: value / 2 for n, value in full.items()}, full, measured_to=16384)['from_the_first_length_on']
+
+
+class Pretended:
+    """A worker whose times are known: full attention takes n + n^2 / 2,048, all else 3 n, a decoded token the like."""
+
+    asked: ClassVar[list] = []
+
+    def __init__(self, question, line, length):
+        self.asked.append((question, line, length))
+        per_token = 1 + length / 2048 if line.model == FULL else 3.0
+        self.seconds = 1e-6 * per_token * (1 if question == 'decoding' else length)
+        self.about = {'seconds': self.seconds, 'megabytes': length / 1024}
+        if question == 'decoding':
+            self.about |= {'bytes': 10 * length, 'state_bytes': 10 * length, 'drawn': 1}
+
+    def step(self):
+        return self.seconds
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(('device', 'part'), [('cpu', 'short'), ('cpu', 'long'), ('cuda', 'short')])
+def test_a_run_measures_its_plan_once_and_says_where_curves_cross(device, part, tmp_path):
+    path, points = tmp_path / 'made.json', full_attention.plan(device, part)
+    results = {'device': device, **{question: [] for question in QUESTIONS}}
+    Pretended.asked.clear()
+    full_attention.measure(results, points, path, Pretended, steps=1)
+    wanted = sorted((question, str(line), n) for question, line, lengths in points for n in lengths)
+    assert sorted((question, str(line), n) for question, line, n in Pretended.asked) == wanted
+
+    Pretended.asked.clear()  # a run that was stopped goes on with what is missing
+    stopped = json.loads(path.read_text())
+    left_out = stopped['decoding'].pop()
+    full_attention.measure(stopped, points, path, Pretended, steps=1)
+    assert [(question, length) for question, _, length in Pretended.asked] == [('decoding', left_out['tokens'])]
+
+    found = json.loads(path.read_text())
+    ours = f'RMT, one graph, {"bfloat16" if device == "cuda" else "float32"}, seconds'
+    if part == 'short':  # 1 + n / 2,048 = 3
+        assert found['crossings']['training'][ours]['tokens'] == 4096
+    else:
+        assert found['crossings']['training'][ours]['from_the_first_length_on']
+        assert found['slopes']['reading']['RMT, eager, float32'] == {'from': 16384, 'to': 1048576, 'times': 1.0}
+    if part == 'long':
+        made = full_attention.plot([path, tmp_path / 'missing.json'], tmp_path)
+        assert [each.name for each in made] == [f'made_{question}.png' for question in QUESTIONS]
