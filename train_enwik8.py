@@ -4,6 +4,7 @@
     python train_enwik8.py --data enwik8.gz --preset base     # one GPU
     python train_enwik8.py --steps 500 --memory off           # the twin to compare with --steps 500
     python train_enwik8.py --resume runs/NAME                 # continues a run that was stopped
+    python train_enwik8.py --compare runs/A runs/B            # a table and a plot of runs that have ended
     torchrun --nproc-per-node=2 train_enwik8.py               # the same run in two processes; docs/distributed.md
     python train_enwik8.py --sample --resume runs/NAME --prompt "import "
 
@@ -42,6 +43,7 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import load_weights
 from segment_recurrence_pytorch.checks import is_number, is_whole
+from segment_recurrence_pytorch.compare import VALIDATED, Run, read_ended, table
 from segment_recurrence_pytorch.console import discard_output, prepare_output, reader_is_gone, say
 from segment_recurrence_pytorch.data import Corpus, Streams, baselines, load_corpus
 from segment_recurrence_pytorch.distributed import gathered
@@ -79,6 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 SAMPLE_BYTES, PROMPT = 256, 'import '
+SAMPLE_SEGMENTS = 3  # whole segments that are read before the sample at the end of a training
 FIXED = 'model', 'preset', 'memory', 'seed'  # the settings that cannot change in a run; the bytes of the corpus neither
 PRECISIONS = 'float32', 'bfloat16'
 # what run.json says of each setting
@@ -95,7 +98,6 @@ RUN_CHECKS = {
 }
 OWN_OPTIONS = 'device', 'threads'  # options that may differ from rank to rank
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
-VALIDATED: dict[str, str] = {'on': 'carried', 'off': 'reset'}  # how the state is treated in validation, as in training
 
 
 def main() -> None:
@@ -111,9 +113,14 @@ def main() -> None:
         ranks = Ranks(args.device, timeout=args.timeout_minutes)
         options = ranks.gather({name: value for name, value in vars(args).items() if name not in OWN_OPTIONS})
         ranks.on_first(lambda: check_same_options(options))
+        beside = ranks.on_first(lambda: [read_ended(Path(each)) for each in args.compare])
+        if len(beside) > 1:
+            ranks.on_first(lambda: compare_runs(beside))
+            ranks.close()
+            return
         run, folder = ranks.on_first(lambda: open_run(args))
         if not args.sample:
-            train(args, run, folder, ranks)
+            train(args, run, folder, ranks, beside)
         elif ranks.is_first:
             sample_run(args, run, folder)
         ranks.close()
@@ -143,7 +150,7 @@ def of_rank(ranks: Ranks | None) -> str:
     return '' if ranks is None or ranks.size == 1 else f'rank {ranks.rank} of {ranks.size}: '
 
 
-def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks) -> None:
+def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ranks, beside: list[Run]) -> None:
     """Makes one run, from loading the corpus to printing a sample.
 
     Args:
@@ -151,6 +158,7 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
         run: the settings of the run.
         folder: the folder of the run.
         ranks: the processes that make the run together. The first one prints and writes.
+        beside: the run to compare with at the end, if any.
     """
     plots = import_plots()
     if args.threads:
@@ -184,13 +192,15 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
             with training.precision:
                 pieces = map(ranks.piece, valid_streams(valid, training.streams.length))
                 scores[name] = bits_per_byte(training.wrapper, pieces, carry)
-        report(run, scores, training.step, training.seconds)
+        report(run, folder, scores, training.step, training.seconds)
         with gathered(model):
             if ranks.is_first:
                 levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
                 write_validation(log, {'step': training.step, 'valid': scores, **reference})
-                draw_plots(plots, folder, levels, run['model'])
-                print_sample(training.wrapper, valid[0], memory)
+                if beside:
+                    say(table([*beside, read_ended(folder)]))
+                draw_plots(plots, folder, levels, run['model'], beside)
+                print_sample(training.wrapper, valid, memory)
         ranks.on_first(training.check_saved)  # the others wait for the first one, and end as it does
 
 
@@ -340,6 +350,10 @@ def parse_arguments() -> argparse.Namespace:
     sample.add_argument('--prompt', default=PROMPT, help=f'what it goes on after, default {PROMPT!r}')
     sample.add_argument('--bytes', type=int, default=SAMPLE_BYTES, help=f'how far, default {SAMPLE_BYTES}')
     sample.add_argument('--temperature', type=float, default=1.0, help='0: always the most likely byte; default 1')
+    compared = parser.add_argument_group('runs beside each other')
+    compared.add_argument('--compare', nargs='+', default=[], metavar='RUN',
+                          help='folders of runs that have ended: a table and a plot of them, and no training. One RUN: '
+                               'train, and compare with it at the end')  # fmt: skip
     many = parser.add_argument_group('many processes (start them with torchrun)')
     many.add_argument('--parallel', choices=['ddp', 'fsdp'], default='ddp',
                       help='each process has a copy of the parameters, or a part of them; default ddp')  # fmt: skip
@@ -363,6 +377,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
     if args.sample and not args.prompt:
         parser.error('--prompt is empty: give at least one character')
+    if args.compare and args.sample:
+        parser.error('--sample prints text, --compare a table: give one of them')
+    if len(args.compare) > 1 and (args.resume or args.name is not None):
+        parser.error('--compare with several runs trains none: leave --resume and --name out')
     if args.resume == '':
         parser.error('--resume is empty: give the folder of a run')
     if args.name is not None and args.resume:
@@ -516,7 +534,7 @@ def import_plots() -> ModuleType | None:
     return plots
 
 
-def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float], model: str) -> None:
+def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float], model: str, beside: list[Run]) -> None:
     """Draws the plots of a run, and says where they are.
 
     Args:
@@ -524,17 +542,32 @@ def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float],
         folder: the folder of the run.
         levels: bits per byte by name, the validation first.
         model: the name of the model.
+        beside: the run to compare with, if any.
     """
     if plots is None:
         return
     try:
-        plots.plot_losses(folder, levels)
+        plots.plot_losses(folder, levels, beside)
         say(f'plot        {folder / "loss.png"}')
         if model == 'infini':
             plots.plot_memory_shares(folder)
             say(f'plot        {folder / "memory_shares.png"}')
     except OSError as error:  # the disk is full
         say(f'no plot     {error}')
+
+
+def compare_runs(runs: list[Run]) -> None:
+    """Prints a table of runs that have ended, and plots them in the folder of the first one.
+
+    Args:
+        runs: the runs.
+    """
+    say(table(runs))
+    plots, path = import_plots(), runs[0].folder / 'compared.png'
+    if plots is not None:
+        check_writable(path.parent)
+        plots.plot_comparison(runs, path)
+        say(f'plot        {path}')
 
 
 def write_validation(log: Path, line: dict[str, Any]) -> None:
@@ -581,11 +614,12 @@ def build_infini(*, segment_length: int, **sizes: Any) -> tuple[SegmentModel, in
 MODELS: dict[str, Callable[..., tuple[SegmentModel, int]]] = {'rmt': build_rmt, 'infini': build_infini}
 
 
-def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: float) -> None:
+def report(run: dict[str, Any], folder: Path, scores: dict[str, float], step: int, seconds: float) -> None:
     """Prints the validation, and what can be concluded from it.
 
     Args:
         run: the settings of the run.
+        folder: the folder of the run.
         scores: bits per byte with the state carried ('carried') and with the state reset at every segment ('reset').
         step: number of training steps.
         seconds: seconds of training.
@@ -601,24 +635,33 @@ def report(run: dict[str, Any], scores: dict[str, float], step: int, seconds: fl
     say(
         f'            The difference, {difference:+.3f}, is a diagnostic: what this model leans on.\n'
         f'            What memory gains is another question: train a twin, both for the same number of steps, with\n'
-        f'            --memory {twin} --steps {step}{others}\n'
-        f'            and compare its validation, state {VALIDATED[twin]}, with {scores[VALIDATED[run["memory"]]]:.3f}.'
+        f'            --memory {twin} --steps {step}{others} --compare {shlex.quote(str(folder))}'
     )
 
 
-def print_sample(wrapper: SegmentWrapper, text: Tensor, memory: bool) -> None:
-    """Prints how the model continues a text. A model that was trained without memory continues it only inside one
-    segment.
+def print_sample(wrapper: SegmentWrapper, texts: list[Tensor], memory: bool) -> None:
+    """Prints how the model continues a text after some segments, and how it continues the last bytes of them alone. A
+    model that was trained without memory continues only these, and only inside one segment.
 
     Args:
         wrapper: the model in its wrapper.
-        text: bytes, the first of which are the prompt, (n,).
+        texts: documents, (n,) bytes each. The first one that is long enough is continued.
         memory: whether the model was trained with memory.
     """
-    prompt = text[: wrapper.segment_length // 2].long()[None].to(wrapper.model.device)
-    shown = bytes(prompt[0].tolist()).decode(errors='replace')
-    say(f'sample      the model goes on after the first bytes of the validation text, {shown!r}:')
-    write_on(wrapper, prompt, SAMPLE_BYTES if memory else wrapper.segment_length - prompt.shape[1])
+    length = wrapper.segment_length
+    last = max(1, length // 2)
+    text = next((text for text in texts if len(text) >= SAMPLE_SEGMENTS * length + last), max(texts, key=len))
+    whole = min(SAMPLE_SEGMENTS, max(0, len(text) - last) // length) * length
+    prompt = text[: whole + last].long()[None].to(wrapper.model.device)
+    end = prompt[:, whole:]
+    shown = repr(bytes(end[0].tolist()).decode(errors='replace'))
+    if memory and whole:
+        say(f'sample      the model has read {prompt.shape[1]} bytes of a validation text, up to {shown}:')
+        write_on(wrapper, prompt, SAMPLE_BYTES)
+        say(f'sample      without memory of the {whole} bytes before these {end.shape[1]}:')
+    else:
+        say(f'sample      the model goes on after these bytes of a validation text, {shown}:')
+    write_on(wrapper, end, SAMPLE_BYTES if memory else length - end.shape[1])
 
 
 def sample_run(args: argparse.Namespace, run: dict[str, Any], folder: Path) -> None:

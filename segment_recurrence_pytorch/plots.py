@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.checks import is_number
+from segment_recurrence_pytorch.compare import Run
 from segment_recurrence_pytorch.metrics import read_metrics
 
 
-def plot_losses(folder: Path, levels: dict[str, float]) -> None:
+def plot_losses(folder: Path, levels: dict[str, float], beside: Sequence[Run] = ()) -> None:
     """Plots the training losses in metrics.jsonl as loss.png.
 
     Steps whose line is missing or incomplete are left out.
@@ -20,23 +23,64 @@ def plot_losses(folder: Path, levels: dict[str, float]) -> None:
     Args:
         folder: the folder of the run.
         levels: bits per byte by name. Each is drawn as a horizontal line. The validation comes first.
+        beside: other runs, of which the mean losses and the validation are drawn, too. Default: none.
+    """
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    tops = [*levels.values(), _plot_losses_of(axes, folder, 'training', 'tab:blue')]
+    for (name, value), style in zip(levels.items(), ('-', ':', '--', '-.'), strict=False):
+        color = 'tab:blue' if name == 'validation' else 'gray'
+        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
+    tops += _plot_runs(axes, beside, first_color=1)
+    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name)
+    axes.set_ylim(top=1.05 * max(tops))
+    axes.legend()
+    _write(figure, folder / 'loss.png')
+
+
+def plot_comparison(runs: Sequence[Run], path: Path) -> None:
+    """Plots the training losses and the validations of several runs.
+
+    Args:
+        runs: the runs.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    tops = _plot_runs(axes, runs)
+    axes.set(xlabel='megabytes read', ylabel='bits per byte', title='training, and validation as a horizontal line')
+    axes.set_ylim(top=1.05 * max(tops))
+    axes.legend()
+    _write(figure, path)
+
+
+def _plot_runs(axes: Axes, runs: Sequence[Run], first_color: int = 0) -> list[float]:
+    """Draws runs, and returns the highest values that the axes have to show."""
+    tops = []
+    for i, run in enumerate(runs, first_color):
+        label = f'{run.folder.name}, validation {run.validation:.3f}'
+        tops += [_plot_losses_of(axes, run.folder, label, f'C{i}', raw=not first_color), run.validation]
+        axes.axhline(run.validation, color=f'C{i}', linewidth=1)
+    return tops
+
+
+def _plot_losses_of(axes: Axes, folder: Path, label: str, color: str, raw: bool = True) -> float:
+    """Draws the mean of the losses of each hundredth of a run, and the losses themselves behind them.
+
+    Returns:
+        The highest mean after the first twentieth of the run, in which every model falls from 8 bits. It is 8 if there
+        are no losses.
     """
     lines = read_metrics(folder / 'metrics.jsonl')
     lines = [line for line in lines if is_number(line.get('bits')) and is_number(line.get('bytes'))]
     megabytes = torch.tensor([line['bytes'] for line in lines]).cumsum(0) / 1e6
     bits = torch.tensor([line['bits'] for line in lines])
     width = max(1, len(bits) // 100)
-    smooth = bits[: len(bits) // width * width].view(-1, width).mean(1)
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.subplots()
-    axes.plot(megabytes, bits, color='tab:blue', alpha=0.25, linewidth=0.8)
-    axes.plot(megabytes[width - 1 :: width][: len(smooth)], smooth, color='tab:blue', label='training')
-    for (name, value), style in zip(levels.items(), ('-', ':', '--', '-.'), strict=False):
-        color = 'tab:red' if name == 'validation' else 'gray'
-        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
-    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name, ylim=(0, 8.5))
-    axes.legend()
-    _write(figure, folder / 'loss.png')
+    means = bits[: len(bits) // width * width].view(-1, width).mean(1)
+    axes.plot(megabytes[width - 1 :: width][: len(means)], means, color=color, label=label)
+    if raw:
+        axes.plot(megabytes, bits, color=color, alpha=0.25, linewidth=0.8, scaley=False)
+    return means[len(means) // 20 :].max().item() if lines else 8.0
 
 
 def plot_memory_shares(folder: Path) -> None:

@@ -27,6 +27,9 @@ def test_a_run_leaves_what_it_says(made, model):
     carried, reset = re.findall(r'validation  (\d\.\d+) bits per byte, state (?:carried|reset)', out)
     assert 'is a diagnostic' in out
     assert f'--memory off --steps 4 --model {model} --preset small --seed 0 --data text' in out
+    assert f'--valid-bytes 600 --compare runs/{model}' in out
+    assert 'sample      the model has read 56 bytes of a validation text' in out
+    assert 'sample      without memory of the 48 bytes before these 8:' in out
     assert len(out.split('sample ')[1]) > 60
     assert {file.name for file in folder.iterdir()} == {
         '.lock', 'checkpoints', 'config.json', 'loss.png', 'metrics.jsonl', 'model.safetensors', 'run.json',

@@ -1,0 +1,78 @@
+"""Runs of the training script beside each other: what each of them reached, and in what they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segment_recurrence_pytorch.checks import is_number
+from segment_recurrence_pytorch.metrics import read_metrics
+
+# how the state is treated in the validation that counts, by how it was treated in training
+VALIDATED = {'on': 'carried', 'off': 'reset'}
+# what two runs have to share, so that the difference of their validations is what their settings are worth
+SHARED = {'sha256': 'corpus', 'valid_bytes': '--valid-bytes', 'step': 'steps', 'preset': '--preset', 'seed': '--seed'}
+
+
+class Run(NamedTuple):
+    """A run that has ended.
+
+    Attributes:
+        folder: its folder.
+        about: what it fixes: model, memory, preset, seed, valid_bytes, sha256 of the corpus; and step, the number of
+            steps after which it was validated.
+        validation: bits per byte of held-out bytes, with the state treated as in training.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    validation: float
+
+
+def read_ended(folder: Path) -> Run:
+    """Returns a run that has ended.
+
+    Args:
+        folder: the folder of the run.
+
+    Raises:
+        ValueError: if it is no folder of a run, or if the run has no validation.
+    """
+    try:
+        made = json.loads((folder / 'run.json').read_text())
+        about = {name: made['run'][name] for name in ('model', 'memory', 'preset', 'seed', 'valid_bytes')}
+        about['sha256'] = made['sha256']
+        kind = VALIDATED[about['memory']]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f'run.json lacks {error}' if isinstance(error, KeyError) else error
+        raise ValueError(f'{folder} cannot be compared: {why}. Give the folder of a run, as runs/NAME') from error
+    for line in reversed(read_metrics(folder / 'metrics.jsonl')):
+        scores = line.get('valid')
+        if isinstance(scores, dict) and is_number(scores.get(kind)):
+            return Run(folder, about | {'step': line['step']}, scores[kind])
+    raise ValueError(f'{folder} has no validation yet: let it end, or go on with it by --resume {folder}')
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Returns the validations as a table, and under it in what else the runs differ.
+
+    Args:
+        runs: the runs. Differences are to the first one.
+    """
+    rows = [('run', 'model', 'memory', 'steps', 'bits per byte', '')]
+    for run in runs:
+        difference = f'{run.validation - runs[0].validation:+.3f}' if run is not runs[0] else ''
+        model, memory, step = (str(run.about[name]) for name in ('model', 'memory', 'step'))
+        rows.append((str(run.folder), model, memory, step, f'{run.validation:.3f}', difference))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    differing = []
+    for name, shown in SHARED.items():
+        values = [run.about[name] for run in runs]
+        if any(value != values[0] for value in values):
+            differing.append(shown if name == 'sha256' else f'{shown} ({", ".join(map(str, values))})')
+    if differing:
+        lines.append(f'They also differ in {" and ".join(differing)}.')
+    return '\n'.join(lines)

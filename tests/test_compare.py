@@ -1,0 +1,82 @@
+"""Runs beside each other: `--compare` of the training script."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train_enwik8
+from segment_recurrence_pytorch.compare import read_ended, table
+from tests.script import IMPORT_PLOTS, files, main, metrics, train
+
+
+def test_a_twin_is_compared_when_it_has_been_trained(at_work):
+    done = train('--steps', 4, '--memory', 'off', '--compare', 'runs/rmt', name='twin')
+    assert done.code == 0, done
+    bits = {name: metrics(f'runs/{name}')[-1]['valid'][kind] for name, kind in (('rmt', 'carried'), ('twin', 'reset'))}
+    rows = [line.split() for line in done.out.splitlines() if line.startswith('runs/')]
+    assert rows == [
+        ['runs/rmt', 'rmt', 'on', '4', f'{bits["rmt"]:.3f}'],
+        ['runs/twin', 'rmt', 'off', '4', f'{bits["twin"]:.3f}', f'{bits["twin"] - bits["rmt"]:+.3f}'],
+    ]
+    assert 'They also differ' not in done.out
+
+
+def test_runs_that_have_ended_are_compared_without_training(at_work, monkeypatch):
+    monkeypatch.setattr(train_enwik8, 'import_plots', IMPORT_PLOTS)
+    before = files('runs')
+    done = main('--compare', 'runs/rmt', 'runs/infini')
+    assert done.code == 0, done
+    assert [line.split()[:4] for line in done.out.splitlines()[1:3]] == [
+        ['runs/rmt', 'rmt', 'on', '4'], ['runs/infini', 'infini', 'on', '4']
+    ]  # fmt: skip
+    plot = Path('runs/rmt/compared.png')
+    assert f'plot        {plot}' in done.out
+    assert plot.read_bytes().startswith(b'\x89PNG')
+    after = files('runs')
+    assert {path: after[path] for path in after if path not in (plot, plot.parent)} == {
+        path: before[path] for path in before if path != plot.parent
+    }
+
+
+def test_in_what_else_runs_differ_is_said(at_work):
+    shutil.copytree('runs/rmt', 'runs/other')
+    about = json.loads(Path('runs/other/run.json').read_text())
+    about['sha256'] = 'x'
+    about['run']['seed'] = 7
+    Path('runs/other/run.json').write_text(json.dumps(about))
+    said = table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
+    assert said.splitlines()[3:] == ['They also differ in corpus and --seed (0, 7).']
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda run: shutil.rmtree(run), r'no such file.*Give the folder of a run'),
+        (lambda run: (run / 'run.json').write_text('{}'), r"run.json lacks 'run'"),
+        (lambda run: (run / 'run.json').write_text('{'), r'Give the folder of a run'),
+        (lambda run: (run / 'metrics.jsonl').unlink(), r'has no validation yet: .*--resume runs/infini'),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(at_work, spoil, message):
+    spoil(Path('runs/infini'))
+    done = train('--steps', 4, '--compare', 'runs/infini', name='new')
+    assert done.code == 1
+    assert re.search(message, done.err, re.IGNORECASE), done.err
+    assert not Path('runs/new').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--compare', 'runs/rmt', '--sample', '--resume', 'runs/rmt'), 'give one of them'),
+        (('--compare', 'runs/rmt', 'runs/infini', '--resume', 'runs/rmt'), 'leave --resume and --name out'),
+        (('--compare', 'runs/rmt', 'runs/infini', '--name', 'new'), 'leave --resume and --name out'),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(at_work, arguments, message):
+    done = main(*arguments)
+    assert done.code == 2
+    assert message in done.err
