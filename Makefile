@@ -22,11 +22,11 @@ test-onnx: .venv-onnx/ready
 
 # the oldest and the newest supported transformers, with lm_eval
 test-hf: .venv-hf-oldest/ready .venv-hf-newest/ready
-	for each in oldest newest; do \
-	  OMP_NUM_THREADS=1 .venv-hf-$$each/bin/python -m pytest -n auto tests/test_huggingface*.py $(ARGS) || exit 1; \
+	for each in oldest newest; do LONG_TESTS=1 OMP_NUM_THREADS=1 \
+	  .venv-hf-$$each/bin/python -m pytest -n auto tests/test_huggingface*.py $(ARGS) || exit 1; \
 	done
 
-# the cases of many processes in four, too, where two are enough for `make test`; kills of one process, too
+# the same, and what takes longer: more of the cases that `make test` checks, four processes where two are enough, kills
 test-long: $(VENV)/ready
 	LONG_TESTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
@@ -55,16 +55,11 @@ release-check: .venv-release/ready
 	done
 	rm -rf .venv-installed
 
+# every table and plot of speed; with ARGS=--quick, whether each of them runs, in a minute each
+BENCHMARKS := gradient_reach rmt_training infini_training infini_million scan vocabulary full_attention generation \
+  million_evaluation
 bench: $(VENV)/ready .venv-peer/ready
-	$(BIN)/python -m benchmarks.gradient_reach
-	$(BIN)/python -m benchmarks.rmt_training
-	$(BIN)/python -m benchmarks.infini_training
-	$(BIN)/python -m benchmarks.infini_million
-	$(BIN)/python -m benchmarks.scan
-	$(BIN)/python -m benchmarks.vocabulary
-	$(BIN)/python -m benchmarks.full_attention
-	$(BIN)/python -m benchmarks.generation
-	$(BIN)/python -m benchmarks.million_evaluation
+	for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS) || exit 1; done
 
 evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report

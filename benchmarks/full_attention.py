@@ -314,13 +314,12 @@ def measure(results: dict[str, Any], points: Plan, path: Path, make: Callable[..
         make: returns a `Worker` or what does the same, of a question, a line and a length.
         steps: number of steps of a point whose steps are short.
     """
-    for question in QUESTIONS:
-        lines = [(line, lengths) for asked, line, lengths in points if asked == question]
-        for length in sorted({length for _, lengths in lines for length in lengths}):
+    for length in sorted({length for _, _, lengths in points for length in lengths}):
+        for question in QUESTIONS:
             workers: dict[str, Any] = {}
             waiting: dict[str, Line] = {}
-            for line, lengths in lines:
-                if length not in lengths or length in curve(results[question], line):
+            for asked, line, lengths in points:
+                if asked != question or length not in lengths or length in curve(results[question], line):
                     continue
                 made = make(question, line, length)
                 first = made.about['seconds']

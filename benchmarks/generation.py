@@ -151,22 +151,29 @@ def compare(names: dict[str, str], repetitions: int, warmup: int = 1) -> tuple[d
     return interleaved_medians(workers, repetitions, warmup), about
 
 
-def main(repetitions: int) -> None:
-    """Runs all comparisons, and writes the JSON and the plot."""
+def main(repetitions: int, quick: bool) -> None:
+    """Runs all comparisons, and writes the JSON and the plot.
+
+    Args:
+        repetitions: number of steps of each worker that count.
+        quick: whether one step, short texts and nothing compiled are enough, and nothing is written.
+    """
     from benchmarks.interleave import write_results
 
+    repetitions, long = (1, 2048) if quick else (repetitions, LONG)
+    ours = ('eager',) if quick else ('eager', 'compiled')
     tokens = []
     for model, length in SEGMENTS:
         at = f'token {model} {length} {length // 2}'
         medians, _ = compare(
             {
-                **{how: f'{at} 1 {how}' for how in ('eager', 'compiled', 'published')},
-                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ('eager', 'compiled')},
+                **{how: f'{at} 1 {how}' for how in (*ours, 'published')},
+                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ours},
             },
             repetitions,
         )
         row = {'model': model, 'segment_length': length}
-        for how in ('eager', 'compiled'):
+        for how in ours:
             row[f'times_faster_{how}'] = round(medians['published'] / medians[how], 1)
             row[f'batch_{how}'] = round(BATCH * medians[how] / medians[f'{how}, batch'], 1)
         tokens.append(row)
@@ -174,17 +181,18 @@ def main(repetitions: int) -> None:
 
     positions, ragged, prompts = {}, {}, {}
     for model, length in (('rmt', 256), ('infini', 512)):
-        near, far = (f'segment {model} {length} {place} 1 eager' for place in (1024, LONG))
+        near, far = (f'segment {model} {length} {place} 1 eager' for place in (1024, long))
         medians, about = compare({'near': near, 'far': far}, repetitions)
         grown = about['far']['megabytes'] - about['near']['megabytes']
         positions[model] = {'time_ratio': round(medians['far'] / medians['near'], 3), 'megabytes_more': round(grown, 1)}
-        print(f'{model}: a token at {LONG:,} against 1,024: {positions[model]}', flush=True)
+        print(f'{model}: a token at {long:,} against 1,024: {positions[model]}', flush=True)
         rows = {how: f'segment {model} {length} {2 * length} {BATCH} {how}' for how in ('aligned', 'ragged')}
-        medians, _ = compare(rows, max(3, repetitions // 2))
+        medians, _ = compare(rows, 1 if quick else max(3, repetitions // 2))
         ragged[model] = round(medians['ragged'] / medians['aligned'], 2)
         print(f'{model}: rows of different lengths cost {ragged[model]} times aligned ones', flush=True)
         medians, _ = compare(
-            {how: f'prompt {model} {length} {LONG} 1 {how}' for how in ('read', 'evaluation')}, max(3, repetitions // 2)
+            {how: f'prompt {model} {length} {long} 1 {how}' for how in ('read', 'evaluation')},
+            1 if quick else max(3, repetitions // 2),
         )
         prompts[model] = round(medians['evaluation'] / medians['read'], 2)
         print(f'{model}: a prompt is read at {prompts[model]} times the speed of an evaluation', flush=True)
@@ -193,8 +201,9 @@ def main(repetitions: int) -> None:
         'sizes': SIZES, 'tokens': tokens, 'positions': positions, 'ragged_times_aligned': ragged,
         'prompt_times_evaluation': prompts,
     }  # fmt: skip
-    write_results(__file__, results)
-    curves(repetitions)
+    if not quick:
+        write_results(__file__, results)
+        curves(repetitions)
 
 
 def curves(repetitions: int) -> None:
@@ -242,10 +251,11 @@ def plot(curves: dict[str, dict[int, float]]) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repetitions', type=int, default=7)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
     parser.add_argument('--curves', action='store_true', help='only the time by position')
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
     else:
-        (curves if arguments.curves else main)(arguments.repetitions)
+        curves(arguments.repetitions) if arguments.curves else main(arguments.repetitions, arguments.quick)

@@ -15,7 +15,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from benchmarks.interleave import write_results
+from benchmarks.interleave import quick_parser, write_results
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 
 SEGMENTS, SEEDS = (1, 2, 4, 8, 16, 32), 16
@@ -45,20 +45,26 @@ def gradient_norm(write_init: str, segments: int, seed: int) -> float:
     return torch.autograd.grad(loss, entering)[0].norm().item()
 
 
-def main() -> None:
-    """Prints the table and writes the JSON."""
+def main(quick: bool) -> None:
+    """Prints the table and writes the JSON.
+
+    Args:
+        quick: whether one seed and few segments are enough, and nothing is written.
+    """
+    torch.set_num_threads(1)  # the model is tiny
+    seeds, lengths = (1, SEGMENTS[:4]) if quick else (SEEDS, SEGMENTS)
     norms = {
         write_init: {
-            segments: round(statistics.median(gradient_norm(write_init, segments, seed) for seed in range(SEEDS)), 5)
-            for segments in SEGMENTS
+            segments: round(statistics.median(gradient_norm(write_init, segments, seed) for seed in range(seeds)), 5)
+            for segments in lengths
         }
         for write_init in ('scaled', 'learned', 'previous', 'sum')
     }
-    print('write_init', *(f'{segments:9}' for segments in SEGMENTS))
+    print('write_init', *(f'{segments:9}' for segments in lengths))
     for write_init, by_segments in norms.items():
         print(f'{write_init:10}', *(f'{norm:9.5f}' for norm in by_segments.values()))
-    write_results(__file__, {'sizes': SIZES, 'seeds': SEEDS, 'gradient_norm': norms})
+    write_results(__file__, {'sizes': SIZES, 'seeds': SEEDS, 'gradient_norm': norms}, quick)
 
 
 if __name__ == '__main__':
-    main()
+    main(quick_parser(__doc__).parse_args().quick)

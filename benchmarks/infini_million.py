@@ -8,6 +8,7 @@ It runs `wrapper(seq, backward=True)` on one sequence, with dim 64, depth 2, hea
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -34,21 +35,29 @@ def worker(length: int) -> None:
     print(peak, tokens.nbytes / 2**20, time.perf_counter() - start)
 
 
-def main() -> None:
-    """Runs both lengths and writes the JSON."""
+def main(quick: bool) -> None:
+    """Runs both lengths and writes the JSON.
+
+    Args:
+        quick: whether short texts are enough, and nothing is written.
+    """
     from benchmarks.interleave import write_results
 
     rows = {}
-    for length in LENGTHS:
-        command = [sys.executable, '-m', 'benchmarks.infini_million', str(length)]
+    for length in (length // 64 if quick else length for length in LENGTHS):
+        command = [sys.executable, '-m', 'benchmarks.infini_million', '--length', str(length)]
         peak, inputs, _ = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         rows[length] = {'peak_megabytes': round(peak), 'inputs_megabytes': round(inputs, 1)}
         print(f'{length:9,} tokens: peak {peak:.0f} MB, of which inputs {inputs:.1f} MB', flush=True)
     short, long = (row['peak_megabytes'] - row['inputs_megabytes'] for row in rows.values())
     ratio = round(long / short, 2)
     print(f'{ratio} times the peak for 16 times the length')
-    write_results(__file__, {'rows': rows, 'peak_ratio_without_inputs': ratio})
+    write_results(__file__, {'rows': rows, 'peak_ratio_without_inputs': ratio}, quick)
 
 
 if __name__ == '__main__':
-    worker(int(sys.argv[1])) if len(sys.argv) > 1 else main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    parser.add_argument('--length', type=int, help='only print what one length takes: megabytes, of the input, seconds')
+    arguments = parser.parse_args()
+    worker(arguments.length) if arguments.length else main(arguments.quick)

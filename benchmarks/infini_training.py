@@ -53,11 +53,12 @@ def worker(name: str) -> None:
     serve(step, parameters=sum(p.numel() for p in wrapper.parameters()), operations=counter.count)
 
 
-def main(repetitions: int) -> None:
+def main(repetitions: int, quick: bool) -> None:
     """Times the two packages for each segment length, and writes the JSON.
 
     Args:
         repetitions: number of steps of each package that count.
+        quick: whether one step is enough, and nothing is written.
     """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
@@ -69,19 +70,20 @@ def main(repetitions: int) -> None:
             'published': Worker(PEER_PYTHON, __file__, name, ours=False),
         }
         operations = {who: worker.about['operations'] for who, worker in workers.items()}
-        medians = interleaved_medians(workers, repetitions)
+        medians = interleaved_medians(workers, *(1, 0) if quick else (repetitions,))
         times = round(medians['published'] / medians['ours'], 2)
         rows.append({'segment_length': length, 'rule': rule, 'times_faster': times, 'operations': operations})
         print(f'{name:12} {times:5.2f} times faster; operations dispatched {operations}', flush=True)
-    write_results(__file__, {'sizes': SIZES, 'batch': BATCH, 'tokens': TOKENS, 'rows': rows})
+    write_results(__file__, {'sizes': SIZES, 'batch': BATCH, 'tokens': TOKENS, 'rows': rows}, quick)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repetitions', type=int, default=9)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
     else:
-        main(arguments.repetitions)
+        main(arguments.repetitions, arguments.quick)

@@ -7,6 +7,7 @@ bench` makes. A process runs one step for each line on its standard input, and a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -107,13 +108,23 @@ def interleaved_medians(workers: dict[str, Worker], repetitions: int, warmup: in
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def write_results(script: str, results: dict) -> None:
+def quick_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of the command line with the option --quick, which each benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    return parser
+
+
+def write_results(script: str, results: dict, quick: bool = False) -> None:
     """Writes results/SCRIPT.json beside the benchmarks, with the command and the machine.
 
     Args:
         script: the file of the benchmark.
         results: what was measured.
+        quick: whether nothing is written, because it was measured with --quick. Default: False.
     """
+    if quick:
+        return
     machine = {'machine': platform.machine(), 'cpus': os.cpu_count(), 'python': platform.python_version()}
     path = Path(__file__).parent / 'results' / f'{Path(script).stem}.json'
     path.parent.mkdir(exist_ok=True)

@@ -44,11 +44,12 @@ def worker(name: str) -> None:
     serve(step, parameters=sum(p.numel() for p in wrapper.parameters()))
 
 
-def main(repetitions: int) -> None:
+def main(repetitions: int, quick: bool) -> None:
     """Times the three configurations and writes the JSON.
 
     Args:
         repetitions: number of steps of each configuration that count.
+        quick: whether one step is enough, and nothing is written.
     """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
@@ -56,21 +57,24 @@ def main(repetitions: int) -> None:
     for name in ('published, 4 streams (its default)', 'published, 1 stream'):
         workers[name] = Worker(PEER_PYTHON, __file__, name, ours=False)
     about = {name: worker.about for name, worker in workers.items()}
-    medians = interleaved_medians(workers, repetitions)
+    medians = interleaved_medians(workers, *(1, 0) if quick else (repetitions,))
     ratios = {name: round(seconds / medians['ours'], 2) for name, seconds in medians.items()}
     for name, ratio in ratios.items():
         print(f'{name:40} {ratio:5.2f} times our time')
     write_results(
-        __file__, {'sizes': SIZES, 'batch': BATCH, 'segments': SEGMENTS, 'about': about, 'times_ours': ratios}
+        __file__,
+        {'sizes': SIZES, 'batch': BATCH, 'segments': SEGMENTS, 'about': about, 'times_ours': ratios},
+        quick,
     )
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repetitions', type=int, default=15)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
     else:
-        main(arguments.repetitions)
+        main(arguments.repetitions, arguments.quick)

@@ -15,6 +15,7 @@ Options are arguments of the model, or
     blocks=.25    standard deviation, times fan_in^-0.5, of the outputs of blocks, instead of the library's .1
     twin=1        bytes without memory: each segment starts a text
     gate_lr=3     factor of the learning rate of the gates
+    lr=.004       learning rate of the trial pairs, instead of 2e-3
     emb_lr=5      factor of the learning rate of token and position embeddings
     gates=token   the gates of an Infini-Transformer are computed from the token. Their weights start at 0, their bias
                   at head_gate_init_value
@@ -226,7 +227,9 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
     torch.manual_seed(spec['seed'])
     sizes: dict[str, Any] = dict(num_tokens=num_tokens, dim=dim, depth=2, heads=4, dim_head=dim // 4)
     options = spec.get('options', {})
-    sizes |= {name: value for name, value in options.items() if name not in ('twin', 'gate_lr', 'emb_lr', 'blocks')}
+    sizes |= {
+        name: value for name, value in options.items() if name not in ('twin', 'lr', 'gate_lr', 'emb_lr', 'blocks')
+    }
     start = spec['start']
     made: SegmentModel
     if spec['model'] == 'rmt':
@@ -294,8 +297,8 @@ def learn_pairs(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains on pairs of keys and values, two a segment, and returns the accuracy at several numbers of segments."""
     task = AssociativeRetrieval(pairs_per_segment=2)
     wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    rates, name = groups(spec, wrapper.model, 2e-3), f'{spec["model"]}, pairs, seed {spec["seed"]}'
-    stages = [2, 3, 4, 5, 6]
+    rates = groups(spec, wrapper.model, spec.get('options', {}).get('lr', 2e-3))
+    name, stages = f'{spec["model"]}, pairs, seed {spec["seed"]}', [2, 3, 4, 5, 6]
     made = train(wrapper, task, rates, stages=stages, steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
     passed = {f'{stage}': step for stage, step in made.reached.items()}
     return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 4, 6))}

@@ -9,6 +9,7 @@ tokens of a segment, as they were held before; 'parts' is what the library does.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ROWS, SEGMENT, SEGMENTS, VOCABULARY = 4, 1024, 8, 50_000
 ARMS = ('parts', 'whole')
 
 
-def worker(arm: str) -> None:
+def worker(arm: str, vocabulary: int) -> None:
     """Prints the peak of resident megabytes above what stood before the call, the loss, and the seconds."""
     import torch
 
@@ -28,11 +29,11 @@ def worker(arm: str) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     if arm == 'whole':
-        loss.LOGITS_AT_ONCE = ROWS * SEGMENT * VOCABULARY
+        loss.LOGITS_AT_ONCE = ROWS * SEGMENT * vocabulary
     model = RecurrentMemoryTransformer(
-        num_tokens=VOCABULARY, dim=64, depth=1, heads=2, dim_head=32, num_memory_tokens=8, seq_len=SEGMENT
+        num_tokens=vocabulary, dim=64, depth=1, heads=2, dim_head=32, num_memory_tokens=8, seq_len=SEGMENT
     )
-    tokens = torch.randint(0, VOCABULARY, (ROWS, SEGMENT * SEGMENTS + 1))
+    tokens = torch.randint(0, vocabulary, (ROWS, SEGMENT * SEGMENTS + 1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
     found = SegmentWrapper(model).loss(tokens).loss
@@ -40,13 +41,17 @@ def worker(arm: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, found.item(), time.perf_counter() - start)
 
 
-def main() -> None:
-    """Runs both arms and writes the JSON."""
+def main(quick: bool) -> None:
+    """Runs both arms and writes the JSON.
+
+    Args:
+        quick: whether a small vocabulary is enough, and nothing is written.
+    """
     from benchmarks.interleave import write_results
 
     rows = {}
     for arm in ARMS:
-        command = [sys.executable, '-m', 'benchmarks.vocabulary', arm]
+        command = [sys.executable, '-m', 'benchmarks.vocabulary', '--arm', arm, *(['--quick'] if quick else [])]
         peak, loss, seconds = map(
             float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         )
@@ -57,8 +62,14 @@ def main() -> None:
     write_results(
         __file__,
         {'tokens': ROWS * SEGMENT * SEGMENTS, 'vocabulary': VOCABULARY, 'rows': rows, 'share_of_the_memory': share},
+        quick,
     )
 
 
 if __name__ == '__main__':
-    worker(sys.argv[1]) if len(sys.argv) > 1 else main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    parser.add_argument('--arm', choices=ARMS, help='only print what one arm takes: megabytes, loss, seconds')
+    arguments = parser.parse_args()
+    vocabulary = VOCABULARY // 50 if arguments.quick else VOCABULARY
+    worker(arguments.arm, vocabulary) if arguments.arm else main(arguments.quick)

@@ -302,10 +302,40 @@ def speed_summary() -> str:
     return table('what | times faster', lines)
 
 
-def crossing(model: str) -> str:
-    """Returns the length from which on a training step takes less time than one of full attention."""
-    found = read('full_attention')['crossings']['training'][f'{model}, one graph, float32, seconds']
-    return f'{found["tokens"]:,}'
+def crossing(model: str, question: str = 'training') -> str:
+    """Returns the length from which on a model takes less time than full attention."""
+    how = 'one graph' if question == 'training' else 'eager'
+    found = read('full_attention')['crossings'][question][f'{model}, {how}, float32, seconds']
+    if found is None:
+        return 'no length that was measured'
+    return f'{found["tokens"]:,} tokens'
+
+
+def against_full(question: str) -> str:
+    """Returns how many times faster than full attention each line is, by length."""
+    found = read('full_attention')[question]
+    seconds = {(f'{point["model"]}, {point["mode"]}'.removesuffix(', eager'), point['tokens']): point['seconds']
+               for point in found if point['dtype'] == 'float32'}  # fmt: skip
+    full = 'full attention, one graph' if question == 'training' else 'full attention'
+    lines = [name for name in dict.fromkeys(name for name, _ in seconds) if name != full]
+    lengths = sorted({length for _, length in seconds if all((name, length) in seconds for name in (full, *lines))})
+    cells = [[name, *(f'{seconds[full, n] / seconds[name, n]:.2f}' for n in lengths)] for name in lines]
+    return table(' | '.join(['times faster than full attention at', *(f'{n:,}' for n in lengths)]), cells)
+
+
+@number
+def full_training() -> str:
+    return against_full('training')
+
+
+@number
+def full_reading() -> str:
+    return against_full('reading')
+
+
+@number
+def full_decoding() -> str:
+    return against_full('decoding')
 
 
 @number

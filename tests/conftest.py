@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 
@@ -21,8 +22,21 @@ if hasattr(signal, 'SIGHUP'):
 LONGEST = ('test_cuda_path', 'test_distributed', 'test_kill', 'test_train_ranks')
 
 
-def pytest_collection_modifyitems(items):
+# `make test-long`: more cases, many processes in every number of them, and kills of real processes
+LONG = os.environ.get('LONG_TESTS') == '1'
+
+
+def long_unless(few, names):
+    """Parameters of a test: those that are not among the few are only run by `make test-long`."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    if not LONG:
+        long = [item for item in items if item.get_closest_marker('long')]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker('long')]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,7 +10,7 @@ import torch
 
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.layers import BACKENDS, record_attention
-from tests.conftest import DROPOUT, INFINI_OPTIONS, RMT_OPTIONS, close, make_infini, make_rmt, same_gradients
+from tests.conftest import DROPOUT, INFINI_OPTIONS, LONG, RMT_OPTIONS, close, make_infini, make_rmt, same_gradients
 from tests.pretend import ROOT, on_device, values, watched
 
 SEGMENT = 6
@@ -227,10 +227,12 @@ def launches(name):
 
 SOME = ['rmt plain', 'rmt gqa', 'rmt xl mixed', 'rmt axial', 'infini default', 'infini delta, gqa', 'infini above']
 MORE = [*SOME, 'rmt encoder', 'rmt xl enhanced', 'infini linear', 'infini delta, strength, decay', 'infini kv proj']
+HALF = SOME if LONG else SOME[::2]  # plain, xl, default and above
 GROUPED = ['rmt gqa', 'infini delta, gqa', 'infini deltanet, decay, gqa']
 KINDS = {
-    'training': (training, MORE), 'evaluation': (evaluation, SOME), 'random states': (random_states, SOME[::3]),
-    'decoding': (decoding, SOME), 'autocast': (autocast, SOME), 'reported': (reported, SOME[::2]),
+    'training': (training, MORE if LONG else SOME), 'evaluation': (evaluation, HALF),
+    'random states': (random_states, SOME[::3]), 'decoding': (decoding, HALF), 'autocast': (autocast, HALF),
+    'reported': (reported, SOME[::2]),
     'kernels': (kernels, GROUPED), 'reset': (reset, SOME), 'ends together': (ends_together, SOME[::4]),
     'lengths from the device': (lengths_from_the_device, SOME[::4]),
     'launches': (launches, ['rmt plain', 'rmt xl mixed', 'infini default', 'infini linear', 'infini delta']),

@@ -21,6 +21,7 @@ from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapp
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.distributed import context_parallel, gathered, shard, sync_gradients
 from segment_recurrence_pytorch.state import detach, leaves
+from tests.conftest import LONG as LONG_TESTS
 from tests.conftest import close, make_infini, make_rmt, same_gradients
 from tests.ranks import case
 
@@ -34,6 +35,7 @@ WAYS = {
     'replay': {'backward': True},
     'truncated replay': {'backprop_segments': 2, 'backward': True},
 }
+FEW_WAYS = 'one graph', 'replay'
 RMT = {
     'rmt': {},
     'rmt xl axial': {'use_xl_memories': True, 'axial_mem_len': 2, 'rotary_pos_emb': True, 'tie_embeddings': True},
@@ -129,7 +131,8 @@ def data_parallel(rank, ranks):
     mine = rows_of(x, rank, ranks)
     counts = [(rows_of(x, each, ranks)[:, 1:] != -100).sum().item() for each in range(ranks)]
     assert len(set(counts)) == ranks
-    for name, ways in (('rmt', WAYS), ('infini delta, decay, gqa', WAYS), ('rmt xl axial', ['one graph', 'replay'])):
+    others = WAYS if LONG_TESTS else FEW_WAYS
+    for name, ways in (('rmt', WAYS), ('infini delta, decay, gqa', others), ('rmt xl axial', FEW_WAYS)):
         for way in ways if ranks == 2 or name == 'rmt' else ():
             want = alone(MODELS[name], way, x)
             wrapper = wrapped(MODELS[name](), way, dist.group.WORLD)
@@ -319,9 +322,10 @@ def sharded(make, way=None, mesh=None, passes=None, **options):
 def fsdp(rank, ranks):
     x = batch()
     mine = rows_of(x, rank, ranks)
-    every = 'rmt', 'infini delta, decay, gqa'
-    others = () if ranks == 4 else MODELS
-    for name, way in [*((name, way) for name in every for way in WAYS), *((name, 'replay') for name in others)]:
+    tried = [('rmt', way) for way in WAYS]
+    tried += [('infini delta, decay, gqa', way) for way in (WAYS if LONG_TESTS else FEW_WAYS)]
+    tried += [] if ranks == 4 else [(name, 'replay') for name in MODELS]
+    for name, way in dict.fromkeys(tried):
         make, passes = MODELS[name], 1 if name == 'infini above' else None
         want = alone(make, way, x)
         wrapper = sharded(make, way, passes=passes)
@@ -333,7 +337,7 @@ def fsdp(rank, ranks):
         assert sum(shards) < 1.3 * sum(p.numel() for p in make().parameters()) / ranks
 
 
-@case(4)
+@case(4, long=True)
 def fsdp_on_a_mesh_of_two_dimensions(rank, ranks):
     """Parameters are copied along the first dimension and spread along the second one."""
     x, mesh = batch(), init_device_mesh('cpu', (2, 2), mesh_dim_names=('copy', 'spread'))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segment_recurrence_pytorch import SegmentWrapper
-from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, make_infini, make_rmt
+from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, long_unless, make_infini, make_rmt
 
 LENGTH = 6
 CASES = {f'rmt, {name}': (make_rmt, options) for name, options in RMT_OPTIONS.items() if options.get('causal', True)}
@@ -12,6 +12,7 @@ CASES |= {f'infini, {name}': (make_infini, options) for name, options in INFINI_
 FEW = ['rmt, plain', 'rmt, xl mixed', 'rmt, xl long', 'rmt, no memory', 'infini, delta, gqa']
 FEW += ['rmt, axial', 'infini, deltanet, decay, gqa']
 ALL = pytest.mark.parametrize('case', CASES)
+MANY = pytest.mark.parametrize('case', long_unless(FEW, CASES))
 SOME = pytest.mark.parametrize('case', FEW)
 
 

@@ -25,8 +25,17 @@ FAMILIES = {
     'gemma2': ('Gemma2', GEMMA),
     'gemma3': ('Gemma3Text', {**GEMMA, 'layer_types': ['sliding_attention', 'full_attention']}),
 }  # fmt: skip
+FEW = 'gpt2', 'llama', 'gemma3'  # the others are run by `make test-hf`
 ROTARY = [name for name in FAMILIES if name != 'gpt2']
 LENGTH = 6  # of a segment
+
+
+def families(cases):
+    """Parameters of a test: the name of a family, and of its attention or ''."""
+    few = [case for case in cases if case in [(name, '') for name in FEW]]
+    marks = {case: () if case in few else pytest.mark.long for case in cases}
+    given = [pytest.param(*case, id=' '.join(case).strip(), marks=marks[case]) for case in cases]
+    return pytest.mark.parametrize(('name', 'attention'), given)
 
 
 @pytest.fixture(autouse=True)

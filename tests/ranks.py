@@ -1,8 +1,8 @@
 """Runs test cases in several processes that work together, once for all cases of one number of processes.
 
 A module of cases has functions that are marked with `@case(2, 4)`: the numbers of processes for which they run, the
-smallest one first. `make test` runs them for that one, `make test-long` for all. Every process runs the same cases in
-the same order. A case passes if it raises no error on any of them.
+smallest one first. `make test` runs them for that one, `make test-long` for all, and those with `@case(4, long=True)`.
+Every process runs the same cases in the same order. A case passes if it raises no error on any of them.
 
     python -m tests.ranks FOLDER RANK RANKS MODULE     what each process runs
 """
@@ -22,20 +22,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.conftest import LONG
 from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
-# `make test-long`: every case in every number of processes, instead of the smallest one
-LONG = os.environ.get('LONG_TESTS') == '1'
 SECONDS_OF_A_WAIT = 60  # of one rank for another, before it is an error
 SECONDS = 300  # of all cases together, of which they need about 50
 
 
-def case(*numbers):
-    """Marks a function (rank, ranks) as a case for some numbers of processes."""
+def case(*numbers, long=False):
+    """Marks a function (rank, ranks) as a case for some numbers of processes; `long`: only for `make test-long`."""
 
     def mark(function):
-        function.numbers = numbers
+        function.numbers = numbers if LONG else numbers[:1] if not long else ()
         return function
 
     return mark
@@ -44,7 +43,7 @@ def case(*numbers):
 def cases(module, ranks: int) -> list[str]:
     """The names of the cases for one number of processes, in the order of the file."""
     numbers = {name: each.numbers for name, each in vars(module).items() if hasattr(each, 'numbers')}
-    return [name for name, each in numbers.items() if ranks in (each if LONG else each[:1])]
+    return [name for name, each in numbers.items() if ranks in each]
 
 
 def once(module, tmp_path_factory, config, prepare=lambda folder: None):

@@ -112,6 +112,7 @@ def test_the_page_is_what_the_results_say(tmp_path):
     assert (tmp_path / 'results.md').read_text() == evidence.PAGE.read_text()
 
 
+@pytest.mark.long
 def test_an_option_is_added_to_results_only_if_it_changes_no_bit(tmp_path):
     """The code before is a copy of this one, as it is, then with another epsilon in the norms."""
     root, checkout, folder = Path(adopt.ROOT), tmp_path / 'before', tmp_path / 'results'

@@ -13,10 +13,10 @@ from segment_recurrence_pytorch.generation import Stream, evaluating
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import DROPOUT, close, ids
-from tests.generating import ALL, LENGTH, SOME, recorded, wrapped
+from tests.generating import LENGTH, MANY, SOME, recorded, wrapped
 
 
-@ALL
+@MANY
 def test_continuing_from_a_cursor_is_one_long_generation(case, tmp_path):
     wrapper, prompt = wrapped(case), ids(2, 9)
     whole, whole_logits, _ = recorded(wrapper, prompt, 26)
@@ -159,7 +159,7 @@ def test_a_stream_keeps_the_autocast_that_it_began_with():
     assert torch.equal(torch.stack(list(stream), 1), tokens)
 
 
-@ALL
+@MANY
 def test_a_float64_model_generates_under_autocast_as_without(case):
     """Autocast leaves float64 alone."""
     wrapper, prompts = wrapped(case), [ids(3), ids(13)]

@@ -13,6 +13,7 @@ from tests.pretrained import (  # noqa: F401  softmax_in_float64 acts on every t
     LENGTH,
     ROTARY,
     decoded,
+    families,
     gradients_of,
     softmax_in_float64,
     tiny_lm,
@@ -20,7 +21,7 @@ from tests.pretrained import (  # noqa: F401  softmax_in_float64 acts on every t
 )
 
 CASES = [(name, '') for name in ROTARY] + [('llama', 'eager')]
-every_family = pytest.mark.parametrize(('name', 'attention'), CASES, ids=[' '.join(case).strip() for case in CASES])
+every_family = families(CASES)
 OPTIONS = {
     'linear': {},
     'delta, strength': {'memory_rule': 'delta', 'learned_delta_update': True},

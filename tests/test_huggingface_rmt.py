@@ -13,6 +13,7 @@ from tests.pretrained import (  # noqa: F401  softmax_in_float64 acts on every t
     FAMILIES,
     LENGTH,
     decoded,
+    families,
     gradients_of,
     softmax_in_float64,
     tiny_lm,
@@ -20,7 +21,7 @@ from tests.pretrained import (  # noqa: F401  softmax_in_float64 acts on every t
 )
 
 CASES = [(name, '') for name in FAMILIES] + [('llama', 'eager'), ('gpt2', 'eager')]
-every_family = pytest.mark.parametrize(('name', 'attention'), CASES, ids=[' '.join(case).strip() for case in CASES])
+every_family = families(CASES)
 
 
 def wrapped(name='llama', attention='', num_memory_tokens=3, **options):

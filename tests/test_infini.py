@@ -16,7 +16,7 @@ from infini_transformer_pytorch import (
 )
 from segment_recurrence_pytorch import SegmentWrapper, backprop, record_attention
 from segment_recurrence_pytorch.state import detach, leaves
-from tests.conftest import INFINI_OPTIONS, close, ids, make_infini
+from tests.conftest import INFINI_OPTIONS, close, ids, long_unless, make_infini
 from tests.reference import infini_row, mean_nll
 
 PARALLEL = {name: options for name, options in INFINI_OPTIONS.items() if options.get('mem_read_from') != 'above'}
@@ -39,13 +39,13 @@ def ragged(rows=5, length=23):
     return mask
 
 
-@pytest.mark.parametrize('segments_per_pass', [1, 2, 3, 9])
+@pytest.mark.parametrize('segments_per_pass', long_unless([3], [1, 2, 3, 9]))
 @pytest.mark.parametrize('options', INFINI_OPTIONS.values(), ids=INFINI_OPTIONS.keys())
 def test_windows_equal_the_definition(options, segments_per_pass):
     """Ragged rows (prefixes, holes, nothing), outputs, memories, and gradients of the loss."""
     model, x, mask = make_infini(**options), ids(5, 23), ragged()
     if not model.parallel_segments:
-        if segments_per_pass > 1:
+        if segments_per_pass != 3:
             return
         segments_per_pass = None
     wrapper = InfiniTransformerWrapper(model, LENGTH, segments_per_pass=segments_per_pass)

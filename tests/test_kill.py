@@ -12,7 +12,6 @@ import train_enwik8
 from benchmarks.kill import kill_and_compare
 from segment_recurrence_pytorch import run_folder, trainer
 from segment_recurrence_pytorch.metrics import MetricsLog
-from tests.ranks import LONG
 from tests.script import main, metrics, steps, train, without_clock
 
 MOMENTS = {
@@ -71,7 +70,8 @@ def test_killed_at_each_moment(at_work, moment):
     assert {path.name for path in Path('runs').iterdir()} == {'rmt', 'infini', 'a'}
 
 
-@pytest.mark.parametrize('ranks', [1, 2] if LONG else [2])
+@pytest.mark.long
+@pytest.mark.parametrize('ranks', [1, 2])
 def test_two_kills_at_random_moments(tmp_path, ranks):
     """The same with real processes and the real presets: what `python -m benchmarks.kill` does more often."""
     found = kill_and_compare('rmt', kills=2, steps=5, folder=tmp_path, ranks=ranks)

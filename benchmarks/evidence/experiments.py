@@ -187,7 +187,7 @@ _experiments = [
         rows=[RMT_BYTES, MEMORIZE],
         arms={'none': {}} | {extra: {'extra': extra} for extra in EXTRAS},
     ),
-    # with the start before, 127 steps with streams took as long as 300 without, over five seeds
+    # with earlier initial weights, 127 steps with streams took as long as 300 without, over five seeds
     Experiment(
         name='extras_time',
         question='What is better at equal steps and slower: is it better at equal time?',

@@ -223,7 +223,10 @@ def defaults_section(folder: Path) -> list[str]:
     ]
     head = ['model', 'segments of', 'steps', 'with the defaults']
     if starts:
-        parts += [(folder / 'starts.md').read_text(), table([*head, 'with the start before', 'gain', 'seeds'], starts)]
+        parts += [
+            (folder / 'starts.md').read_text(),
+            table([*head, 'with the earlier weights', 'gain', 'seeds'], starts),
+        ]
     if gains:
         parts += [(folder / 'gains.md').read_text(), table([*head, 'twin without memory', 'gain', 'seeds'], gains)]
     return parts
