@@ -5,12 +5,12 @@
     python -m benchmarks.search 'infini bytes-64 400 emb=.1 out=.1 memory_rule=deltanet gates=token gate_lr=1'
     python -m benchmarks.search --show
 
-Each argument is one run: the model, the trial (memorize, copy, pairs, or bytes- with the length of a segment), the
-seed, the start, and options. The start is 'default', as the library has it now; 'library', as it had it before the
-search, or 'private', with which the page of results was trained then (both without a rate of their own for embeddings);
-or standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens) are absolute;
-those of qk, v, ffin and out (queries and keys, values, input and output of a block) are multiples of fan_in^-0.5.
-Options are arguments of the model, or
+Each argument is one run: the model, the trial (memorize, copy, pairs, associative, or bytes- with the length of a
+segment), the seed, the start, and options. The start is 'default', as the library has it now; 'library', as it had it
+before the search, or 'private', with which the page of results was trained then (both without a rate of their own for
+embeddings); or standard deviations. Those of emb (token embeddings), pos (position embeddings) and mem (memory tokens)
+are absolute; those of qk, v, ffin and out (queries and keys, values, input and output of a block) are multiples of
+fan_in^-0.5. Options are arguments of the model, or
 
     blocks=.25    standard deviation, times fan_in^-0.5, of the outputs of blocks, instead of the library's .1
     twin=1        bytes without memory: each segment starts a text
@@ -304,6 +304,17 @@ def learn_pairs(spec: dict[str, Any]) -> dict[str, Any]:
     return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 4, 6))}
 
 
+def learn_associative(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains as the row rmt_associative does, and returns the accuracy at several numbers of segments."""
+    task = AssociativeRetrieval()
+    spec = {**spec, 'options': {'qk_norm': True, **spec.get('options', {})}}
+    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
+    rates, name = groups(spec, wrapper.model, 3e-3), f'{spec["model"]}, associative, seed {spec["seed"]}'
+    made = train(wrapper, task, rates, stages=[3, 4, 5], steps=spec['steps'], seed=spec['seed'], name=name)
+    passed = {f'{stage}': step for stage, step in made.reached.items()}
+    return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 3, 4, 5))}
+
+
 def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     """Returns the accuracy at several numbers of segments, each on new sequences."""
     found = {}
@@ -344,7 +355,7 @@ def parsed(text: str, steps: int | None) -> dict[str, Any]:
         [start] = [word for word in words if word in ('default', 'library', 'private')]
     options = {name: value if value.islower() else ast.literal_eval(value) for name, value in named.items()}
     options = {name: value for name, value in options.items() if name not in START}
-    default = {'memorize': 1000, 'copy': 1200, 'pairs': 1000}.get(trial, 800)
+    default = {'memorize': 1000, 'copy': 1200, 'pairs': 1000, 'associative': 4500}.get(trial, 800)
     spec = {'model': model, 'trial': trial, 'seed': int(seed), 'steps': steps or default, 'start': start}
     return spec | ({'options': options} if options else {})
 
@@ -373,6 +384,8 @@ def main() -> None:
             found = learn_copy(spec)
         elif spec['trial'] == 'pairs':
             found = learn_pairs(spec)
+        elif spec['trial'] == 'associative':
+            found = learn_associative(spec)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
         line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
