@@ -173,8 +173,8 @@ def retrofits() -> str:
         lines.append([name, *cells, f'{mean(change):+.3f}', len(found)])
     guess = [short(mean(run['memorize']['curve'][length] for run in plain.values())) for length in ('5', '64')]
     lines.append(['unmodified', *guess, '', len(plain) // 2])
-    head = 'model | remembered after 5 segments | after 64 | change in bits per byte against the unmodified model (below 0: better) | seeds'
-    return table(head, lines)
+    bits = 'change in bits per byte against the unmodified model (below 0: better)'
+    return table(f'model | remembered after 5 segments | after 64 | {bits} | seeds', lines)
 
 
 # how fast it is
@@ -210,7 +210,9 @@ def speed_generation() -> str:
     lines = [[f'{names[row["model"]]}, {row["segment_length"]}', *(row[f'{what}_{how}'] for what in
               ('times_faster', 'batch') for how in ('eager', 'compiled'))]
              for row in read('generation')['tokens']]  # fmt: skip
-    return table('model, segment | times faster, ours eager | ours compiled | batch of 16, eager | batch of 16, compiled', lines)
+    return table(
+        'model, segment | times faster, ours eager | ours compiled | batch of 16, eager | batch of 16, compiled', lines
+    )
 
 
 def both(values: Any) -> str:
@@ -321,6 +323,35 @@ def against_full(question: str) -> str:
     lengths = sorted({length for _, length in seconds if all((name, length) in seconds for name in (full, *lines))})
     cells = [[name, *(f'{seconds[full, n] / seconds[name, n]:.2f}' for n in lengths)] for name in lines]
     return table(' | '.join(['times faster than full attention at', *(f'{n:,}' for n in lengths)]), cells)
+
+
+@number
+def crossing_decoding_rmt() -> str:
+    return crossing('RMT', 'decoding')
+
+
+@number
+def crossing_decoding_infini() -> str:
+    return crossing('Infini', 'decoding')
+
+
+@number
+def far_decoding() -> str:
+    points = [point for point in read('full_attention_long')['decoding'] if point['tokens'] == 2**20]
+    seconds = {point['model']: point['seconds'] for point in points}
+    return ' and '.join(f'{seconds["full attention"] / seconds[name]:.0f} ({name})' for name in ('RMT', 'Infini'))
+
+
+@number
+def full_slopes() -> str:
+    """What a token costs far away, as multiples of one at 16,384 tokens."""
+    found = read('full_attention_long')['slopes']
+    asked = {'reading': 'eager', 'decoding': 'eager', 'training': 'replay'}
+    lines = []
+    for model in ('RMT', 'Infini', 'Infini, delta rule'):
+        slopes = [found[question][f'{model}, {how}, float32'] for question, how in asked.items()]
+        lines.append([model, *(f'{each["times"]} (at {each["to"]:,})' for each in slopes)])
+    return table('times the cost of a token at 16,384 | reading | a new token | training with replay', lines)
 
 
 @number
