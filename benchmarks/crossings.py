@@ -36,6 +36,11 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         return f'{self.model}, {self.mode}, {self.dtype}'
 
+    @property
+    def short(self) -> str:
+        """What a page calls it that has one dtype."""
+        return f'{self.model}, {self.mode}'.removesuffix(', eager')
+
 
 def curve(points: list[dict[str, Any]], line: Line, field: str = 'seconds') -> dict[int, float]:
     """Returns a field of the points of a line by length, in order."""
@@ -120,11 +125,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         results: the points by question.
 
     Returns:
-        extrapolated: what `beyond` returned, by question, line and field.
         crossings: what `crossing` returned, by question, line and field.
         slopes: how many times the time of a token at 16,384 one at the longest length takes, by question and line.
     """
-    extrapolated: dict[str, dict[str, dict[int, float]]] = {}
     crossings: dict[str, dict[str, Any]] = {}
     slopes: dict[str, dict[str, Any]] = {}
     for question, fields in QUESTIONS.items():
@@ -141,14 +144,10 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
                 continue
             for field in fields:
                 full = curve(points, standard(question, line.dtype), field)
-                more = beyond(points, question, line.dtype, field)
-                if more:
-                    extrapolated.setdefault(question, {})[f'{standard(question, line.dtype)}, {field}'] = {
-                        n: float(f'{value:.4g}') for n, value in more.items()
-                    }
-                found = crossing(curve(points, line, field), {**full, **more}, max(full, default=0))
+                known = {**full, **beyond(points, question, line.dtype, field)}
+                found = crossing(curve(points, line, field), known, max(full, default=0))
                 crossings.setdefault(question, {})[f'{line}, {field}'] = found
-    return {'extrapolated': extrapolated, 'crossings': crossings, 'slopes': slopes}
+    return {'crossings': crossings, 'slopes': slopes}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -219,7 +218,7 @@ def plot(files: Sequence[Path], folder: Path) -> list[Path]:
                 axes.plot(
                     list(drawn), [n / value if rate else unit * value for n, value in drawn.items()],
                     STYLES[line.mode], color=COLORS[line.model], markersize=5, linewidth=1.6 if same else 0.8,
-                    label=f'{line.model}, {line.mode}'.removesuffix(', eager') if same else str(line),
+                    label=line.short if same else str(line),
                     markerfacecolor=None if same else 'white',
                 )  # fmt: skip
             more = beyond(points, question, main, field)

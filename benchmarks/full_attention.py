@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks.crossings import FULL, QUESTIONS, Line, curve, plot, report, summary
 from benchmarks.full_transformer import FullTransformer, KVCache
-from benchmarks.interleave import Worker, interleaved_medians, serve
+from benchmarks.interleave import Worker, interleaved_medians, machine, serve
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
@@ -354,11 +353,9 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.quick:
             SIZES.update(SMALL)
             torch.set_num_threads(1)  # all is small, and runs in this process
-        named = {'--device cuda': device == 'cuda', '--long': arguments.long, '--quick': arguments.quick}
-        command = ' '.join(['python -m benchmarks.full_attention', *(name for name, given in named.items() if given)])
         about: dict[str, Any] = {
-            'command': command, 'machine': platform.machine(),
-            'cpus': os.cpu_count(), 'python': platform.python_version(), 'torch': torch.__version__,
+            'command': ' '.join(['python -m benchmarks.full_attention', *sys.argv[1:]]), **machine(),
+            'torch': torch.__version__,
             'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu', 'sizes': SIZES, 'segments': SEGMENTS,
             'threads': arguments.threads,
         }  # fmt: skip

@@ -161,6 +161,7 @@ def main(repetitions: int, quick: bool) -> None:
     from benchmarks.interleave import write_results
 
     repetitions, long = (1, 2048) if quick else (repetitions, LONG)
+    few = 1 if quick else max(3, repetitions // 2)
     ours = ('eager',) if quick else ('eager', 'compiled')
     tokens = []
     for model, length in SEGMENTS:
@@ -187,12 +188,12 @@ def main(repetitions: int, quick: bool) -> None:
         positions[model] = {'time_ratio': round(medians['far'] / medians['near'], 3), 'megabytes_more': round(grown, 1)}
         print(f'{model}: a token at {long:,} against 1,024: {positions[model]}', flush=True)
         rows = {how: f'segment {model} {length} {2 * length} {BATCH} {how}' for how in ('aligned', 'ragged')}
-        medians, _ = compare(rows, 1 if quick else max(3, repetitions // 2))
+        medians, _ = compare(rows, few)
         ragged[model] = round(medians['ragged'] / medians['aligned'], 2)
         print(f'{model}: rows of different lengths cost {ragged[model]} times aligned ones', flush=True)
         medians, _ = compare(
             {how: f'prompt {model} {length} {long} 1 {how}' for how in ('read', 'evaluation')},
-            1 if quick else max(3, repetitions // 2),
+            few,
         )
         prompts[model] = round(medians['evaluation'] / medians['read'], 2)
         print(f'{model}: a prompt is read at {prompts[model]} times the speed of an evaluation', flush=True)

@@ -8,11 +8,12 @@ It runs `wrapper(seq, backward=True)` on one sequence, with dim 64, depth 2, hea
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
 import time
+
+from benchmarks.interleave import quick_parser, write_results
 
 LENGTHS = (65_536, 1_048_576)
 
@@ -41,8 +42,6 @@ def main(quick: bool) -> None:
     Args:
         quick: whether short texts are enough, and nothing is written.
     """
-    from benchmarks.interleave import write_results
-
     rows = {}
     for length in (length // 64 if quick else length for length in LENGTHS):
         command = [sys.executable, '-m', 'benchmarks.infini_million', '--length', str(length)]
@@ -56,8 +55,7 @@ def main(quick: bool) -> None:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    parser = quick_parser(__doc__)
     parser.add_argument('--length', type=int, help='only print what one length takes: megabytes, of the input, seconds')
     arguments = parser.parse_args()
     worker(arguments.length) if arguments.length else main(arguments.quick)

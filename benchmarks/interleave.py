@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -115,6 +116,11 @@ def quick_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def machine() -> dict[str, Any]:
+    """Returns what a JSON says of the machine."""
+    return {'machine': platform.machine(), 'cpus': os.cpu_count(), 'python': platform.python_version()}
+
+
 def write_results(script: str, results: dict, quick: bool = False) -> None:
     """Writes results/SCRIPT.json beside the benchmarks, with the command and the machine.
 
@@ -125,9 +131,8 @@ def write_results(script: str, results: dict, quick: bool = False) -> None:
     """
     if quick:
         return
-    machine = {'machine': platform.machine(), 'cpus': os.cpu_count(), 'python': platform.python_version()}
     path = Path(__file__).parent / 'results' / f'{Path(script).stem}.json'
     path.parent.mkdir(exist_ok=True)
     command = f'python -m benchmarks.{Path(script).stem}'
-    path.write_text(json.dumps({'command': command, **machine, **results}, indent=2) + '\n')
+    path.write_text(json.dumps({'command': command, **machine(), **results}, indent=2) + '\n')
     print(f'wrote {path.relative_to(ROOT)}')

@@ -12,7 +12,6 @@ too, also reports milliseconds, and waits for the device before and after each f
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from benchmarks.interleave import write_results
+from benchmarks.interleave import quick_parser, write_results
 from infini_transformer_pytorch.memory import affine_scan
 
 SEGMENTS, BATCH, HEADS, FEATURES, REPETITIONS = (16, 64, 256), 2, 4, 64, 9
@@ -128,9 +127,8 @@ def measured(
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description='The scan over segments in several forms.')
+    parser = quick_parser(__doc__)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='where it runs. Default: cpu')
-    parser.add_argument('--quick', action='store_true', help='few segments, twice, and no file')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(arguments.device)

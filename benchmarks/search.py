@@ -267,52 +267,26 @@ def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[st
     return made
 
 
-def memorize(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains on Memorize, and returns the step at which each stage was reached, and the accuracy at several lengths."""
-    task = Memorize()
+def learn(
+    spec: dict[str, Any],
+    task: Task,
+    *,
+    lr: float,
+    stages: Sequence[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    **defaults: Any,
+) -> dict[str, Any]:
+    """Trains on a task of the page, and returns the step at which each stage was reached, and the accuracy at several
+    lengths. `defaults` are options of the model that the run may have otherwise."""
+    spec = {**spec, 'options': defaults | spec.get('options', {})}
     wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    reached = train(
-        wrapper,
-        task,
-        groups(spec, wrapper.model, LR),
-        stages=[1, 2, 3, 4, 5],
-        steps=spec['steps'],
-        seed=spec['seed'],
-        name=f'{spec["model"]}, memorize, seed {spec["seed"]}',
-    ).reached
-    return {'passed': {f'{stage}': step for stage, step in reached.items()}, 'acc': curve(wrapper, task, spec['seed'])}
-
-
-def learn_copy(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains on Copy with 3, 6 and 9 segments and 8 memory tokens, and returns the accuracy at each."""
-    task = Copy()
-    spec = {**spec, 'options': {'num_memory_tokens': 8, **spec.get('options', {})}}
-    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    rates, name = groups(spec, wrapper.model, 2e-3), f'{spec["model"]}, copy, seed {spec["seed"]}'
-    train(wrapper, task, rates, stages=[3, 6, 9], steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
-    return {'acc': curve(wrapper, task, spec['seed'], (3, 6, 9))}
-
-
-def learn_pairs(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains on pairs of keys and values, two a segment, and returns the accuracy at several numbers of segments."""
-    task = AssociativeRetrieval(pairs_per_segment=2)
-    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    rates = groups(spec, wrapper.model, spec.get('options', {}).get('lr', 2e-3))
-    name, stages = f'{spec["model"]}, pairs, seed {spec["seed"]}', [2, 3, 4, 5, 6]
-    made = train(wrapper, task, rates, stages=stages, steps=spec['steps'], batch_size=64, seed=spec['seed'], name=name)
+    rates, name = groups(spec, wrapper.model, lr), f'{spec["model"]}, {spec["trial"]}, seed {spec["seed"]}'
+    made = train(
+        wrapper, task, rates, stages=stages, steps=spec['steps'], batch_size=batch_size, seed=spec['seed'], name=name
+    )
     passed = {f'{stage}': step for stage, step in made.reached.items()}
-    return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 4, 6))}
-
-
-def learn_associative(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains as the row rmt_associative does, and returns the accuracy at several numbers of segments."""
-    task = AssociativeRetrieval()
-    spec = {**spec, 'options': {'qk_norm': True, **spec.get('options', {})}}
-    wrapper = make(spec, task.num_tokens, task.segment_length, dim=64)
-    rates, name = groups(spec, wrapper.model, 3e-3), f'{spec["model"]}, associative, seed {spec["seed"]}'
-    made = train(wrapper, task, rates, stages=[3, 4, 5], steps=spec['steps'], seed=spec['seed'], name=name)
-    passed = {f'{stage}': step for stage, step in made.reached.items()}
-    return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], (2, 3, 4, 5))}
+    return {'passed': passed, 'acc': curve(wrapper, task, spec['seed'], lengths)}
 
 
 def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
@@ -379,13 +353,16 @@ def main() -> None:
             continue
         began = time.process_time()
         if spec['trial'] == 'memorize':
-            found = memorize(spec)
+            found = learn(spec, Memorize(), lr=LR, stages=[1, 2, 3, 4, 5], lengths=LENGTHS, batch_size=32)
         elif spec['trial'] == 'copy':
-            found = learn_copy(spec)
+            sizes = [3, 6, 9]
+            found = learn(spec, Copy(), lr=2e-3, stages=sizes, lengths=sizes, batch_size=64, num_memory_tokens=8)
         elif spec['trial'] == 'pairs':
-            found = learn_pairs(spec)
-        elif spec['trial'] == 'associative':
-            found = learn_associative(spec)
+            task, lr = AssociativeRetrieval(pairs_per_segment=2), spec.get('options', {}).get('lr', 2e-3)
+            found = learn(spec, task, lr=lr, stages=[2, 3, 4, 5, 6], lengths=[2, 4, 6], batch_size=64)
+        elif spec['trial'] == 'associative':  # as the row rmt_associative
+            task, sizes = AssociativeRetrieval(), [3, 4, 5]
+            found = learn(spec, task, lr=3e-3, stages=sizes, lengths=[2, *sizes], batch_size=32, qk_norm=True)
         else:
             found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
         line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})

@@ -9,11 +9,12 @@ tokens of a segment, as they were held before; 'parts' is what the library does.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
 import time
+
+from benchmarks.interleave import quick_parser, write_results
 
 ROWS, SEGMENT, SEGMENTS, VOCABULARY = 4, 1024, 8, 50_000
 ARMS = ('parts', 'whole')
@@ -47,8 +48,6 @@ def main(quick: bool) -> None:
     Args:
         quick: whether a small vocabulary is enough, and nothing is written.
     """
-    from benchmarks.interleave import write_results
-
     rows = {}
     for arm in ARMS:
         command = [sys.executable, '-m', 'benchmarks.vocabulary', '--arm', arm, *(['--quick'] if quick else [])]
@@ -67,8 +66,7 @@ def main(quick: bool) -> None:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    parser = quick_parser(__doc__)
     parser.add_argument('--arm', choices=ARMS, help='only print what one arm takes: megabytes, loss, seconds')
     arguments = parser.parse_args()
     vocabulary = VOCABULARY // 50 if arguments.quick else VOCABULARY

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.crossings import curve, lines_of, standard  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 
 MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
@@ -306,8 +307,8 @@ def speed_summary() -> str:
 
 def crossing(model: str, question: str = 'training') -> str:
     """Returns the length from which on a model takes less time than full attention."""
-    how = 'one graph' if question == 'training' else 'eager'
-    found = read('full_attention')['crossings'][question][f'{model}, {how}, float32, seconds']
+    line = standard(question, 'float32')._replace(model=model)
+    found = read('full_attention')['crossings'][question][f'{line}, seconds']
     if found is None:
         return 'no length that was measured'
     return f'{found["tokens"]:,} tokens'
@@ -315,13 +316,12 @@ def crossing(model: str, question: str = 'training') -> str:
 
 def against_full(question: str) -> str:
     """Returns how many times faster than full attention each line is, by length."""
-    found = read('full_attention')[question]
-    seconds = {(f'{point["model"]}, {point["mode"]}'.removesuffix(', eager'), point['tokens']): point['seconds']
-               for point in found if point['dtype'] == 'float32'}  # fmt: skip
-    full = 'full attention, one graph' if question == 'training' else 'full attention'
-    lines = [name for name in dict.fromkeys(name for name, _ in seconds) if name != full]
-    lengths = sorted({length for _, length in seconds if all((name, length) in seconds for name in (full, *lines))})
-    cells = [[name, *(f'{seconds[full, n] / seconds[name, n]:.2f}' for n in lengths)] for name in lines]
+    points = read('full_attention')[question]
+    full = curve(points, standard(question, 'float32'))
+    lines = [line for line in lines_of(points) if line.dtype == 'float32' and line != standard(question, 'float32')]
+    curves = {line.short: curve(points, line) for line in lines}
+    lengths = [n for n in full if all(n in seconds for seconds in curves.values())]
+    cells = [[name, *(f'{full[n] / seconds[n]:.2f}' for n in lengths)] for name, seconds in curves.items()]
     return table(' | '.join(['times faster than full attention at', *(f'{n:,}' for n in lengths)]), cells)
 
 

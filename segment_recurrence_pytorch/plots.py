@@ -31,7 +31,7 @@ def plot_losses(folder: Path, levels: dict[str, float], beside: Sequence[Run] = 
     for (name, value), style in zip(levels.items(), ('-', ':', '--', '-.'), strict=False):
         color = 'tab:blue' if name == 'validation' else 'gray'
         axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
-    tops += _plot_runs(axes, beside, first_color=1)
+    tops += _plot_runs(axes, beside, first_color=1, raw=False)
     axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name)
     axes.set_ylim(top=1.05 * max(tops))
     axes.legend()
@@ -54,12 +54,12 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
     _write(figure, path)
 
 
-def _plot_runs(axes: Axes, runs: Sequence[Run], first_color: int = 0) -> list[float]:
+def _plot_runs(axes: Axes, runs: Sequence[Run], first_color: int = 0, raw: bool = True) -> list[float]:
     """Draws runs, and returns the highest values that the axes have to show."""
     tops = []
     for i, run in enumerate(runs, first_color):
         label = f'{run.folder.name}, validation {run.validation:.3f}'
-        tops += [_plot_losses_of(axes, run.folder, label, f'C{i}', raw=not first_color), run.validation]
+        tops += [_plot_losses_of(axes, run.folder, label, f'C{i}', raw), run.validation]
         axes.axhline(run.validation, color=f'C{i}', linewidth=1)
     return tops
 

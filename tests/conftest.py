@@ -20,8 +20,6 @@ if hasattr(signal, 'SIGHUP'):
 
 # what takes longest begins first, so that no worker ends alone with it
 LONGEST = ('test_cuda_path', 'test_distributed', 'test_kill', 'test_train_ranks')
-
-
 # `make test-long`: more cases, many processes in every number of them, and kills of real processes
 LONG = os.environ.get('LONG_TESTS') == '1'
 

@@ -32,9 +32,12 @@ LENGTH = 6  # of a segment
 
 def families(cases):
     """Parameters of a test: the name of a family, and of its attention or ''."""
-    few = [case for case in cases if case in [(name, '') for name in FEW]]
-    marks = {case: () if case in few else pytest.mark.long for case in cases}
-    given = [pytest.param(*case, id=' '.join(case).strip(), marks=marks[case]) for case in cases]
+    given = [
+        pytest.param(
+            *case, id=' '.join(case).strip(), marks=() if case in [(name, '') for name in FEW] else pytest.mark.long
+        )
+        for case in cases
+    ]
     return pytest.mark.parametrize(('name', 'attention'), given)
 
 

@@ -42,8 +42,7 @@ def case(*numbers, long=False):
 
 def cases(module, ranks: int) -> list[str]:
     """The names of the cases for one number of processes, in the order of the file."""
-    numbers = {name: each.numbers for name, each in vars(module).items() if hasattr(each, 'numbers')}
-    return [name for name, each in numbers.items() if ranks in each]
+    return [name for name, each in vars(module).items() if ranks in getattr(each, 'numbers', ())]
 
 
 def once(module, tmp_path_factory, config, prepare=lambda folder: None):
