@@ -35,9 +35,6 @@ NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoint
 GATE_START = 3.0
 # initial bias of the decay: a token keeps sigmoid(8) = 0.9997 of the memory, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0
-# Initial bias of the strength with the rule deltanet: a token writes sigmoid(-2) = 0.12 of itself. If it wrote half,
-# the tokens of the next segment would overwrite what a model has to learn to keep (benchmarks/search.py)
-STRENGTH_BIAS = -2.0
 # a map of `mem_transform` starts as the identity plus exp(-6) = 0.0025 in each entry (kv_proj: divided by dim_head)
 TRANSFORM_START = -6.0
 

@@ -29,7 +29,7 @@ from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, STRENGTH_BIAS, LayerMemory, empty_memories
+from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, LayerMemory, empty_memories
 from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
@@ -51,6 +51,10 @@ from segment_recurrence_pytorch.state import copied
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Initial bias of the strength with the rule deltanet: a token writes sigmoid(-2) = 0.12 of itself, with which
+# docs/pretrained.md was measured. Models of the library start at one half
+STRENGTH_BIAS = -2.0
 
 
 def add_infini_attention(

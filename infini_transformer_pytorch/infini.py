@@ -25,7 +25,6 @@ from infini_transformer_pytorch.attention import (
     DECAY_BIAS,
     GATE_START,
     NORM_EPS,
-    STRENGTH_BIAS,
     CachedKV,
     InfiniAttention,
     LayerMemory,
@@ -291,13 +290,11 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`, of strengths `STRENGTH_BIAS`."""
+        """See `SegmentTransformer.init_weights`. Biases of decays are `DECAY_BIAS`."""
         super().init_weights()
         for name, parameter in self.named_parameters():
             if name.endswith('to_decay.bias'):
                 nn.init.constant_(parameter, DECAY_BIAS)
-            elif name.endswith('to_strength.bias'):
-                nn.init.constant_(parameter, STRENGTH_BIAS)
 
     def forward(
         self,

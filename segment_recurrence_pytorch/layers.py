@@ -407,8 +407,7 @@ def init_linear(name: str, weight: Tensor, *, value_features: int) -> None:
         value_features: number of the last outputs that are values, if the layer makes keys and values.
     """
     std = weight.shape[1] ** -0.5
-    factor = OUTPUT if name.endswith(('to_out.weight', 'proj_out.weight')) else SOFT
-    nn.init.normal_(weight, std=std if name.endswith('proj_in.weight') else factor * std)
+    nn.init.normal_(weight, std=std * (OUTPUT if name.endswith(('to_out.weight', 'proj_out.weight')) else SOFT))
     if name.endswith(('to_kv.weight', 'to_qkv.weight')):
         nn.init.normal_(weight[-value_features:], std=std)
 
@@ -467,8 +466,8 @@ class SegmentTransformer(SegmentModel):
         """Gives the parameters their initial values. The constructor of a model calls it.
 
         Matrices are normal. Token embeddings have std dim ** -0.5, position embeddings 0.02. Linear layers have
-        fan_in ** -0.5 times a factor: 1 for values and for the first layer of a feed-forward, 0.1 for the layers that
-        write to the residual stream, and 3 ** -0.5, as PyTorch's own start, for all others: queries, keys, logits, and
+        fan_in ** -0.5 times a factor: 1 for values, 0.1 for the layers that write to the residual stream, and
+        3 ** -0.5, as PyTorch's own start, for all others: queries, keys, the first layer of a feed-forward, logits, and
         what a subclass adds to a block. Biases are 0. Gains and gates keep the values that their constructors gave
         them, and so does what stands outside embeddings, blocks and logits.
 

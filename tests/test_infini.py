@@ -505,15 +505,15 @@ def test_initial_weights():
     queries, keys, values = model.layers[0].attn.to_qkv.weight.split((128, 64, 64))
     ff, unit = model.layers[1].ff, 128**0.5
     soft = [queries, keys, model.layers[0].attn.to_strength.weight, model.layers[0].attn.to_decay.weight]
-    for weight in [*soft, model.logits.weight]:
+    for weight in [*soft, ff.proj_in.weight, model.logits.weight]:
         assert weight.std().item() * unit == pytest.approx(3**-0.5, rel=0.15)
-    for weight in (values, ff.proj_in.weight, model.token_emb.weight):
+    for weight in (values, model.token_emb.weight):
         assert weight.std().item() * unit == pytest.approx(1, rel=0.05)
     for weight in (model.layers[0].attn.to_out.weight, ff.proj_out.weight):
         assert weight.std().item() * weight.shape[1] ** 0.5 == pytest.approx(0.1, rel=0.05)
     assert not ff.proj_in.bias.any()
     assert model.layers[0].attn.to_decay.bias.tolist() == [8.0, 8.0]
-    assert model.layers[0].attn.to_strength.bias.tolist() == [-2.0, -2.0]
+    assert model.layers[0].attn.to_strength.bias.tolist() == [0.0, 0.0]
     assert model.layers[0].attn.fastweight_mem.head_gates.tolist() == [3.0] * 4
     assert model(ids(2, 32)).logits.std() < 1  # no token is preferred: the first loss is that of guessing
 
