@@ -21,7 +21,7 @@ def worker(name: str) -> None:
     """Serves training steps of one package.
 
     Args:
-        name: two words: the tokens of a segment, and the memory rule ('delta' or 'linear').
+        name: three words: the tokens of a segment, the memory rule ('delta' or 'linear'), and the tokens of a text.
     """
     import torch
     from interleave import serve
@@ -38,10 +38,10 @@ def worker(name: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    length, rule = name.split()
+    length, rule, total = name.split()
     model = InfiniTransformer(**SIZES, use_mem_delta_rule=rule == 'delta')
     wrapper = InfiniTransformerWrapper(model, segment_length=int(length))
-    tokens = torch.randint(0, SIZES['num_tokens'], (BATCH, TOKENS + 1))
+    tokens = torch.randint(0, SIZES['num_tokens'], (BATCH, int(total) + 1))
 
     def step():
         wrapper.zero_grad()
@@ -58,13 +58,13 @@ def main(repetitions: int, quick: bool) -> None:
 
     Args:
         repetitions: number of steps of each package that count.
-        quick: whether one step is enough, and nothing is written.
+        quick: whether one step with a quarter of the tokens is enough, and nothing is written.
     """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
     rows = []
     for length, rule in [*((length, 'delta') for length in SEGMENT_LENGTHS), (32, 'linear')]:
-        name = f'{length} {rule}'
+        name = f'{length} {rule} {TOKENS // 4 if quick else TOKENS}'
         workers = {
             'ours': Worker(sys.executable, __file__, name, ours=True),
             'published': Worker(PEER_PYTHON, __file__, name, ours=False),
@@ -73,7 +73,7 @@ def main(repetitions: int, quick: bool) -> None:
         medians = interleaved_medians(workers, *(1, 0) if quick else (repetitions,))
         times = round(medians['published'] / medians['ours'], 2)
         rows.append({'segment_length': length, 'rule': rule, 'times_faster': times, 'operations': operations})
-        print(f'{name:12} {times:5.2f} times faster; operations dispatched {operations}', flush=True)
+        print(f'{name:15} {times:5.2f} times faster; operations dispatched {operations}', flush=True)
     write_results(__file__, {'sizes': SIZES, 'batch': BATCH, 'tokens': TOKENS, 'rows': rows}, quick)
 
 

@@ -299,11 +299,11 @@ def curve(wrapper: SegmentWrapper, task: Task, seed: int, lengths: Sequence[int]
     return found
 
 
-def learn_bytes(spec: dict[str, Any], segment_length: int) -> dict[str, Any]:
+def learn_bytes(spec: dict[str, Any], segment_length: int, device: str) -> dict[str, Any]:
     """Trains on bytes of the default corpus, and returns the bits per byte of held-out ones."""
     corpus, seed, steps = python_source(), spec['seed'], spec['steps']
     dim = spec.get('options', {}).get('dim', 96)
-    wrapper = make(spec, 256, segment_length, dim=dim)
+    wrapper = make(spec, 256, segment_length, dim=dim).to(device)
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(seed)).tolist()
     length = max(128, 2 * segment_length if segment_length >= 128 else segment_length)
     streams = Streams([corpus.train[i] for i in order], 16, length, loop=True)
@@ -344,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN')
     parser.add_argument('--steps', type=int, help='default 1,000 of memorize and pairs, 1,200 of copy, 800 of bytes')
+    parser.add_argument('--device', default='cpu', help='where the bytes are learned (default: %(default)s)')
     parser.add_argument('--show', action='store_true', help='print all runs')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -364,7 +365,7 @@ def main() -> None:
             task, sizes = AssociativeRetrieval(), [3, 4, 5]
             found = learn(spec, task, lr=3e-3, stages=sizes, lengths=[2, *sizes], batch_size=32, qk_norm=True)
         else:
-            found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')))
+            found = learn_bytes(spec, int(spec['trial'].removeprefix('bytes-')), arguments.device)
         line = json.dumps({'spec': spec, **found, 'cpu': round(time.process_time() - began)})
         print(line, flush=True)
         with open(RUNS, 'a') as file:

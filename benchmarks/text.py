@@ -1,7 +1,8 @@
 """What a memory is worth on text: segment transformers with and without memory, and full attention, on equal bytes.
 
     python -m benchmarks.text                          # trains all runs that have no result yet: hours on a CPU
-    python -m benchmarks.text rmt-64-0 --device cuda   # one run: arm, length of a segment, seed
+    python -m benchmarks.text --device cuda --processes 15          # the same on a GPU, many at once: minutes
+    python -m benchmarks.text rmt-64-0                 # one run: arm, length of a segment, seed
     python -m benchmarks.text --times                  # how long a training step of each arm takes, against the first
     python -m benchmarks.text --quick                  # all at reduced size, into a scratch folder
 
@@ -11,9 +12,11 @@ Rules: results/text/rules.md. The page of results has the tables and plots (`mak
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.evidence.results import write
+from benchmarks.at_once import at_once
+from benchmarks.evidence.results import digest_of_start, write
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
@@ -75,6 +79,27 @@ def stepping(wrapper: SegmentWrapper, schedule: Callable[[int], float]) -> Train
     return TrainingStep(wrapper, wrapper.model.param_groups(LR, 0.01), betas=(0.9, 0.95), schedule=schedule)
 
 
+def start_of(arm: str, length: int) -> str:
+    """Returns a digest of the initial weights of an arm: a result that has another one is of an earlier library."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return digest_of_start(build(arm, length).model)
+
+
+def stored(folder: Path, arm: str, length: int, seed: int) -> dict[str, Any] | None:
+    """Returns the result of a run of the library as it is, if there is one, else None.
+
+    Args:
+        folder: the folder of the results.
+        arm: a name of `LABELS`.
+        length: number of bytes of a segment.
+        seed: the seed.
+    """
+    path = folder / f'{arm}-{length}-{seed}.json'
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get('start') == start_of(arm, length) else None
+
+
 def has_memory(arm: str) -> bool:
     """Returns whether an arm carries a state from segment to segment."""
     return arm not in ('segments', 'full')
@@ -111,7 +136,8 @@ def train(arm: str, length: int, seed: int, device: str, steps: int, held_out: i
             began = time.perf_counter()
     losses, counts = by_position(wrapper, valid, has_memory(arm), overlap=arm == 'full')
     return {
-        'arm': arm, 'segment_length': length, 'seed': seed, 'steps': steps, 'corpus': corpus.name,
+        'arm': arm, 'segment_length': length, 'seed': seed, 'steps': steps, 'start': start_of(arm, length),
+        'corpus': corpus.name,
         'sha256': corpus.sha256, 'parameters': sum(p.numel() for p in wrapper.parameters()), 'device': name_of(device),
         'torch': torch.__version__, 'python': platform.python_version(), 'train_seconds': round(spent),
         'curve': curve, 'bits': round(sum(losses) / sum(counts), 4),
@@ -204,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN', help='arm-length-seed (default: all without a result)')
     parser.add_argument('--device', default='cpu', help='where to train (default: %(default)s)')
+    parser.add_argument('--processes', type=int, default=1, help='number of runs at once (default: %(default)s)')
     parser.add_argument('--times', action='store_true', help='time the training steps on one CPU thread')
     parser.add_argument('--quick', action='store_true', help='20 steps a run, into a scratch folder')
     arguments = parser.parse_args()
@@ -221,12 +248,18 @@ def main() -> None:
     named = {f'{arm}-{length}-{seed}': (arm, length, seed) for arm, length, seed in RUNS}
     if unknown := [name for name in arguments.runs if name not in named]:
         parser.error(f'no run {", ".join(unknown)}: choose from {", ".join(named)}')
-    for name in arguments.runs or named:
-        if not (folder / f'{name}.json').exists():
-            steps, held_out = (20, 16_384) if arguments.quick else (STEPS, 262_144)
-            result = train(*named[name], arguments.device, steps, held_out)
-            write(folder / f'{name}.json', result)
-            print(f'{name}: {result["bits"]:.4f} bits per byte', flush=True)
+    steps, held_out = (20, 16_384) if arguments.quick else (STEPS, 262_144)
+    missing = [name for name in arguments.runs or named if stored(folder, *named[name]) is None]
+    calls = [(*named[name], arguments.device, steps, held_out) for name in missing]
+    failed = []
+    for index, result in at_once(train, calls, arguments.processes):
+        if isinstance(result, Exception):
+            failed.append(f'{missing[index]}: {type(result).__name__}: {result}')
+            continue
+        write(folder / f'{missing[index]}.json', result)
+        print(f'{missing[index]}: {result["bits"]:.4f} bits per byte', flush=True)
+    if failed:
+        sys.exit('\n'.join(['not every run came to its end:', *failed]))
 
 
 if __name__ == '__main__':

@@ -31,7 +31,6 @@ from benchmarks.crossings import curve, lines_of, standard  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 
 MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
-CHECKS = 500  # the seeds of the search from here on check the defaults
 NUMBERS: dict[str, Callable[[], str]] = {}
 
 
@@ -72,16 +71,11 @@ def seeds(count: int) -> str:
 # what the memories learn
 
 
-def checks(model: str, trial: str) -> list[dict[str, Any]]:
-    """Returns the runs that check the defaults of a model, on seeds that were not used to choose them."""
-    runs = map(json.loads, (RESULTS / 'search' / 'runs.jsonl').read_text().splitlines())
-    want = {'model': model, 'trial': trial, 'start': 'default'}
-    return [run for run in runs if run['spec']['seed'] >= CHECKS and want.items() <= run['spec'].items()]
-
-
 def steps_to_learn(model: str) -> str:
     """Returns the range of steps after which a model remembers over 5 segments."""
-    steps = [run['passed']['5'] for run in checks(model, 'memorize')]
+    steps = [result['reached'].get('5') for result in row(f'{model}_defaults')]
+    if not steps or None in steps:
+        return 'not all runs reached it' if steps else 'not measured'
     return f'{min(steps)} to {max(steps)} steps ({seeds(len(steps))})'
 
 
@@ -128,20 +122,10 @@ def copy_rmt() -> str:
     return share_at('rmt_copy', 6)
 
 
-def gains_of(model: str, length: int) -> list[float]:
-    """Returns what a model gains over its twin without memory on each seed that ran: those of the row of the page, and
-    those of the checks of the defaults, which have the same sizes and steps."""
-    name = f'bytes-{length}'
-    runs = [run for run in checks(model, name) if run['spec']['steps'] == 800]
-    bits = {(run['spec']['seed'], bool(run['spec'].get('options'))): run['bits'] for run in runs}
-    seeds_of_twins = [seed for seed, twin in bits if twin and (seed, False) in bits]
-    gains = [bits[seed, True] - bits[seed, False] for seed in seeds_of_twins]
-    return [result['gain'] for result in row(f'{model}_bytes_{length}')] + gains
-
-
 def gain(model: str, length: int) -> str:
-    """Returns the mean gain on text, its bounds where there are several seeds, and their number."""
-    gains = gains_of(model, length)
+    """Returns the mean gain over a twin without memory on text, its bounds where there are several seeds, and their
+    number."""
+    gains = [result['gain'] for result in row(f'{model}_bytes_{length}')]
     if len(gains) < 2:
         return f'{mean(gains):+.3f} bits per byte ({seeds(len(gains))})' if gains else 'not measured'
     low, high = bounds(gains)

@@ -21,7 +21,7 @@ from tests.conftest import close, make_rmt, random_weights
 
 @pytest.mark.parametrize('name', ROWS)
 def test_a_row_trains_evaluates_and_reports(name, tmp_path):
-    evidence.run(ROWS[name], 7, tmp_path, quick=True)
+    assert not evidence.run([evidence.Job(name=name, seed=7)], tmp_path, quick=True)
     result = json.loads((tmp_path / f'{name}-7.json').read_text())
     assert (result['row'], result['seed'], result['quick']) == (name, 7, True)
     if isinstance(ROWS[name], LanguageRow):
@@ -40,11 +40,11 @@ def test_a_row_trains_evaluates_and_reports(name, tmp_path):
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_an_experiment_runs_goes_on_and_reports(name, tmp_path, monkeypatch):
-    evidence.run_experiment(EXPERIMENTS[name], tmp_path, quick=True)
+    assert not evidence.run(evidence.jobs_of(name, quick=True), tmp_path, quick=True)
     before = {path: path.read_text() for path in (tmp_path / 'experiments').iterdir()}
     assert len(before) == len(EXPERIMENTS[name].rows)
     monkeypatch.setattr(evidence, 'run_row', None)  # what is there is not run again
-    evidence.run_experiment(EXPERIMENTS[name], tmp_path, quick=True)
+    assert not evidence.run(evidence.jobs_of(name, quick=True), tmp_path, quick=True)
     assert {path: path.read_text() for path in (tmp_path / 'experiments').iterdir()} == before
     report(tmp_path, tmp_path / 'page' / 'results.md')
     assert EXPERIMENTS[name].question in (tmp_path / 'page' / 'results.md').read_text()
@@ -78,20 +78,47 @@ def test_runs_are_shared_where_the_recipe_is_the_same_and_only_there(tmp_path, m
         started.append(row.name)
         return {'curve': {'2': 0.5}}
 
+    def ask(experiments, quick=True):
+        started.clear()
+        monkeypatch.setattr(evidence, 'EXPERIMENTS', {each.name: each for each in experiments})
+        jobs = [job for each in experiments for job in evidence.jobs_of(each.name, quick)]
+        assert not evidence.run(jobs, tmp_path, quick=quick)
+        for job in jobs:
+            assert job.result(tmp_path)['arm'] == job.arm
+        return started
+
     monkeypatch.setattr(evidence, 'run_row', run_row)
     base = task_row('task', 'infini', Memorize, [2], [2], steps=1)
     first = Experiment(name='first', question='?', rows=[base], arms={'a': {}, 'b': {'memory_rule': 'delta'}})
     second = Experiment(name='second', question='?', rows=[base], arms={'c': {}, 'd': {'memory_decay': False}})
-    evidence.run_experiment(first, tmp_path, quick=True)
-    evidence.run_experiment(second, tmp_path, quick=True)
-    assert started == ['first, task, a', 'first, task, b', 'second, task, d']
+    assert ask([first]) == ['first, task, a', 'first, task, b']
+    assert ask([first, second]) == ['second, task, d']
+    shutil.rmtree(tmp_path / 'experiments')
+    assert ask([second, first]) == ['second, task, c', 'second, task, d', 'first, task, b']  # in one call, too
     for changed in (replace(base, steps=2), replace(base, task=lambda: Memorize(values=3))):
-        started.clear()
-        evidence.run_experiment(replace(first, rows=[changed]), tmp_path, quick=True)
-        assert started == ['first, task, a', 'first, task, b']
-    started.clear()
-    evidence.run_experiment(replace(first, rows=[changed], arms={'a': {}}), tmp_path, quick=False)
-    assert len(started) == len(SEEDS)  # a quick run is no run
+        assert ask([replace(first, rows=[changed])]) == ['first, task, a', 'first, task, b']
+    # a quick run is no run
+    assert len(ask([replace(first, rows=[changed], arms={'a': {}})], quick=False)) == len(SEEDS)
+
+
+def test_several_processes_write_what_one_writes(tmp_path):
+    jobs = [evidence.Job(name='rmt_copy', seed=seed) for seed in (7, 8)]
+    jobs += [evidence.Job(name='gate', base='passkey', arm=arm, seed=7) for arm in ('0', '3')]
+    written = []
+    for processes in (1, 2):
+        folder = tmp_path / f'{processes}'
+        assert not evidence.run(jobs, folder, quick=True, processes=processes)
+        found = [job.result(folder) for job in jobs]
+        written.append([{name: value for name, value in run.items() if 'seconds' not in name} for run in found])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_that_fails_is_named_and_stops_no_other(processes, tmp_path, monkeypatch):
+    jobs = [evidence.Job(name='rmt_copy', seed=seed) for seed in (2**70, 7)]
+    [failed] = evidence.run(jobs, tmp_path, quick=True, processes=processes)
+    assert 'seed=1180591620717411303424' in failed
+    assert [path.name for path in tmp_path.iterdir()] == ['rmt_copy-7.json']
 
 
 def test_an_arm_is_compared_seed_by_seed():
@@ -119,7 +146,7 @@ def test_an_option_is_added_to_results_only_if_it_changes_no_bit(tmp_path):
     for package in ('benchmarks', 'examples', 'segment_recurrence_pytorch', 'recurrent_memory_transformer_pytorch',
                     'infini_transformer_pytorch'):  # fmt: skip
         shutil.copytree(root / package, checkout / package, ignore=shutil.ignore_patterns('results', '__pycache__'))
-    evidence.run(ROWS['rmt_copy'], 7, folder, quick=True)
+    assert not evidence.run([evidence.Job(name='rmt_copy', seed=7)], folder, quick=True)
     path = folder / 'rmt_copy-7.json'
     whole = json.loads(path.read_text())
     older = json.loads(path.read_text())

@@ -1,9 +1,12 @@
 """The benchmark of what a memory buys on text: every byte is scored once, at its place in its document."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import text
+from benchmarks.evidence import results as evidence
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.training import bits_per_byte, valid_streams
 from tests.conftest import make_rmt
@@ -46,3 +49,13 @@ def test_every_run_has_a_model_of_its_own_size():
     sizes = {arm: sum(p.numel() for p in text.build(arm, 64).parameters()) for arm in text.LABELS}
     assert max(sizes.values()) < 1.02 * min(sizes.values()), 'equal parameters'
     assert len(text.RUNS) == len(set(text.RUNS)) == 33
+
+
+def test_a_run_with_other_initial_weights_counts_as_missing(tmp_path):
+    result = text.train('rmt', 128, 0, 'cpu', 2, 4096)
+    evidence.write(tmp_path / 'rmt-128-0.json', result)
+    assert text.stored(tmp_path, 'rmt', 128, 0) == json.loads(json.dumps(result))
+    assert text.stored(tmp_path, 'rmt', 128, 1) is None
+    for start in ('0123456789abcdef', None):
+        evidence.write(tmp_path / 'rmt-128-0.json', {**result, 'start': start})
+        assert text.stored(tmp_path, 'rmt', 128, 0) is None

@@ -10,11 +10,10 @@ from typing import Any
 
 from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
-from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
+from benchmarks.evidence.rows import CHECKS, MILLION, ROWS, TITLES, LanguageRow, TaskRow
 from benchmarks.intervals import bounds
 
 PROSE = Path(__file__).parents[1] / 'results' / 'evidence' / 'prose'
-CHECKS = 500  # the seeds from here on check the defaults: results/search/rules.md
 
 
 def report(folder: Path, page: Path) -> None:
@@ -26,7 +25,7 @@ def report(folder: Path, page: Path) -> None:
     """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [prose('introduction'), overview(results), *defaults_section(folder.parent / 'search')]
+    parts = [prose('introduction'), overview(results), *start_section(folder.parent / 'search', results)]
     for name, row in ROWS.items():
         if not results[name]:
             continue
@@ -167,6 +166,9 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     million = f', {row.million_sequences} at a million tokens' if max(row.lengths) >= MILLION else ''
     about = f'{len(results)} seed{"s" * (len(results) != 1)}, {row.steps:,} steps {where}; '
     about += f'{row.sequences} sequences a length{million}.'
+    last = f'{row.stages[-1]}'
+    reached = ', '.join(f'{result["reached"].get(last, "none")}' for result in results)
+    about += f' The last stage of the curriculum, {last} segments, was reached at step {reached}.'
     return table(['segments', 'tokens', 'accuracy', 'without memory', 'asked for'], lines) + f'\n{about}\n'
 
 
@@ -183,53 +185,33 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     return table(['seed', 'with memory', 'twin without', 'gain in bits per byte'], lines) + f'\n{about}\n'
 
 
-def defaults_section(folder: Path) -> list[str]:
-    """Returns the section on the defaults, from the checks of `benchmarks.search`: its runs on seeds from 500 on.
+def start_section(folder: Path, results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Returns the section on the initial weights on text: the byte rows against runs with earlier initial weights.
 
     Args:
-        folder: the folder of the runs, and of the text of the section.
+        folder: the folder of the runs with the earlier weights, and of the text of the section.
+        results: the results of each row, by its name.
     """
-    path = folder / 'runs.jsonl'
+    path, lines = folder / 'runs.jsonl', []
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found: dict[tuple[str, str, int, str], dict[int, dict[str, Any]]] = {}
-    for run in runs:
-        spec, options = run['spec'], run['spec'].get('options', {})
-        if spec['seed'] >= CHECKS and set(options) <= {'twin'}:
-            start = 'twin' if options else spec['start']
-            found.setdefault((spec['model'], spec['trial'], spec['steps'], start), {})[spec['seed']] = run
-    if not found:
-        return []
-    learned: list[list[str]] = []
-    starts: list[list[str]] = []
-    gains: list[list[str]] = []
-    for (model, trial, steps, start), default in found.items():
-        if start != 'default':
-            continue
-        if trial == 'memorize':
-            for seed, run in sorted(default.items()):
-                learned.append([model, f'{seed}', f'{run["passed"].get("5", "not")}', f'{run["acc"]["5"]:.3f}'])
-            continue
-        length = trial.removeprefix('bytes-')
-        for other, lines in (('library', starts), ('twin', gains)):
-            pairs = [(default[seed], run) for seed, run in found.get((model, trial, steps, other), {}).items()
-                     if seed in default]  # fmt: skip
+    earlier = {
+        (spec['model'], spec['trial'], spec['steps'], spec['seed']): run['bits']
+        for run in runs
+        if (spec := run['spec'])['start'] == 'library' and spec['seed'] in CHECKS and 'options' not in spec
+    }
+    for name, row in ROWS.items():
+        if isinstance(row, LanguageRow):
+            own = {result['seed']: result['bits']['with memory'] for result in results[name]}
+            keys = [(row.model, f'bytes-{row.segment_length}', row.steps, seed) for seed in own]
+            pairs = [(own[key[-1]], earlier[key]) for key in keys if key in earlier]
             if pairs:
-                bits = [f'{mean(run["bits"] for run in each):.3f}' for each in zip(*pairs, strict=True)]
-                cells = [model, length, f'{steps:,}', *bits]
-                lines.append([*cells, interval([other['bits'] - own['bits'] for own, other in pairs]), f'{len(pairs)}'])
-    parts = [
-        (folder / 'checks.md').read_text(),
-        table(['model', 'seed', '5 segments reached at step', 'accuracy at 5 segments'], sorted(learned)),
-    ]
-    head = ['model', 'segments of', 'steps', 'with the defaults']
-    if starts:
-        parts += [
-            (folder / 'starts.md').read_text(),
-            table([*head, 'with the earlier weights', 'gain', 'seeds'], starts),
-        ]
-    if gains:
-        parts += [(folder / 'gains.md').read_text(), table([*head, 'twin without memory', 'gain', 'seeds'], gains)]
-    return parts
+                bits = [f'{mean(each):.3f}' for each in zip(*pairs, strict=True)]
+                cells = [TITLES[row.model], f'{row.segment_length}', f'{row.steps:,}', *bits]
+                lines.append([*cells, interval([before - now for now, before in pairs]), f'{len(pairs)}'])
+    if not lines:
+        return []
+    head = ['model', 'segments of', 'steps', 'with the defaults', 'with the earlier weights', 'gain', 'seeds']
+    return [(folder / 'starts.md').read_text(), table(head, lines)]
 
 
 def million_section(path: Path) -> list[str]:
@@ -314,6 +296,10 @@ def text_section(folder: Path, plots: Path) -> list[str]:
     about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
     about += f'over segments alone is paired by seed. {done} of {len(text.RUNS)} runs are done. '
     about += '' if done == len(text.RUNS) else 'What one seed says is not decided.'
+    older = sum(
+        run.get('start') != text.start_of(arm, length) for (length, arm), found in runs.items() for run in found
+    )
+    about += f' {older} of them had initial weights of an earlier version of the library.' if older else ''
     head = ['segments of', 'model', 'parameters', 'bits per byte', 'gain', 'seeds']
     return [
         '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '

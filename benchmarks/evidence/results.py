@@ -1,66 +1,151 @@
-"""Stores the runs of rows and experiments as JSON, each with the configuration that made it."""
+"""Trains what rows and experiments ask for, and stores each run as JSON, with the configuration that made it."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.at_once import at_once
 from benchmarks.evidence import experiments
-from benchmarks.evidence.experiments import Experiment, stored
-from benchmarks.evidence.rows import LanguageRow, TaskRow
+from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
+from benchmarks.evidence.rows import ROWS, LanguageRow, TaskRow
 from benchmarks.evidence.training import parameter_groups, run_row
 from segment_recurrence_pytorch.checkpoint import replacing
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'evidence'
 PAGE = Path(__file__).parents[2] / 'docs' / 'results.md'
-SEEDS = (0, 1, 2)  # the seeds on which rows are trained
 
 
-def run(row: TaskRow | LanguageRow, seed: int, folder: Path, quick: bool, device: str = 'cpu') -> None:
-    """Trains a row on one seed, and writes the result as JSON.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run: a row, or an arm of an experiment on one of its rows, with a seed.
 
-    Args:
-        row: the row.
+    It has names and no rows, since another process can train it.
+
+    Attributes:
+        name: name of the row or of the experiment.
         seed: the seed.
-        folder: the folder of the results.
-        quick: whether to train only three steps.
-        device: where to train. Default: 'cpu'.
+        base: name of the row of an experiment. Default: '', a row by itself.
+        arm: name of the arm of an experiment. Default: ''.
     """
-    done = run_row(row, seed, quick, device=device)
-    about = {'row': row.name, 'command': f'python -m benchmarks.evidence {row.name}'}
-    write(folder / f'{row.name}-{seed}.json', {**about, **origin(row, seed, quick, device), **done})
+
+    name: str
+    seed: int
+    base: str = ''
+    arm: str = ''
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment, if it is a run of one."""
+        return EXPERIMENTS[self.name]
+
+    @property
+    def base_row(self) -> TaskRow | LanguageRow:
+        """The row of the experiment, without the changes of the arm."""
+        return next(row for row in self.experiment.rows if row.name == self.base)
+
+    @property
+    def row(self) -> TaskRow | LanguageRow:
+        """What is trained."""
+        return self.experiment.row(self.base_row, self.arm) if self.base else ROWS[self.name]
+
+    def path(self, folder: Path) -> Path:
+        """Returns the file of the result. The runs of an experiment on a row are in one file.
+
+        Args:
+            folder: the folder of the results.
+        """
+        return self.experiment.file(folder, self.base_row) if self.base else folder / f'{self.name}-{self.seed}.json'
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """Returns the stored result. None: there is none.
+
+        Args:
+            folder: the folder of the results.
+        """
+        path = self.path(folder)
+        if not self.base:
+            return json.loads(path.read_text()) if path.exists() else None
+        return next((run for run in stored(path) if (run['arm'], run['seed']) == (self.arm, self.seed)), None)
+
+    def store(self, result: dict[str, Any], folder: Path) -> None:
+        """Writes a result into the file.
+
+        Args:
+            result: what `trained` returned.
+            folder: the folder of the results.
+        """
+        path = self.path(folder)
+        if not self.base:
+            write(path, {'row': self.name, 'command': f'python -m benchmarks.evidence {self.name}', **result})
+            return
+        runs = {(run['seed'], run['arm']): run for run in stored(path)}
+        runs[self.seed, self.arm] = {**result, 'arm': self.arm}
+        arms = {arm: index for index, arm in enumerate(self.experiment.arms)}
+        ordered = sorted(runs.values(), key=lambda run: (run['seed'], arms.get(run['arm'], len(arms))))
+        write(path, {'experiment': self.name, 'row': self.base, 'runs': ordered})
 
 
-def run_experiment(experiment: Experiment, folder: Path, quick: bool, device: str = 'cpu') -> None:
-    """Trains the runs of an experiment that have no result yet, and writes each one when it is done.
-
-    If another experiment has made a run with the same configuration and seed, its result is copied. Do not run two
-    processes for the same experiment.
+def jobs_of(name: str, quick: bool = False) -> list[Job]:
+    """Returns the runs that a row or an experiment asks for.
 
     Args:
-        experiment: the experiment.
-        folder: the folder of the results.
-        quick: whether to train only three steps, with one seed and two arms.
-        device: where to train. Default: 'cpu'.
+        name: its name.
+        quick: whether to ask for one seed and two arms only. Default: False.
     """
-    for base in experiment.rows:
-        path = experiment.file(folder, base)
-        runs = {(run['arm'], run['seed']): run for run in stored(path)}
-        for seed in experiments.SEEDS[:1] if quick else experiments.SEEDS:
-            for arm in list(experiment.arms)[: 2 if quick else None]:
-                row = experiment.row(base, arm)
-                wanted = json.loads(json.dumps(origin(row, seed, quick)))
-                done = known(path.parent, wanted)
-                if done is None:
-                    done = {**origin(row, seed, quick, device), **run_row(row, seed, quick, False, device)}
-                runs[arm, seed] = {**done, 'arm': arm}
-                write(path, {'experiment': experiment.name, 'row': base.name, 'runs': list(runs.values())})
+    if name in ROWS:
+        return [Job(name=name, seed=seed) for seed in ROWS[name].seeds[: 1 if quick else None]]
+    experiment = EXPERIMENTS[name]
+    seeds, arms = experiments.SEEDS[: 1 if quick else None], list(experiment.arms)[: 2 if quick else None]
+    runs = itertools.product(experiment.rows, seeds, arms)
+    return [Job(name=name, base=row.name, arm=arm, seed=seed) for row, seed, arm in runs]
+
+
+def run(jobs: list[Job], folder: Path, quick: bool = False, device: str = 'cpu', processes: int = 1) -> list[str]:
+    """Trains what is asked for, and writes each result as soon as it is there.
+
+    Runs of experiments that have the same configuration and seed are trained once, also if another experiment has them
+    already. A run that fails does not stop the others.
+
+    Args:
+        jobs: the runs.
+        folder: the folder of the results. Only one call at a time may write into it.
+        quick: whether to train only three steps. Default: False.
+        device: where to train. Default: 'cpu'.
+        processes: the number of runs at once, each in a process with one CPU thread. Default: 1, in this process.
+
+    Returns:
+        What failed, a text for each run.
+    """
+    same: dict[str, list[Job]] = {}
+    for job in jobs:
+        wanted = json.loads(json.dumps(origin(job.row, job.seed, quick)))
+        done = known(folder / 'experiments', wanted) if job.base else None
+        if done is not None:
+            job.store(done, folder)
+            continue
+        same.setdefault(json.dumps([bool(job.base), wanted['config'], job.seed]), []).append(job)
+    failed, groups = [], list(same.values())
+    for index, found in at_once(trained, [(group[0], quick, device) for group in groups], processes):
+        if isinstance(found, Exception):
+            failed.append(f'{groups[index][0]}: {type(found).__name__}: {found}')
+            continue
+        for job in groups[index]:
+            job.store(found, folder)
+    return failed
+
+
+def trained(job: Job, quick: bool, device: str) -> dict[str, Any]:
+    """Trains one run in this process, and returns its result."""
+    return {**origin(job.row, job.seed, quick, device), **run_row(job.row, job.seed, quick, not job.base, device)}
 
 
 def known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -90,7 +175,7 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     It contains the defaults of the model, its initial weights and its learning rates, too: if a default of the library
     changes, the stored result no longer fits.
     """
-    texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits')
+    texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits', 'seeds')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
     with torch.random.fork_rng():
         torch.manual_seed(0)

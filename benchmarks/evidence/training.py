@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.evidence.rows import MILLION, LanguageRow, TaskRow
-from examples.train_a_task import train
+from examples.train_a_task import Progress, train
 from segment_recurrence_pytorch.data import Streams, python_source
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.tasks import accuracy
@@ -36,8 +36,8 @@ def run_row(
     return run_task(row, seed, quick, device)
 
 
-def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> list[dict[str, float]]:
-    """Trains a model on the task of a row, with its curriculum. Returns the progress at every fiftieth step.
+def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> Progress:
+    """Trains a model on the task of a row, with its curriculum.
 
     Args:
         row: the row.
@@ -55,7 +55,7 @@ def train_task(row: TaskRow, wrapper: SegmentWrapper, seed: int, steps: int) -> 
         virtual_length=row.repetition,
         seed=seed,
         name=f'{row.name}, seed {seed}',
-    ).history
+    )
 
 
 def parameter_groups(row: TaskRow | LanguageRow, wrapper: SegmentWrapper) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def run_task(row: TaskRow, seed: int, quick: bool, device: str) -> dict[str, Any
     torch.manual_seed(seed)
     wrapper = row.wrapper().to(device)
     start = time.process_time()
-    history = train_task(row, wrapper, seed, 3 if quick else row.steps)
+    progress = train_task(row, wrapper, seed, 3 if quick else row.steps)
     trained = time.process_time() - start
     curve, seconds = {}, {}
     for segments in row.lengths[:2] if quick else row.lengths:
@@ -86,7 +86,8 @@ def run_task(row: TaskRow, seed: int, quick: bool, device: str) -> dict[str, Any
         share = accuracy(wrapper, row.task(), segments, batch_size=count, generator=generator)
         curve[segments], seconds[segments] = round(share, 4), round(time.process_time() - start, 1)
         print(f'{row.name} seed {seed}: {segments:6,} segments {share:.3f} {seconds[segments]:6.1f} s', flush=True)
-    return {'curve': curve, 'history': history, 'train_cpu_seconds': round(trained), 'evaluation_cpu_seconds': seconds}
+    seconds_of = {'train_cpu_seconds': round(trained), 'evaluation_cpu_seconds': seconds}
+    return {'curve': curve, 'reached': progress.reached, 'history': progress.history, **seconds_of}
 
 
 def run_language(row: LanguageRow, seed: int, quick: bool, twin: bool, device: str) -> dict[str, Any]:
