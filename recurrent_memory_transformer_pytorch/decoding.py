@@ -79,16 +79,16 @@ class RMTCache(SegmentCache):
         if xl is None:
             return
         if self.aligned is not None:
-            self.first_key = self.xl_mem_len - xl.length
+            self.first_key = self.xl_mem_len - xl.length()
         else:
-            self.prefix_valid[:, : xl.length] = xl.valid()
+            self.prefix_valid[:, : xl.length()] = xl.valid()
 
     def enter(self, model: RecurrentMemoryTransformer) -> None:
         """See `OpenSegment.enter`. It fills in the keys and values of XL and of the read rows, from the state."""
         xl = self.state.xl
         if xl is not None:
             self._set_valid()
-            at = slice(self.xl_mem_len - xl.length, self.xl_mem_len)
+            at = slice(self.xl_mem_len - xl.length(), self.xl_mem_len)
             for index, pair in enumerate(model.xl_of_layers(xl)):
                 if pair is not None:
                     keys = pair[0].to(model.compute_dtype)

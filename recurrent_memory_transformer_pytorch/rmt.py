@@ -352,7 +352,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
 
         # what the rows attend to
         xl = state.xl
-        layout = Layout(0 if xl is None else xl.length, m, n, m, self.memory_mask if self.causal else 'encoder')
+        layout = Layout(0 if xl is None else xl.length(), m, n, m, self.memory_mask if self.causal else 'encoder')
         rotations = None if self.positions is None else self.positions.all(layout, x)
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
@@ -459,7 +459,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
     def state_faults(self, state: RMTState) -> list[tuple[str, Tensor]]:
         """See `SegmentModel.state_faults`. It also finds counts that are out of range."""
         faults = super().state_faults(state)
-        lengths = {'xl': 0 if state.xl is None else state.xl.length, 'past': max(0, self.axial_mem_len - 1)}
+        lengths = {'xl': 0 if state.xl is None else state.xl.length(), 'past': max(0, self.axial_mem_len - 1)}
         for name, part in (('xl', state.xl), ('past', state.past)):
             if part is not None and part.counts is not None:
                 wrong = ((part.counts < 0) | (part.counts > lengths[name])).any()
@@ -482,7 +482,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
 
     def xl_of_layers(self, xl: XLMemory | None) -> list[tuple[Tensor, Tensor] | None]:
         """Returns, for each layer, the keys and values (b, g, l, d) of the XL memories to which it attends, or None."""
-        if xl is None or not xl.length:
+        if xl is None or not xl.length():
             return [None] * len(self.layers)
         pairs: list[tuple[Tensor, Tensor] | None] = list(zip(xl.keys.unbind(1), xl.values.unbind(1), strict=True))
         return pairs[1:] + pairs[-1:] if self.enhanced_xl_recurrence else pairs

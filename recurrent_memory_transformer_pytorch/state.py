@@ -32,9 +32,8 @@ class XLMemory(NamedTuple):
         `SegmentModel.largest_state`."""
         return {'keys': 3, 'values': 3}
 
-    @property
     def length(self) -> int:
-        """The number l of positions, valid or not."""
+        """Returns the number l of positions, valid or not. PyTorch 2.9 cannot compile a property of a NamedTuple."""
         return self.keys.shape[3]
 
     def counted(self) -> XLMemory:
@@ -43,7 +42,7 @@ class XLMemory(NamedTuple):
         if self.counts is not None:
             return self
         batch = self.keys.shape[0]
-        return self._replace(counts=torch.full((batch,), self.length, device=self.keys.device))
+        return self._replace(counts=torch.full((batch,), self.length(), device=self.keys.device))
 
     def padded(self, length: int) -> XLMemory:
         """Returns the same XL memories with more positions, which are added in front and are not valid.
@@ -51,7 +50,7 @@ class XLMemory(NamedTuple):
         Args:
             length: the new number of positions. `counts` must be a tensor.
         """
-        missing = length - self.length
+        missing = length - self.length()
         keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (self.keys, self.values))
         return XLMemory(keys, values, self.counts)
 
@@ -68,9 +67,9 @@ class XLMemory(NamedTuple):
         """
         if mask is None and self.counts is None:
             # cut before joining: a slice of the joined tensor would keep all of it alive
-            drop = max(0, self.length + keys.shape[3] - max_length)
+            drop = max(0, self.length() + keys.shape[3] - max_length)
             new = [
-                torch.cat((old[:, :, :, drop:], fresh[:, :, :, max(0, drop - self.length) :].detach()), dim=3)
+                torch.cat((old[:, :, :, drop:], fresh[:, :, :, max(0, drop - self.length()) :].detach()), dim=3)
                 for old, fresh in ((self.keys, keys), (self.values, values))
             ]
             return XLMemory(new[0], new[1], None)
@@ -95,8 +94,8 @@ class XLMemory(NamedTuple):
         """Returns which positions are valid, (b, l) bool."""
         batch, device = self.keys.shape[0], self.keys.device
         if self.counts is None:
-            return torch.ones(batch, self.length, dtype=torch.bool, device=device)
-        return _newest(self.counts, self.length)
+            return torch.ones(batch, self.length(), dtype=torch.bool, device=device)
+        return _newest(self.counts, self.length())
 
 
 class PastMemories(NamedTuple):

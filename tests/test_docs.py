@@ -13,7 +13,24 @@ ROOT = Path(__file__).resolve().parent.parent
 TIED = {'results.md', 'reliability.md', 'distributed.md', 'gpu.md'}
 PAGES = sorted((ROOT / 'docs').rglob('*.md'))
 # what is written with a point and was not measured: versions, defaults and other numbers that somebody chose
-CHOSEN = {'0.7.0', '0.2.1', '3.10', '3.11', '2.5', '2.5.1', '2.13', '4.57', '0.1', '0.9', 'v1.2.3', '.95', '.12'}
+CHOSEN = {
+    '0.7.0',
+    '0.2.1',
+    '3.10',
+    '3.11',
+    '2.5',
+    '2.5.1',
+    '2.7.1',
+    '2.9',
+    '2.9.1',
+    '2.13',
+    '4.57',
+    '0.1',
+    '0.9',
+    'v1.2.3',
+    '.95',
+    '.12',
+}
 
 
 def load(name: str):

@@ -26,10 +26,10 @@ def xl_entries(state, row):
     """The valid XL entries of one row, as the reference lists them."""
     if state.xl is None:
         return None
-    count = state.xl.length if state.xl.counts is None else int(state.xl.counts[row])
-    first = state.xl.length - count
+    count = state.xl.length() if state.xl.counts is None else int(state.xl.counts[row])
+    first = state.xl.length() - count
     return [
-        [(state.xl.keys[row, layer, :, i], state.xl.values[row, layer, :, i]) for i in range(first, state.xl.length)]
+        [(state.xl.keys[row, layer, :, i], state.xl.values[row, layer, :, i]) for i in range(first, state.xl.length())]
         for layer in range(state.xl.keys.shape[1])
     ]
 
@@ -160,7 +160,7 @@ def test_xl_memories_hold_text_only_and_as_much_as_asked_for():
     for length in (1, 4, 6, 14, 40):
         model = make_rmt(use_xl_memories=True, xl_mem_len=length)
         _, state = segments(model, ids(1, 20))
-        assert state.xl.length == min(length, 20)
+        assert state.xl.length() == min(length, 20)
         assert state.xl.keys.untyped_storage().nbytes() == state.xl.keys.numel() * 8
         assert not state.xl.keys.requires_grad
     off = make_rmt(use_xl_memories=True, xl_mem_len=0)
@@ -187,7 +187,7 @@ def test_forward_returns_two_values_and_takes_them_back():
     xl_model = make_rmt(use_xl_memories=True)
     _, state = xl_model(x)
     assert isinstance(state, RMTState)
-    assert xl_model(x, state)[1].xl.length == 6
+    assert xl_model(x, state)[1].xl.length() == 6
     assert xl_model(x, memory)[0].shape == (2, 6, 20)  # a tensor: no XL memories yet
     assert make_rmt(num_memory_tokens=0)(x)[1].shape == (2, 0, 16)
 
