@@ -19,7 +19,8 @@ from segment_recurrence_pytorch.tasks import Memorize
 from tests.conftest import close, make_rmt, random_weights
 
 
-@pytest.mark.parametrize('name', ROWS)
+# rows of 3,000 steps differ from those of 800 only in the steps, of which three are made here
+@pytest.mark.parametrize('name', [name for name in ROWS if not name.endswith('_3000')])
 def test_a_row_trains_evaluates_and_reports(name, tmp_path):
     assert not evidence.run([evidence.Job(name=name, seed=7)], tmp_path, quick=True)
     result = json.loads((tmp_path / f'{name}-7.json').read_text())
