@@ -355,11 +355,9 @@ def main() -> None:
         if any(run['spec'] == spec for run in stored()):
             continue
         began = time.process_time()
-        if spec['trial'] == 'memorize':
-            found = learn(spec, Memorize(), lr=LR, stages=[1, 2, 3, 4, 5], lengths=LENGTHS, batch_size=32)
-        elif spec['trial'] == 'passkey':
-            sizes = [5, 1024, 31_250]
-            found = learn(spec, Memorize(), lr=LR, stages=[1, 2, 3, 4, 5], lengths=sizes, batch_size=32)
+        if spec['trial'] in ('memorize', 'passkey'):
+            lengths = LENGTHS if spec['trial'] == 'memorize' else (5, 1024, 31_250)
+            found = learn(spec, Memorize(), lr=LR, stages=[1, 2, 3, 4, 5], lengths=lengths, batch_size=32)
         elif spec['trial'] == 'copy':
             sizes = [3, 6, 9]
             found = learn(spec, Copy(), lr=2e-3, stages=sizes, lengths=sizes, batch_size=64, num_memory_tokens=8)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.at_once import at_once
-from benchmarks.evidence.results import digest_of_start, write
+from benchmarks.at_once import add_processes, at_once
+from benchmarks.evidence.results import as_started, digest_of_start, write
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
@@ -81,9 +81,7 @@ def stepping(wrapper: SegmentWrapper, schedule: Callable[[int], float]) -> Train
 
 def start_of(arm: str, length: int) -> str:
     """Returns a digest of the initial weights of an arm: a result that has another one is of an earlier library."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return digest_of_start(build(arm, length).model)
+    return digest_of_start(as_started(lambda: build(arm, length)).model)
 
 
 def stored(folder: Path, arm: str, length: int, seed: int) -> dict[str, Any] | None:
@@ -230,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN', help='arm-length-seed (default: all without a result)')
     parser.add_argument('--device', default='cpu', help='where to train (default: %(default)s)')
-    parser.add_argument('--processes', type=int, default=1, help='number of runs at once (default: %(default)s)')
+    add_processes(parser)
     parser.add_argument('--times', action='store_true', help='time the training steps on one CPU thread')
     parser.add_argument('--quick', action='store_true', help='20 steps a run, into a scratch folder')
     arguments = parser.parse_args()
@@ -251,15 +249,13 @@ def main() -> None:
     steps, held_out = (20, 16_384) if arguments.quick else (STEPS, 262_144)
     missing = [name for name in arguments.runs or named if stored(folder, *named[name]) is None]
     calls = [(*named[name], arguments.device, steps, held_out) for name in missing]
-    failed = []
-    for index, result in at_once(train, calls, arguments.processes):
-        if isinstance(result, Exception):
-            failed.append(f'{missing[index]}: {type(result).__name__}: {result}')
-            continue
+
+    def keep(index: int, result: dict[str, Any]) -> None:
         write(folder / f'{missing[index]}.json', result)
         print(f'{missing[index]}: {result["bits"]:.4f} bits per byte', flush=True)
-    if failed:
-        sys.exit('\n'.join(['not every run came to its end:', *failed]))
+
+    if failed := at_once(train, calls, arguments.processes, keep):
+        sys.exit(f'{len(failed)} runs failed')
 
 
 if __name__ == '__main__':

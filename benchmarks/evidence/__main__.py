@@ -31,8 +31,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
+from benchmarks.at_once import add_processes
 from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.report import load, report
 from benchmarks.evidence.results import PAGE, RESULTS, Job, jobs_of, run
@@ -53,12 +52,9 @@ def main() -> None:
     parser.add_argument('--missing', action='store_true', help='of rows, too, only the runs that have no result yet')
     parser.add_argument('--report', action='store_true', help='the page and the plots from the JSON that is there')
     parser.add_argument('--device', default='cpu', help='where to train (default: %(default)s)')
-    parser.add_argument('--processes', type=int, default=1, help='number of runs at once (default: %(default)s)')
+    add_processes(parser)
     parser.add_argument('--out', type=Path, help='folder of the JSON')
     arguments = parser.parse_args()
-    if arguments.processes < 1:
-        parser.error(f'--processes is {arguments.processes}: give 1 or more')
-    torch.set_num_threads(1)
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else RESULTS)
     names = [*ROWS, *EXPERIMENTS] if arguments.all else arguments.names
     unknown = [name for name in names if name not in ROWS and name not in EXPERIMENTS]
@@ -74,9 +70,8 @@ def main() -> None:
     failed = run(jobs, folder, arguments.quick, arguments.device, arguments.processes)
     if names or arguments.report:
         report(folder, PAGE if folder == RESULTS else folder / 'results.md')
-    if failed:
-        sys.exit('\n'.join(['not every run came to its end:', *failed]))
-    if names or arguments.report:
+        if failed:
+            sys.exit(f'{len(failed)} runs failed')
         return
     for name, row in ROWS.items():
         seeds = [result['seed'] for result in load(RESULTS, name)]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import ROWS, LanguageRow, TaskRow
 from benchmarks.evidence.training import parameter_groups, run_row
 from segment_recurrence_pytorch.checkpoint import replacing
+from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'evidence'
 PAGE = Path(__file__).parents[2] / 'docs' / 'results.md'
@@ -109,7 +111,7 @@ def jobs_of(name: str, quick: bool = False) -> list[Job]:
     return [Job(name=name, base=row.name, arm=arm, seed=seed) for row, seed, arm in runs]
 
 
-def run(jobs: list[Job], folder: Path, quick: bool = False, device: str = 'cpu', processes: int = 1) -> list[str]:
+def run(jobs: list[Job], folder: Path, quick: bool = False, device: str = 'cpu', processes: int = 1) -> list[Job]:
     """Trains what is asked for, and writes each result as soon as it is there.
 
     Runs of experiments that have the same configuration and seed are trained once, also if another experiment has them
@@ -123,7 +125,7 @@ def run(jobs: list[Job], folder: Path, quick: bool = False, device: str = 'cpu',
         processes: the number of runs at once, each in a process with one CPU thread. Default: 1, in this process.
 
     Returns:
-        What failed, a text for each run.
+        The runs that failed. Why is printed.
     """
     same: dict[str, list[Job]] = {}
     for job in jobs:
@@ -133,14 +135,14 @@ def run(jobs: list[Job], folder: Path, quick: bool = False, device: str = 'cpu',
             job.store(done, folder)
             continue
         same.setdefault(json.dumps([bool(job.base), wanted['config'], job.seed]), []).append(job)
-    failed, groups = [], list(same.values())
-    for index, found in at_once(trained, [(group[0], quick, device) for group in groups], processes):
-        if isinstance(found, Exception):
-            failed.append(f'{groups[index][0]}: {type(found).__name__}: {found}')
-            continue
+    groups = list(same.values())
+
+    def keep(index: int, found: dict[str, Any]) -> None:
         for job in groups[index]:
             job.store(found, folder)
-    return failed
+
+    failed = at_once(trained, [(group[0], quick, device) for group in groups], processes, keep)
+    return [job for index in failed for job in groups[index]]
 
 
 def trained(job: Job, quick: bool, device: str) -> dict[str, Any]:
@@ -177,9 +179,7 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     """
     texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits', 'seeds')
     fields = {name: value for name, value in vars(row).items() if name not in texts}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        wrapper = row.wrapper()
+    wrapper = as_started(row.wrapper)
     model = wrapper.model
     fields['start'] = digest_of_start(model)
     fields['rates'] = [group['lr'] for group in parameter_groups(row, wrapper)]
@@ -187,6 +187,13 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     if isinstance(row, TaskRow):
         fields['task'] = {'class': type(row.task()).__name__, **vars(row.task())}
     return fields
+
+
+def as_started(build: Callable[[], SegmentWrapper]) -> SegmentWrapper:
+    """Returns the model that a function builds, with the initial weights of seed 0, and draws no random number."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
 
 
 def digest_of_start(model: nn.Module) -> str:

@@ -127,20 +127,20 @@ INFINI: dict[str, Any] = dict(dim=64, depth=2, heads=4, dim_head=16)
 LINEAR: dict[str, Any] = {**INFINI, 'memory_rule': 'linear'}
 LENGTHS = [2, 5, 7, 16, 64, 256, 1024, MILLION]
 MEMORIZE: dict[str, Any] = dict(task=Memorize, stages=[1, 2, 3, 4, 5], lengths=LENGTHS, batch_size=32, lr=3e-3)
+DEFAULTS: dict[str, Any] = {**MEMORIZE, 'lengths': [5, 16, 64, 256], 'steps': 1000, 'seeds': CHECKS, 'sequences': 256}
+DEFAULTS['targets'] = {5: 0.99}
 PASSKEY = 'passkey at 1M tokens with a 1B model (arXiv 2404.07143); this task: none'
 
 _tasks: list[TaskRow | LanguageRow] = [
     TaskRow(
         name='rmt_defaults',
         claim='RMT learns to remember, with nothing given but its sizes',
-        published='none', model='rmt', options=RMT, steps=1000, seeds=CHECKS, sequences=256, targets={5: 0.99},
-        **{**MEMORIZE, 'lengths': [5, 16, 64, 256]},
+        published='none', model='rmt', options=RMT, **DEFAULTS,
     ),
     TaskRow(
         name='infini_defaults',
         claim='Infini learns to remember, with nothing given but its sizes',
-        published='none', model='infini', options=INFINI, steps=1000, seeds=CHECKS, sequences=256, targets={5: 0.99},
-        **{**MEMORIZE, 'lengths': [5, 16, 64, 256]},
+        published='none', model='infini', options=INFINI, **DEFAULTS,
     ),
     TaskRow(
         name='rmt_memorize',
