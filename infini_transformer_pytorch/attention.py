@@ -26,7 +26,7 @@ from infini_transformer_pytorch.memory import (
     write,
 )
 from segment_recurrence_pytorch.checks import check_finite, check_like, check_positive
-from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, rotate
+from segment_recurrence_pytorch.layers import HeadNorm, attend, is_plain, no_autocast, rotate
 from segment_recurrence_pytorch.state import copied
 
 NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
@@ -47,11 +47,13 @@ class CachedKV(NamedTuple):
         kv: keys before rotation, and values, stacked, (2, b, g, n, d).
         strength: the strength of each token, (b, g, n). None if the model does not learn it.
         log_decay: the logarithm of the decay of each token, (b, g, n). None if the model does not learn it.
+        mask: (b, n) bool, True = valid. A cache with padding cannot be gone on from. None: all tokens are valid.
     """
 
     kv: Tensor
     strength: Tensor | None = None
     log_decay: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def of_last_segment(cls, writes: Writes) -> CachedKV:
@@ -60,8 +62,10 @@ class CachedKV(NamedTuple):
         Args:
             writes: what the tokens of some segments write in the layer.
         """
-        strength, log_decay = (None if part is None else part[-1] for part in (writes.strength, writes.log_decay))
-        return cls(torch.stack((writes.keys[-1], writes.values[-1])), strength, log_decay)
+        parts = (writes.strength, writes.log_decay, writes.mask)
+        return cls(
+            torch.stack((writes.keys[-1], writes.values[-1])), *(None if part is None else part[-1] for part in parts)
+        )
 
     def followed_by(self, new: Writes) -> Writes:
         """Returns what all tokens of the segment write, as one segment: first the tokens in the cache, then the new
@@ -429,7 +433,13 @@ class InfiniAttention(LayerMemory):
             x: tokens after the norm of the layer, (..., b, n, dim).
             need_query: whether queries are needed. If False, the result is (..., b, 2 g, n, d). Default: True.
         """
-        heads = self.to_qkv(x) if need_query else F.linear(x, self.to_qkv.weight[self.heads * self.dim_head :])
+        first = 0 if need_query else self.heads * self.dim_head
+        if first and is_plain(self.to_qkv):
+            heads = F.linear(
+                x, self.to_qkv.weight[first:], None if self.to_qkv.bias is None else self.to_qkv.bias[first:]
+            )
+        else:
+            heads = self.to_qkv(x)[..., first:]
         return heads.unflatten(-1, (-1, self.dim_head)).transpose(-3, -2)
 
     def split(self, heads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

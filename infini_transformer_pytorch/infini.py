@@ -42,7 +42,13 @@ from segment_recurrence_pytorch.checks import (
     check_positive,
     check_probability,
 )
-from segment_recurrence_pytorch.layers import Blocks, ResidualBlock, SegmentTransformer, rotations_between
+from segment_recurrence_pytorch.layers import (
+    Blocks,
+    ResidualBlock,
+    SegmentTransformer,
+    has_dropout,
+    rotations_between,
+)
 from segment_recurrence_pytorch.model import SegmentModel, whole, with_own_rate
 from segment_recurrence_pytorch.state import State, copied, detach
 
@@ -50,6 +56,7 @@ CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are f
 # Factor of the gates' learning rate. Few numbers decide whether a memory is used: with 1 a fact is learned later, with
 # 30 gates run ahead of what the memory holds, which costs on text (benchmarks/search.py)
 GATE_LR = 3.0
+VALID_ONLY = 'a cache that goes on holds valid tokens only; read padded rows in one call, or with the wrapper'
 
 
 class TransformerReturn(NamedTuple):
@@ -225,7 +232,6 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         self.mem_read_from = mem_read_from
         self.rotary_theta = rotary_theta
         self.parallel_segments = self.can_chain = mem_read_from == 'same'
-        self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
         self.token_emb = nn.Embedding(num_tokens, dim)
         of_attention = dict(
@@ -286,7 +292,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
     @property
     def draws_random(self) -> bool:
         """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
-        return type(self) is not InfiniTransformer or self.has_dropout
+        return type(self) is not InfiniTransformer or has_dropout(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -483,8 +489,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
                 itself = torch.eye(length, dtype=torch.bool, device=x.device)
                 attn_mask = (key_mask.flatten(0, 1)[:, None, None] & torch.ones_like(itself).tril()) | itself
         rotations = self.rotations(length if cached is None else length + cached[0].kv.shape[3], x)
-        # with dropout nothing is skipped, since both values of need_hidden must draw the same random numbers
-        skip = not need_hidden and not (self.training and self.has_dropout)
+        # both values of need_hidden must draw the same random numbers: if any are drawn, nothing is skipped
+        skip = not need_hidden and not (self.training and self.draws_random)
         last = len(self.layers) - 1
         after, written = [], []
         for index, (block, past) in enumerate(zip(self.layers, state, strict=True)):
@@ -535,7 +541,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
     def _check_cache(self, cached_kv: list[CachedKV], x: Tensor, mask: Tensor | None) -> None:
         """Raises ValueError if a cache does not fit the model and the batch."""
         if mask is not None:
-            raise ValueError('mask with cached_kv: a cache holds valid tokens only; read padded rows in one call')
+            raise ValueError(f'mask with cached_kv: {VALID_ONLY}')
         if not isinstance(cached_kv, (list, tuple)):
             raise ValueError(f'cached_kv is a {type(cached_kv).__name__}: give the list that a call returned')
         if len(cached_kv) != len(self.layers):
@@ -546,6 +552,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             if not isinstance(cached.kv, Tensor) or cached.kv.ndim != 5 or not cached.kv.is_floating_point():
                 found = cached.kv.dtype if isinstance(cached.kv, Tensor) else type(cached.kv).__name__
                 raise ValueError(f'cached_kv of layer {layer}: kv is {found}: give what a call returned')
+            if cached.mask is not None and not cached.mask.all():
+                raise ValueError(f'cached_kv comes from a call with padded rows: {VALID_ONLY}')
         n = cached_kv[0].kv.shape[3]
         faults = []
         for layer, (cached, block) in enumerate(zip(cached_kv, self.layers, strict=True)):

@@ -49,6 +49,7 @@ from segment_recurrence_pytorch.layers import (
     Blocks,
     ResidualBlock,
     SegmentTransformer,
+    has_dropout,
     init_linear,
 )
 from segment_recurrence_pytorch.loss import IGNORE, hidden_nll, mean_loss, valid_targets
@@ -188,7 +189,6 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         if use_xl_memories:
             self.xl_mem_len = seq_len if xl_mem_len is None else xl_mem_len
         self.backend = 'auto' if use_flash_attn else 'sdpa'
-        self.has_dropout = attn_dropout > 0 or ff_dropout > 0
 
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(seq_len, dim) if abs_pos_emb else None
@@ -252,8 +252,14 @@ class RecurrentMemoryTransformer(SegmentTransformer):
 
     @property
     def draws_random(self) -> bool:
-        """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
-        return type(self) is not RecurrentMemoryTransformer or self.has_dropout or self.memory_noise > 0
+        """See `SegmentModel.draws_random`."""
+        return self.memory_noise > 0 or self.blocks_draw_random
+
+    @property
+    def blocks_draw_random(self) -> bool:
+        """Whether a block may draw random numbers in training mode: it has dropout, or a subclass may have changed
+        it."""
+        return type(self) is not RecurrentMemoryTransformer or has_dropout(self)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""
@@ -357,9 +363,9 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         attn_mask = self._attention_mask(layout, xl, mask, x)
 
         # In the last layer, the outputs of the read rows are never used, and those of the text rows are only
-        # used as hidden states. With dropout the text rows are always computed, since both values of need_hidden must
-        # draw the same random numbers.
-        skip_text = not need_hidden and not (self.training and self.has_dropout)
+        # used as hidden states. If blocks draw random numbers, the text rows are always computed, since both values of
+        # need_hidden must draw the same ones.
+        skip_text = not need_hidden and not (self.training and self.blocks_draw_random)
         last = len(self.layers) - 1
         kept = []
         for index, (block, layer_xl) in enumerate(zip(self.layers, self.xl_of_layers(xl), strict=True)):

@@ -369,9 +369,19 @@ def replay(
         graph.
     """
     backward_fn = backward_fn or Tensor.backward
-    given = batch.tokens
-    if given.requires_grad:  # embeddings with a graph of their own: backward goes through it once, at the end
-        batch = batch._replace(tokens=given.detach().requires_grad_())
+    given: list[Tensor] = []
+    cut_off: list[Tensor] = []
+
+    def without_graph(values: Tensor) -> Tensor:
+        if not values.requires_grad:
+            return values
+        given.append(values)
+        cut_off.append(values.detach().requires_grad_())
+        return cut_off[-1]
+
+    # embeddings and values of segments may have a graph of their own: backward goes through it once, at the end
+    per_segment = {name: without_graph(values) for name, values in (batch.per_segment or {}).items()}
+    batch = batch._replace(tokens=without_graph(batch.tokens), per_segment=per_segment)
     total = _zero_loss(model)
     if not windows:
         return total, detach(own_state(model, batch, state))
@@ -384,8 +394,9 @@ def replay(
             total = total + loss
     finally:
         _let_reduce(model, True)
-    if given.requires_grad:
-        given.backward(batch.tokens.grad)
+    if given:
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in cut_off]
+        torch.autograd.backward(given, gradients)
     return total, state
 
 
@@ -484,9 +495,12 @@ def _zero_loss(model: SegmentModel) -> Tensor:
 
 class _Touch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters
+    def forward(loss: Tensor, *parameters: Tensor) -> Tensor:
         return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # apart, for `torch.func`
+        ctx.parameters = inputs[1:]
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):

@@ -126,23 +126,22 @@ class TrainingStep:
         Returns:
             The loss before the step, and the state after it, both detached. On a GPU the next call overwrites both.
         """
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if isinstance(group['lr'], Tensor):
-                group['lr'].fill_(rate * self.schedule(self.done))
-            else:
-                group['lr'] = rate * self.schedule(self.done)
-        self.done += 1
         device = self.wrapper.model.device
         more = {name: values.to(device, non_blocking=True) for name, values in (per_segment or {}).items()}
         if self.graphed is not None:
             if labels is None:
                 labels, x = x[:, 1:], x[:, :-1]
             tensors = [None if t is None else t.to(device, non_blocking=True) for t in (x, labels, starts)]
-            return self.graphed(*tensors, state, more)
+            self._set_rates()
+            found = self.graphed(*tensors, state, more)
+            self.done += 1
+            return found
         if starts is not None:
             state = self.wrapper.reset(state, starts)
         given = {'labels': None if labels is None else labels.to(device), 'per_segment': more}
-        return self._made(x.to(device), state, given)
+        found = self._made(x.to(device), state, given)
+        self.done += 1
+        return found
 
     def read(self, piece: Piece, state: State, memory: bool) -> tuple[Tensor, State]:
         """Makes a step on one piece of the streams, as `training.train_loss` reads it.
@@ -168,9 +167,18 @@ class TrainingStep:
         return self._made(x.clamp(min=0), state, given)
 
     def _made(self, x: Tensor, state: State, given: dict[str, Any]) -> tuple[Tensor, State]:
+        returned = self.wrapper.loss(x, state, **given)  # first of all: it may refuse its input
         self.optimizer.zero_grad(set_to_none=self.graphed is None)  # the graph has the addresses of the gradients
-        returned = self.wrapper.loss(x, state, **given)
         returned.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.wrapper.model.parameters(), self.max_norm)
+        if self.graphed is None:
+            self._set_rates()
         self.optimizer.step()
         return returned.loss.detach(), detach(returned.state)
+
+    def _set_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group['lr'], Tensor):
+                group['lr'].fill_(rate * self.schedule(self.done))
+            else:
+                group['lr'] = rate * self.schedule(self.done)

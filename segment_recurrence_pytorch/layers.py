@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from segment_recurrence_pytorch.checks import is_number
 from segment_recurrence_pytorch.model import SegmentModel, with_own_rate
 
 BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
@@ -421,6 +422,27 @@ if TYPE_CHECKING:
 
 else:
     Blocks = nn.ModuleList
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Returns whether a module of a model has dropout now, whoever gave it to the module, and when.
+
+    Args:
+        model: the model.
+    """
+    rates = (getattr(module, name, 0) for module in model.modules() for name in ('p', 'dropout'))
+    return any(is_number(rate) and rate > 0 for rate in rates)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Returns whether a module is a linear layer that computes with its weight and bias and does nothing else, so that
+    a part of it can be computed. Adapters, quantisation and hooks change that.
+
+    Args:
+        linear: the module.
+    """
+    changed = 'forward' in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and not changed
 
 
 class SegmentTransformer(SegmentModel):

@@ -179,7 +179,10 @@ class SegmentModel(nn.Module, ABC):
 
     @abstractmethod
     def to_logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits (..., num_tokens) for hidden states (..., dim)."""
+        """Returns the logits (..., num_tokens) for hidden states (..., dim).
+
+        If it draws random numbers, memory replay draws others than one graph does. The gradient then belongs to those.
+        """
 
     def open_segment(self, state: State, segment_length: int) -> OpenSegment:
         """Returns an open segment for generation, which holds no token yet. The model must be causal.

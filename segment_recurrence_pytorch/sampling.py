@@ -149,6 +149,8 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
     """
     _check_share(thres)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if thres == 1:  # all tokens, although their rounded probabilities may come to 1 before the last one
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     beyond = probabilities.cumsum(dim=-1) - probabilities >= thres

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import SegmentWrapper, loss
 from segment_recurrence_pytorch.backprop import plan_windows
+from segment_recurrence_pytorch.layers import has_dropout
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import (
     DROPOUT,
@@ -74,9 +75,9 @@ def run(model, way, x, mask, k=None, segments_per_pass=None):
 def test_replay_and_recomputing_are_one_graph(make, ragged):
     """With dropout at the same number of segments a pass, without it at any."""
     model, (x, mask) = make(), batch(ragged)
-    exact = None if model.has_dropout else run(model, 'full', x, mask, segments_per_pass=1)
+    exact = None if has_dropout(model) else run(model, 'full', x, mask, segments_per_pass=1)
     for segments_per_pass in (1, 2, 9):
-        if model.has_dropout and segments_per_pass > 1 and not model.parallel_segments:
+        if has_dropout(model) and segments_per_pass > 1 and not model.parallel_segments:
             continue  # one segment after the other: nothing else to compare with
         loss, state, want, drawn = exact or run(model, 'full', x, mask, segments_per_pass=segments_per_pass)
         for way in ('full', 'recompute', 'replay'):
@@ -86,6 +87,50 @@ def test_replay_and_recomputing_are_one_graph(make, ragged):
             assert torch.equal(other_drawn, drawn)
             for a, b in zip(leaves(other_state), leaves(state), strict=True):
                 close(a, b)
+
+
+def with_random_blocks(model):
+    """A subclass, whose blocks have dropout that no argument tells of."""
+
+    class Random(type(model)):
+        def make_block(self, index, attention, **options):
+            block = super().make_block(index, attention, **options)
+            block.ff = torch.nn.Sequential(block.ff, torch.nn.Dropout(0.3))
+            return block
+
+    return random_weights(Random(**model.arguments).double())
+
+
+def dropout_later(name):
+    """Dropout that a model gets after it was built, in its feed-forwards or in its attention."""
+
+    def change(model):
+        for module in model.modules():
+            if name == 'feed-forward' and isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+            elif name == 'attention' and isinstance(getattr(module, 'dropout', None), float):
+                module.dropout = 0.3
+        return model
+
+    return change
+
+
+@pytest.mark.parametrize('make', [make_rmt, make_infini], ids=['rmt', 'infini'])
+@pytest.mark.parametrize(
+    'change',
+    [with_random_blocks, dropout_later('feed-forward'), dropout_later('attention')],
+    ids=['subclass', 'feed-forward later', 'attention later'],
+)
+def test_dropout_that_no_argument_told_of_is_replayed_too(make, change):
+    model, (x, mask) = change(make()), batch(True)
+    loss, _, want, drawn = run(model, 'full', x, mask, segments_per_pass=1)
+    assert loss != run(model.eval(), 'full', x, mask, segments_per_pass=1)[0]
+    model.train()
+    for way in ('recompute', 'replay'):
+        other, _, have, other_drawn = run(model, way, x, mask, segments_per_pass=1)
+        close(other, loss)
+        same_gradients(have, want)
+        assert torch.equal(other_drawn, drawn)
 
 
 @pytest.mark.parametrize('k', [1, 2, 3])
@@ -254,6 +299,24 @@ def test_replay_walks_the_graph_of_embeddings_once():
     same_gradients(gradients(wrapper), wanted)
 
 
+def test_replay_walks_the_graph_of_values_of_segments_once():
+    """Also together with embeddings whose graph shares a part with theirs."""
+    wrapper = SegmentWrapper(make_infini(memory_rule='linear'), segment_length=6, segments_per_pass=1)
+    labels, raw = torch.randint(0, 20, (2, TOKENS)), torch.randn(2, TOKENS, 16, dtype=torch.float64).requires_grad_()
+
+    def loss(**options):
+        shared = raw.sin()
+        return wrapper.loss(shared, labels=labels, per_segment={'write_scale': shared[:, :4, 0].exp()}, **options).loss
+
+    (want,) = torch.autograd.grad(loss(), raw)
+    wrapper.zero_grad()
+    loss().backward()
+    raw.grad, wanted = None, gradients(wrapper)
+    loss(backward=True)
+    close(raw.grad, want)
+    same_gradients(gradients(wrapper), wanted)
+
+
 def test_an_exception_in_backward_fn_leaves_the_random_numbers_of_one_forward_pass():
     wrapper, x, calls = RecurrentMemoryTransformerWrapper(make_rmt(**DROPOUT)), torch.randint(0, 20, (2, TOKENS)), []
 
@@ -288,6 +351,18 @@ def test_labels_states_and_encoders_are_replayed_too(align):
         for loss, have in found[1:]:
             close(loss, found[0][0])
             same_gradients(have, found[0][1])
+
+
+def test_torch_func_differentiates_the_loss():
+    """Of RMT: operators that are registered with `torch.library`, as the scan of Infini is, cannot be differentiated by
+    it."""
+    wrapper, x = RecurrentMemoryTransformerWrapper(make_rmt()), torch.randint(0, 20, (2, TOKENS))
+    wrapper.forward = lambda x: wrapper.loss(x).loss
+    found = torch.func.grad(lambda weights: torch.func.functional_call(wrapper, weights, (x,)))(
+        dict(wrapper.named_parameters())
+    )
+    wrapper.loss(x).loss.backward()
+    same_gradients(found, {name: weight.grad for name, weight in wrapper.named_parameters()})
 
 
 def test_frozen_parameters_stay_without_gradient():

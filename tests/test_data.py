@@ -70,12 +70,19 @@ def test_damaged_files_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'two.zip', 'w') as archive:
         archive.writestr('a', TEXT)
         archive.writestr('b', TEXT)
+    with zipfile.ZipFile(tmp_path / 'locked.zip', 'w') as archive:
+        archive.writestr('a', TEXT)
+    locked = bytearray((tmp_path / 'locked.zip').read_bytes())
+    for record, flags in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+        locked[locked.index(record) + flags] |= 1  # encrypted
+    (tmp_path / 'locked.zip').write_bytes(locked)
     for name, message in {
         'short.gz': 'cut short',
         'wrong.gz': 'damaged',
         'wrong.zip': 'damaged',
         'empty': 'is empty',
         'two.zip': 'holds 2 files',
+        'locked.zip': 'cannot be unpacked .* encrypted',
         'absent': 'cannot be read',
     }.items():
         with pytest.raises(ValueError, match=message):

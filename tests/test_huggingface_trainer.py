@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 pytest.importorskip('transformers', reason='needs the extra hf: pip install .[hf]')
@@ -136,6 +137,27 @@ def test_what_trainer_would_count_wrongly_is_refused():
         ForTrainer(SegmentWrapper(make_rmt(), process_group=object()))
     with pytest.raises(ValueError, match='causal=False'):
         ForTrainer(SegmentWrapper(make_rmt(causal=False)))
+
+
+@pytest.mark.parametrize('padded', [slice(0, 2), slice(4, 6)], ids=['left', 'hole'])
+def test_a_label_that_padding_would_have_to_predict_is_refused(padded):
+    """Trainer counts it, and the model cannot predict it."""
+    given = batch(0, 3)
+    given['attention_mask'][1, padded] = 0
+    given['labels'][1, padded] = -100
+    with pytest.raises(ValueError, match=f'row 1 has a label at position {padded.stop} and padding before it'):
+        adapted(MAKERS['rmt'])(**given)
+    given['labels'][1, padded.stop] = -100
+    assert adapted(MAKERS['rmt'])(**given).loss > 0
+
+
+def test_weights_of_a_module_around_it_are_loaded_again():
+    made = [nn.Sequential(adapted(MAKERS['rmt'], tie_word_embeddings=True)) for _ in range(2)]
+    saved = made[0].state_dict()
+    assert sum('lm_head' in name or 'embed_tokens' in name for name in saved) == 1
+    made[1].load_state_dict(saved)
+    for mine, yours in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        assert torch.equal(mine, yours)
 
 
 def test_checkpointing_of_transformers_is_refused(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from infini_transformer_pytorch import (
     InfiniTransformer,
@@ -434,7 +435,9 @@ def bad_calls():
     for part, message in BAD_CACHES:
         yield {'cached_kv': [cache[0], part(cache[1])]}, message
     padded = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    yield {'cached_kv': cache, 'mask': padded}, 'mask with cached_kv: a cache holds valid tokens only'
+    yield {'cached_kv': cache, 'mask': padded}, 'mask with cached_kv: a cache that goes on holds valid tokens only'
+    cache = make_infini(memory_rule='linear')(ids(2, 5), mask=padded).cached_kvs
+    yield {'cached_kv': cache}, 'cached_kv comes from a call with padded rows: a cache that goes on holds valid'
 
 
 def bad_learned_caches():
@@ -551,3 +554,40 @@ def test_other_refusals():
     wrapper = InfiniTransformerWrapper(make_infini(), LENGTH)
     with pytest.raises(ValueError, match='outside'):
         wrapper.generate(seq_len=20, prompt=ids(2, 9) + 20)
+
+
+class Adapted(nn.Linear):
+    """A linear layer that an adapter was added to."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def adapted_by_class(layer):
+    layer.__class__ = Adapted
+
+
+def adapted_by_hook(layer):
+    layer.register_forward_hook(lambda _, given, out: out + given[0].sum(-1, keepdim=True))
+
+
+def adapted_by_method(layer):
+    layer.forward = lambda x: x @ layer.weight.mT + x.sum(-1, keepdim=True)
+
+
+def with_bias(layer):
+    layer.bias = nn.Parameter(torch.randn(layer.out_features, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('adapt', [adapted_by_class, adapted_by_hook, adapted_by_method, with_bias])
+def test_a_projection_that_was_adapted_is_used_for_the_state_too(adapt):
+    """Where no hidden states are needed, the last layer projects keys and values only."""
+    model, x = make_infini(), ids(2, 4 * LENGTH + 1)  # the last token opens a segment
+    plain = SegmentWrapper(model, segment_length=LENGTH).read(x).state
+    for block in model.layers:
+        adapt(block.attn.to_qkv)
+    wrapper = SegmentWrapper(model, segment_length=LENGTH)
+    want, have = wrapper.logits(x[:, :-1])[1], wrapper.read(x).state
+    assert not torch.equal(plain[-1].kv_mem, have[-1].kv_mem)
+    for a, b in zip(leaves(have), leaves(want), strict=True):
+        close(a, b)

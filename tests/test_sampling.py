@@ -45,6 +45,8 @@ def test_filters_keep_what_they_say():
     assert top_k(logits, 0.7).isfinite().sum() == 3
     kept = top_p(logits, 0.9).isfinite()[0]
     assert probabilities[kept].sum() >= 0.9 > probabilities[kept].sum() - probabilities[kept].min()
+    many = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0)) * 8
+    assert torch.equal(top_p(many, 1.0), many)  # the rounded sum of the probabilities is 1 before the last token
     assert min_p(logits, 0.1).isfinite().sum() == (probabilities >= 0.1 * probabilities.max()).sum()
     penalised, _ = Sampler(repetition_penalty=2.0, temperature=0)(
         torch.tensor([[3.0, 2.0, -1.0], [-1.0, -3.0, -1.5]]), torch.tensor([[True, False, False], [True, False, False]])

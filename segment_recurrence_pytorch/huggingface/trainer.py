@@ -52,6 +52,9 @@ class ForTrainer(nn.Module):
         if not wrapper.model.causal:
             raise ValueError('Trainer shifts the labels of a causal model: this model has causal=False')
         self.wrapper = wrapper
+        # hooks, since a module around this one calls neither `state_dict` nor `load_state_dict` of this one
+        self.register_state_dict_post_hook(_drop_second_names)
+        self.register_load_state_dict_pre_hook(_add_second_names)
 
     def forward(
         self,
@@ -72,11 +75,20 @@ class ForTrainer(nn.Module):
 
         Returns:
             A `CausalLMOutput`, with the loss in nats () if labels are given, else with the logits (b, n, num_tokens).
+
+        Raises:
+            ValueError: if a label that counts follows a padded position, which cannot predict it.
         """
         mask = None if attention_mask is None else attention_mask.bool()
         if labels is None:
             return CausalLMOutput(logits=self.wrapper.logits(input_ids, mask=mask)[0])
         targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1)
+        if mask is not None and (unread := (targets != IGNORE) & ~mask).any():
+            row, position = unread.nonzero()[0].tolist()
+            raise ValueError(
+                f'row {row} has a label at position {position + 1} and padding before it, which cannot predict it: pad '
+                'rows at their end, with labels of -100 there'
+            )
         if num_items_in_batch is None:
             return CausalLMOutput(loss=self.wrapper.loss(input_ids, labels=targets, mask=mask).loss)
         total = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction='sum').loss
@@ -91,19 +103,6 @@ class ForTrainer(nn.Module):
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # its name in newer versions
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the weights without the second names of tied ones: Trainer saves with safetensors, which refuses
-        them."""
-        found = super().state_dict(*args, **kwargs)
-        for name in self._second_names():
-            found.pop(kwargs.get('prefix', '') + name, None)
-        return found
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads what `state_dict` returned."""
-        second = {name: state_dict[kept] for name, kept in self._second_names().items() if kept in state_dict}
-        return super().load_state_dict({**second, **state_dict}, strict, assign)
-
     def _second_names(self) -> dict[str, str]:
         """Returns the names of tied weights but the first one, each with the first name."""
         names: dict[int, str] = {}
@@ -112,3 +111,17 @@ class ForTrainer(nn.Module):
             if names.setdefault(id(parameter), name) != name:
                 second[name] = names[id(parameter)]
         return second
+
+
+def _drop_second_names(module: ForTrainer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Takes the second names of tied weights out of a `state_dict()`: Trainer saves with safetensors, which refuses
+    them."""
+    for name in module._second_names():
+        state_dict.pop(prefix + name, None)
+
+
+def _add_second_names(module: ForTrainer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Adds what `_drop_second_names` took out, before the weights are loaded."""
+    for name, kept in module._second_names().items():
+        if prefix + kept in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + kept])
