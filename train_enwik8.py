@@ -347,9 +347,9 @@ def parse_arguments() -> argparse.Namespace:
                       help='leave out up to N steps with NaN or infinite values; default 0')  # fmt: skip
     sample = parser.add_argument_group('sample from a run instead of training')
     sample.add_argument('--sample', action='store_true', help='print how the model in --resume goes on')
-    sample.add_argument('--prompt', default=PROMPT, help=f'what it goes on after, default {PROMPT!r}')
-    sample.add_argument('--bytes', type=int, default=SAMPLE_BYTES, help=f'how far, default {SAMPLE_BYTES}')
-    sample.add_argument('--temperature', type=float, default=1.0, help='0: always the most likely byte; default 1')
+    sample.add_argument('--prompt', help=f'what it goes on after, default {PROMPT!r}')
+    sample.add_argument('--bytes', type=int, help=f'how far, default {SAMPLE_BYTES}')
+    sample.add_argument('--temperature', type=float, help='0: always the most likely byte; default 1')
     compared = parser.add_argument_group('runs beside each other')
     compared.add_argument('--compare', nargs='+', default=[], metavar='RUN',
                           help='folders of runs that have ended: a table and a plot of them, and no training. One RUN: '
@@ -375,12 +375,19 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.sample and not args.resume:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
+    for name, default in (('prompt', PROMPT), ('bytes', SAMPLE_BYTES), ('temperature', 1.0)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.sample:
+            parser.error(f'--{name} is for a sample from a run: add --sample --resume FOLDER, or leave it out')
     if args.sample and not args.prompt:
         parser.error('--prompt is empty: give at least one character')
     if args.compare and args.sample:
         parser.error('--sample prints text, --compare a table: give one of them')
     if len(args.compare) > 1 and (args.resume or args.name is not None):
         parser.error('--compare with several runs trains none: leave --resume and --name out')
+    if len({Path(each).resolve() for each in args.compare}) < len(args.compare):
+        parser.error('--compare names a run twice: give each of them once')
     if args.resume == '':
         parser.error('--resume is empty: give the folder of a run')
     if args.name is not None and args.resume:
@@ -472,6 +479,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         ValueError: if the folder holds no run, or one of another version of this program, or if run.json is damaged.
     """
     path = folder / 'run.json'
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no run to go on with: there is no such folder. Give that of a run, as runs/NAME')
     if os.path.exists(folder / 'training.pt') and not os.path.exists(path):
         raise ValueError(
             f'{folder} was made by an earlier version of this program, which wrote no checkpoints: '

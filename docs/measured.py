@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.crossings import curve, lines_of, standard  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
+from benchmarks.text import start_of  # noqa: E402
 
 MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
 NUMBERS: dict[str, Callable[[], str]] = {}
@@ -84,7 +85,8 @@ def share_at(name: str, segments: int) -> str:
     found = [result['curve'].get(str(segments)) for result in row(name)]
     if not found or None in found:
         return 'not measured'
-    return f'{short(mean(found))} ({seeds(len(found))})'
+    average, worst = short(mean(found)), short(min(found))
+    return f'{average} ({seeds(len(found))}{f", the worst {worst}" * (worst != average)})'
 
 
 @number
@@ -278,7 +280,8 @@ def speed_summary() -> str:
     tokens = {(row['model'], row['segment_length']): row for row in read('generation')['tokens']}
     one, four = training['published, 1 stream'], training['published, 4 streams (its default)']
     lines = [
-        ['training step, RMT with replay, segments of 256', f'{four:.2f} ({one:.2f} with one residual stream)'],
+        ['training step, RMT with replay, segments of 256',
+         f'{four:.2f} ({one:.2f} with one [residual stream](docs/glossary.md))'],
         ['training step, Infini, delta rule, segments of 512, 128, 32',
          ', '.join(f'{infini[length, "delta"]:.2f}' for length in (512, 128, 32))],
         ['new token, RMT, segments of 256, 1024',
@@ -290,12 +293,14 @@ def speed_summary() -> str:
 
 
 def crossing(model: str, question: str = 'training') -> str:
-    """Returns the length from which on a model takes less time than full attention."""
+    """Returns the length from which on a model takes less time than full attention: between two lengths that were
+    measured, or the shortest of them."""
     line = standard(question, 'float32')._replace(model=model)
     found = read('full_attention')['crossings'][question][f'{line}, seconds']
     if found is None:
         return 'no length that was measured'
-    return f'{found["tokens"]:,} tokens'
+    how = 'at most' if found['from_the_first_length_on'] else 'about'
+    return f'{how} {found["tokens"]:,} tokens'
 
 
 def against_full(question: str) -> str:
@@ -368,11 +373,13 @@ def crossing_infini() -> str:
 
 def text_gain(arm: str, length: int = 128) -> str:
     """Returns what an arm of `benchmarks.text` gains over segments alone, and over how many seeds."""
-    runs = map(json.loads, [path.read_text() for path in (RESULTS / 'text').glob(f'*-{length}-*.json')])
+    runs = [json.loads(path.read_text()) for path in (RESULTS / 'text').glob(f'*-{length}-*.json')]
     bits = {(run['arm'], run['seed']): run['bits'] for run in runs}
     gains = [bits['segments', seed] - own for (name, seed), own in bits.items()
              if name == arm and ('segments', seed) in bits]  # fmt: skip
-    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))})'
+    counted = [run for run in runs if run['arm'] in (arm, 'segments')]
+    older = any(run.get('start') != start_of(run['arm'], length) for run in counted)
+    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))}{", with earlier initial weights" * older})'
 
 
 @number

@@ -92,4 +92,7 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=900, help='of the training (default: %(default)s)')
     parser.add_argument('--tokens', type=int, default=64, help='words of the book (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of weights and books (default: %(default)s)')
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.tokens < 2 * len(PEOPLE):
+        parser.error(f'give --steps of 1 or more, and --tokens of {2 * len(PEOPLE)} or more: {len(PEOPLE)} people')
+    main(**vars(arguments))

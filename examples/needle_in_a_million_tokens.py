@@ -1,6 +1,6 @@
 """Trains a model on texts of 160 tokens, lets it read a million, and asks for what was marked in the first 32.
 
-    python -m examples.needle_in_a_million_tokens                     # two minutes of training, then a million tokens
+    python -m examples.needle_in_a_million_tokens                     # three minutes of training, then a million tokens
     python -m examples.needle_in_a_million_tokens --tokens 100000
     python -m examples.needle_in_a_million_tokens --model rmt --steps 2500
 
@@ -87,4 +87,7 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=1000, help='of the training (default: %(default)s)')
     parser.add_argument('--tokens', type=int, default=1_000_000, help='of each text (default: a million)')
     parser.add_argument('--texts', type=int, default=8, help='that are read side by side (default: %(default)s)')
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if min(arguments.steps, arguments.texts) < 1 or arguments.tokens < Memorize().segment_length:
+        parser.error(f'give --steps and --texts of 1 or more, and --tokens of {Memorize().segment_length} or more')
+    main(**vars(arguments))

@@ -1,6 +1,6 @@
 """Trains the memory of one of the library's models on a task, and shows for how long it lasts.
 
-    python examples/train_a_task.py                                       # RMT, 1,000 steps, about a minute
+    python examples/train_a_task.py                                       # RMT, 1,000 steps, two to three minutes
     python examples/train_a_task.py --model infini --lengths 5 31250      # asked after a million tokens, too
     python examples/train_a_task.py --model infini --virtual_length 1e4   # the linear rule, trained for long texts
     python examples/train_a_task.py --memory_noise 0.3
@@ -146,4 +146,9 @@ if __name__ == '__main__':
                         help='of Infini: factor of the learning rate of the gates (default: %(default)g)')  # fmt: skip
     parser.add_argument('--lengths', type=int, nargs='+', default=[5, 16, 64, 256, 1024], metavar='SEGMENTS',
                         help='of the texts that are tried (default: up to 1024; 31250: a million tokens)')  # fmt: skip
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if min(arguments.steps, *arguments.lengths) < 1:
+        parser.error('--steps and --lengths are counts: give 1 or more')
+    if arguments.model == 'rmt' and arguments.virtual_length:
+        parser.error('--virtual_length counts segments for the memory of Infini: add --model infini, or leave it out')
+    main(**vars(arguments))

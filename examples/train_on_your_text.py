@@ -89,4 +89,10 @@ if __name__ == '__main__':
     parser.add_argument('--model', choices=['rmt', 'infini'], default='rmt', help='(default: %(default)s)')
     parser.add_argument('--steps', type=int, default=400, help='of the training (default: %(default)s)')
     parser.add_argument('--prompt', default='def ', help='what it writes on from (default: %(default)r)')
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or not arguments.prompt:
+        parser.error('give --steps of 1 or more, and a --prompt of at least one character')
+    try:
+        main(**vars(arguments))
+    except ValueError as error:  # the file is missing, damaged or too short
+        parser.error(str(error))

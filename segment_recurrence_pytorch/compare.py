@@ -40,6 +40,8 @@ def read_ended(folder: Path) -> Run:
     Raises:
         ValueError: if it is no folder of a run, or if the run has no validation.
     """
+    if not folder.is_dir():
+        raise ValueError(f'{folder} cannot be compared: there is no such folder. Give that of a run, as runs/NAME')
     try:
         made = json.loads((folder / 'run.json').read_text())
         about = {name: made['run'][name] for name in ('model', 'memory', 'preset', 'seed', 'valid_bytes')}

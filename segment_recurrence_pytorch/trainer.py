@@ -69,7 +69,7 @@ class Training:
         lr: the learning rate.
         folder: the folder of the run.
         ranks: the processes that make the run together.
-        options: resume, keep, parallel, compile, save_minutes and skip_bad_steps of the command line.
+        options: resume, steps, keep, parallel, compile, save_minutes and skip_bad_steps of the command line.
         going_on: returns the end of a message, which tells how to go on with the run.
 
     Attributes:
@@ -127,6 +127,7 @@ class Training:
             for why in refused:
                 say(f'refused     {why}')
             saved = ranks.together(lambda: load_checkpoint(checkpoint, self.fixed, self.model, self.streams))
+            self.check_length(saved['step'])
         self.loss = ranks.parallel(self.wrapper, self.options.parallel)
         self.optimizer = torch.optim.AdamW(self.model.param_groups(self.lr, WEIGHT_DECAY), betas=BETAS)
         self.scales = [group['lr'] / self.lr for group in self.optimizer.param_groups]
@@ -145,6 +146,16 @@ class Training:
         self.saved_step = self.step
         ranks.on_first(lambda: copy_weights(folder, self.step))
         ranks.on_first(lambda: write_json(folder / 'run.json', self.about))
+
+    def check_length(self, made: int) -> None:
+        """Raises ValueError if the command line asks for fewer steps than were made already.
+
+        Args:
+            made: number of steps that were made.
+        """
+        if self.options.steps and made > self.options.steps:
+            asked = f'--steps {self.options.steps:,}: give more, or leave it out'
+            raise ValueError(f'{self.folder} is at step {made:,} already, beyond {asked}')
 
     def usable(self, checkpoint: Path) -> Path:
         """Returns a checkpoint that can be loaded. Raises ValueError if it is not one of this run."""
@@ -211,6 +222,8 @@ class Training:
         total, done = (steps, self.step) if steps else (round(60 * minutes), round(self.seconds))
         hidden = None if ranks.is_first else True  # None: hidden where the output is no terminal
         last_save = time.perf_counter()
+        if self.progress() >= 1:
+            say('training    was done before: nothing is left of it')
         with (
             closing(MetricsLog(log if ranks.is_first else Path(os.devnull))) as metrics,
             tqdm(total=total, initial=done, unit=unit, desc='training', disable=hidden) as bar,

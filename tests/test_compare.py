@@ -54,7 +54,7 @@ def test_in_what_else_runs_differ_is_said(at_work):
 @pytest.mark.parametrize(
     ('spoil', 'message'),
     [
-        (lambda run: shutil.rmtree(run), r'no such file.*Give the folder of a run'),
+        (lambda run: shutil.rmtree(run), r'there is no such folder. Give that of a run'),
         (lambda run: (run / 'run.json').write_text('{}'), r"run.json lacks 'run'"),
         (lambda run: (run / 'run.json').write_text('{'), r'Give the folder of a run'),
         (lambda run: (run / 'metrics.jsonl').unlink(), r'has no validation yet: .*--resume runs/infini'),

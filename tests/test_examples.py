@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -265,3 +266,22 @@ def imported(nodes) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module)
     return names
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'message'),
+    [
+        ('train_a_task', '--lengths 0', 'are counts: give 1 or more'),
+        ('train_a_task', '--model rmt --virtual_length 9', 'add --model infini'),
+        ('needle_in_a_million_tokens', '--tokens 10', '--tokens of 32 or more'),
+        ('many_questions_one_book', '--tokens 10', '--tokens of 16 or more'),
+        ('many_questions_one_book', '--steps -2', '--steps of 1 or more'),
+        ('train_on_your_text', 'absent', 'absent cannot be read'),
+        ('train_on_your_text', '--steps 0', '--steps of 1 or more'),
+    ],
+)
+def test_bad_arguments_end_an_example_with_one_line(name, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', [name, *arguments.split()])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(train_a_task.__file__).with_stem(name)), run_name='__main__')
+    assert message in capsys.readouterr().err.splitlines()[-1]

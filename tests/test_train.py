@@ -158,7 +158,12 @@ def test_refusals_leave_nothing_behind(at_work):
     for arguments, message in [
         (('--resume', 'runs/rmt', '--preset', 'base'), 'was made with --preset small, not base'),
         (('--resume', 'runs/rmt', '--memory', 'off'), 'was made with --memory on, not off'),
-        (('--resume', 'runs/none'), 'no run to go on with'),
+        (('--resume', 'runs/rmt', '--steps', 3), 'runs/rmt is at step 4 already, beyond --steps 3'),
+        (('--resume', 'runs/none'), 'no run to go on with: there is no such folder'),
+        (('--data', 'text', '--prompt', 'x'), '--prompt is for a sample from a run: add --sample'),
+        (('--data', 'text', '--temperature', 1), '--temperature is for a sample'),
+        (('--compare', 'runs/rmt', './runs/rmt'), '--compare names a run twice'),
+        (('--compare', 'runs/none'), 'runs/none cannot be compared: there is no such folder'),
         (('--resume', 'other'), 'no run to go on with: other/run.json lacks'),
         (('--resume', ''), '--resume is empty'),
         (('--resume', 'x' * 300), 'no run to go on with'),
