@@ -56,8 +56,8 @@ release-check: .venv-release/ready
 	rm -rf .venv-installed
 
 # every table and plot of speed; with ARGS=--quick, whether each of them runs, in a minute each
-BENCHMARKS := gradient_reach rmt_training infini_training infini_million scan vocabulary full_attention generation \
-  million_evaluation
+BENCHMARKS := gradient_reach rmt_training infini_training infini_million scan vocabulary compiled_training full_attention \
+  generation million_evaluation
 bench: $(VENV)/ready .venv-peer/ready
 	for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS) || exit 1; done
 

@@ -371,7 +371,7 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument('--precision', choices=PRECISIONS, default=argparse.SUPPRESS,
                        help='of matrix products; default bfloat16 where the device has it')  # fmt: skip
     where.add_argument('--compile', action='store_true',
-                       help='compile the training: minutes at the start, gain not measured')  # fmt: skip
+                       help='compile the training: minutes at the start; docs/script.md has the gain')  # fmt: skip
     args = parser.parse_args()
     if args.sample and not args.resume:
         parser.error('--sample needs a trained model: give its folder as --resume FOLDER')

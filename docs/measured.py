@@ -192,6 +192,16 @@ def speed_infini() -> str:
 
 
 @number
+def compile_gain() -> str:
+    """What `--compile` gains, and after how many steps."""
+    models = read('compiled_training')['models']
+    gain = both(models[name]['times_faster'] for name in ('rmt', 'infini'))
+    paid = [models[name]['pays_after_steps'] for name in ('rmt', 'infini')]
+    steps = both('never' if count is None else f'{count:,} steps' for count in paid)
+    return f'{gain} times the speed, paid after {steps}'
+
+
+@number
 def speed_generation() -> str:
     names = {'rmt': 'RMT', 'infini': 'Infini'}
     lines = [[f'{names[row["model"]]}, {row["segment_length"]}', *(row[f'{what}_{how}'] for what in
