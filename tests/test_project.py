@@ -108,6 +108,6 @@ def test_public_things_have_docstrings(package):
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         for node in [*tree.body, *(inner for outer in classes for inner in outer.body)]:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith('_'):
-                inherited = isinstance(node, ast.FunctionDef) and node.name in ('forward', 'backward')
+                inherited = isinstance(node, ast.FunctionDef) and node.name in ('forward', 'setup_context', 'backward')
                 is_setter = any(isinstance(d, ast.Attribute) and d.attr == 'setter' for d in node.decorator_list)
                 assert inherited or is_setter or ast.get_docstring(node), f'{path}: {node.name}'
