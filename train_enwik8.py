@@ -160,7 +160,6 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
         ranks: the processes that make the run together. The first one prints and writes.
         beside: the run to compare with at the end, if any.
     """
-    plots = import_plots()
     if args.threads:
         torch.set_num_threads(args.threads)
     ranks.on_first(lambda: check_parallel(args, run, ranks))
@@ -173,6 +172,7 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
     say(f'corpus      {corpus.name}: {sum(map(len, corpus.train)):,} training bytes')
     say(f'            sha256 {corpus.sha256}')
     training = ranks.together(lambda: make_training(args, run, folder, ranks, corpus))
+    plots = import_plots()
     model, memory = training.model, training.memory
     valid = first_bytes(corpus.valid, run['valid_bytes'])
     with ExitStack() as stack:
