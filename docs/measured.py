@@ -110,6 +110,16 @@ def million_infini() -> str:
 
 
 @number
+def million_linear() -> str:
+    return share_at('infini_passkey_linear', 31250)
+
+
+@number
+def far_linear() -> str:
+    return share_at('infini_passkey_linear', 1024)
+
+
+@number
 def pairs_rmt() -> str:
     return share_at('rmt_associative', 5)
 
