@@ -115,6 +115,11 @@ def million_linear() -> str:
 
 
 @number
+def million_virtual() -> str:
+    return share_at('infini_passkey_repetition', 31250)
+
+
+@number
 def far_linear() -> str:
     return share_at('infini_passkey_linear', 1024)
 
