@@ -26,7 +26,7 @@ from infini_transformer_pytorch.memory import (
     write,
 )
 from segment_recurrence_pytorch.checks import check_finite, check_like, check_positive
-from segment_recurrence_pytorch.layers import HeadNorm, attend, is_plain, no_autocast, rotate
+from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, outputs_from, rotate
 from segment_recurrence_pytorch.state import copied
 
 NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
@@ -433,13 +433,7 @@ class InfiniAttention(LayerMemory):
             x: tokens after the norm of the layer, (..., b, n, dim).
             need_query: whether queries are needed. If False, the result is (..., b, 2 g, n, d). Default: True.
         """
-        first = 0 if need_query else self.heads * self.dim_head
-        if first and is_plain(self.to_qkv):
-            heads = F.linear(
-                x, self.to_qkv.weight[first:], None if self.to_qkv.bias is None else self.to_qkv.bias[first:]
-            )
-        else:
-            heads = self.to_qkv(x)[..., first:]
+        heads = outputs_from(self.to_qkv, x, 0 if need_query else self.heads * self.dim_head)
         return heads.unflatten(-1, (-1, self.dim_head)).transpose(-3, -2)
 
     def split(self, heads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

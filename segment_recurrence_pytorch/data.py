@@ -110,7 +110,7 @@ def read_bytes(path: str | Path) -> bytes:
                 content = archive.read(members[0])
         else:
             content = path.read_bytes()
-    except (NotImplementedError, RuntimeError) as error:  # what zipfile raises
+    except RuntimeError as error:  # zipfile: encrypted, or packed in a way that it does not know
         raise ValueError(f'{path} cannot be unpacked ({error}): unpack it, or pack it anew') from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f'{path} is cut short or damaged ({error}): fetch it again') from error

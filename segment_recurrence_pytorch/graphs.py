@@ -132,14 +132,13 @@ class TrainingStep:
             if labels is None:
                 labels, x = x[:, 1:], x[:, :-1]
             tensors = [None if t is None else t.to(device, non_blocking=True) for t in (x, labels, starts)]
-            self._set_rates()
+            self._set_rates()  # the graph reads them
             found = self.graphed(*tensors, state, more)
-            self.done += 1
-            return found
-        if starts is not None:
-            state = self.wrapper.reset(state, starts)
-        given = {'labels': None if labels is None else labels.to(device), 'per_segment': more}
-        found = self._made(x.to(device), state, given)
+        else:
+            if starts is not None:
+                state = self.wrapper.reset(state, starts)
+            given = {'labels': None if labels is None else labels.to(device), 'per_segment': more}
+            found = self._made(x.to(device), state, given)
         self.done += 1
         return found
 

@@ -434,15 +434,22 @@ def has_dropout(model: nn.Module) -> bool:
     return any(is_number(rate) and rate > 0 for rate in rates)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Returns whether a module is a linear layer that computes with its weight and bias and does nothing else, so that
-    a part of it can be computed. Adapters, quantisation and hooks change that.
+def outputs_from(linear: nn.Linear, x: Tensor, first: int) -> Tensor:
+    """Returns the outputs of a linear layer from one on, (..., out - first).
+
+    Only these are computed, unless the layer does more than a product with its weight: adapters, quantisation and hooks
+    are not passed by.
 
     Args:
-        linear: the module.
+        linear: the layer.
+        x: its input, (..., in).
+        first: number of the first output that is needed.
     """
     changed = 'forward' in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and not changed
+    if first and type(linear) is nn.Linear and not changed:
+        return F.linear(x, linear.weight[first:], None if linear.bias is None else linear.bias[first:])
+    outputs = linear(x)
+    return outputs[..., first:] if first else outputs
 
 
 class SegmentTransformer(SegmentModel):

@@ -30,17 +30,6 @@ def pieces(count):
     return made
 
 
-def test_a_step_that_is_refused_changes_nothing():
-    wrapper = SegmentWrapper(make_rmt(), segment_length=6)
-    step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
-    step(ids(2, 13))
-    gradient, rate = wrapper.model.logits.weight.grad.clone(), step.optimizer.param_groups[0]['lr']
-    with pytest.raises(ValueError, match='id'):
-        step(ids(2, 13) + 100)
-    assert torch.equal(wrapper.model.logits.weight.grad, gradient)
-    assert (step.done, step.optimizer.param_groups[0]['lr']) == (1, rate)
-
-
 def by_steps(wrapper, given, memory):
     step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
     state, losses = None, []
@@ -106,3 +95,14 @@ def test_shapes_take_turns():
         found.append((losses, {name: weight.cpu() for name, weight in wrapper.named_parameters()}))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     same_gradients(found[0][1], found[1][1], 1e-6)
+
+
+def test_a_step_that_is_refused_changes_nothing():
+    wrapper = SegmentWrapper(make_rmt(), segment_length=6)
+    step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
+    step(ids(2, 13))
+    gradient, rate = wrapper.model.logits.weight.grad.clone(), step.optimizer.param_groups[0]['lr']
+    with pytest.raises(ValueError, match='id'):
+        step(ids(2, 13) + 100)
+    assert torch.equal(wrapper.model.logits.weight.grad, gradient)
+    assert (step.done, step.optimizer.param_groups[0]['lr']) == (1, rate)
