@@ -125,6 +125,11 @@ def far_linear() -> str:
 
 
 @number
+def pairs_armt() -> str:
+    return share_at('armt_associative', 5)
+
+
+@number
 def pairs_rmt() -> str:
     return share_at('rmt_associative', 5)
 
