@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -89,6 +90,21 @@ def share_at(name: str, segments: int) -> str:
     return f'{average} ({seeds(len(found))}{f", the worst {worst}" * (worst != average)})'
 
 
+# the numbers that are the mean accuracy of a row at a number of segments
+SHARES = {
+    'million_rmt': ('rmt_memorize', 31250),
+    'million_infini': ('infini_passkey', 31250),
+    'million_linear': ('infini_passkey_linear', 31250),
+    'million_virtual': ('infini_passkey_repetition', 31250),
+    'far_linear': ('infini_passkey_linear', 1024),
+    'pairs_armt': ('armt_associative', 5),
+    'pairs_rmt': ('rmt_associative', 5),
+    'pairs_infini': ('infini_associative', 6),
+    'copy_rmt': ('rmt_copy', 6),
+}
+NUMBERS |= {name: partial(share_at, *place) for name, place in SHARES.items()}
+
+
 @number
 def learned_rmt() -> str:
     return steps_to_learn('rmt')
@@ -97,51 +113,6 @@ def learned_rmt() -> str:
 @number
 def learned_infini() -> str:
     return steps_to_learn('infini')
-
-
-@number
-def million_rmt() -> str:
-    return share_at('rmt_memorize', 31250)
-
-
-@number
-def million_infini() -> str:
-    return share_at('infini_passkey', 31250)
-
-
-@number
-def million_linear() -> str:
-    return share_at('infini_passkey_linear', 31250)
-
-
-@number
-def million_virtual() -> str:
-    return share_at('infini_passkey_repetition', 31250)
-
-
-@number
-def far_linear() -> str:
-    return share_at('infini_passkey_linear', 1024)
-
-
-@number
-def pairs_armt() -> str:
-    return share_at('armt_associative', 5)
-
-
-@number
-def pairs_rmt() -> str:
-    return share_at('rmt_associative', 5)
-
-
-@number
-def pairs_infini() -> str:
-    return share_at('infini_associative', 6)
-
-
-@number
-def copy_rmt() -> str:
-    return share_at('rmt_copy', 6)
 
 
 def gain(model: str, length: int) -> str:
