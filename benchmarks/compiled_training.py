@@ -28,7 +28,7 @@ def worker(name: str) -> None:
 
     from benchmarks.interleave import serve
     from segment_recurrence_pytorch.data import Piece
-    from segment_recurrence_pytorch.trainer import reading_by
+    from segment_recurrence_pytorch.trainer import BETAS, CLIP, WEIGHT_DECAY, compiled_advance, reading_by
     from segment_recurrence_pytorch.training import train_loss
     from train_enwik8 import PRESETS, build
 
@@ -37,9 +37,8 @@ def worker(name: str) -> None:
     model_name, way = name.split()
     wrapper = build({'model': model_name, 'preset': PRESET}, torch.device('cpu'), None)
     model = wrapper.model
-    # as in `trainer.Trainer`
-    advance = torch.compile(model.advance, fullgraph=True, dynamic=False) if way == 'compiled' else None
-    optimizer = torch.optim.AdamW(model.param_groups(1e-3, 0.01), betas=(0.9, 0.95))
+    advance = compiled_advance(model) if way == 'compiled' else None
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3, WEIGHT_DECAY), betas=BETAS)
     rows, segments = (PRESETS[PRESET]['training'][key] for key in ('batch_size', 'segments'))
     tokens = torch.randint(256, (rows, segments * wrapper.segment_length + 1))
     piece, state = Piece(tokens, torch.zeros(rows, dtype=torch.bool)), None
@@ -50,7 +49,7 @@ def worker(name: str) -> None:
             loss, _, state = train_loss(wrapper, piece, state, True)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
     serve(step, torch_version=torch.__version__)

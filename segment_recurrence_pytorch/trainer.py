@@ -102,8 +102,7 @@ class Training:
         torch.manual_seed(run['seed'])
         self.wrapper = build(ranks.device, ranks.group)
         self.model = self.wrapper.model
-        # one graph for each shape of what it reads: the parameter `dynamic` would make slower ones for several shapes
-        self.advance = torch.compile(self.model.advance, fullgraph=True, dynamic=False) if options.compile else None
+        self.advance = compiled_advance(self.model) if options.compile else None
         if not ranks.is_first:
             torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
         self.streams = streams(self.wrapper)
@@ -311,6 +310,16 @@ class Training:
         if self.skipped > self.options.skip_bad_steps:
             on = f'{self.going_on()} --skip-bad-steps {self.skipped}, which leaves out such steps'
             raise ValueError(f'{found}{on}')
+
+
+def compiled_advance(model: SegmentModel) -> Callable[..., Any]:
+    """Returns `model.advance` compiled, for `reading_by`.
+
+    Args:
+        model: the model.
+    """
+    # one graph for each shape of what it reads: the parameter `dynamic` would make slower ones for several shapes
+    return torch.compile(model.advance, fullgraph=True, dynamic=False)
 
 
 @contextmanager

@@ -357,10 +357,11 @@ def test_torch_func_differentiates_the_loss():
     """Of RMT: operators that are registered with `torch.library`, as the scan of Infini is, cannot be differentiated by
     it."""
     wrapper, x = RecurrentMemoryTransformerWrapper(make_rmt()), torch.randint(0, 20, (2, TOKENS))
-    wrapper.forward = lambda x: wrapper.loss(x).loss
-    found = torch.func.grad(lambda weights: torch.func.functional_call(wrapper, weights, (x,)))(
-        dict(wrapper.named_parameters())
-    )
+
+    def loss(weights):
+        return torch.func.functional_call(wrapper, weights, (x,), {'return_loss': True})[0]
+
+    found = torch.func.grad(loss)(dict(wrapper.named_parameters()))
     wrapper.loss(x).loss.backward()
     same_gradients(found, {name: weight.grad for name, weight in wrapper.named_parameters()})
 
