@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.evidence.training import COMPILED_FROM
 from examples.train_a_task import train
 from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
 from infini_transformer_pytorch.attention import InfiniAttention
@@ -52,8 +53,8 @@ from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Streams, python_source
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.layers import OUTPUT
-from segment_recurrence_pytorch.model import with_own_rate
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval, Copy, Memorize, Task, accuracy
+from segment_recurrence_pytorch.trainer import compiled_advance, reading_by
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine
 
 RUNS = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
@@ -258,13 +259,10 @@ def make(spec: dict[str, Any], num_tokens: int, segment_length: int, dim: int) -
 def groups(spec: dict[str, Any], model: SegmentModel, lr: float) -> list[dict[str, Any]]:
     """Returns the parameter groups of a run, with the rates that it names."""
     options = spec.get('options', {})
-    rates = {'gate_lr': options['gate_lr']} if 'gate_lr' in options else {}
-    made = model.param_groups(lr, 0.01, **rates)
-    emb_lr = 1 if spec['start'] in ('library', 'private') else options.get('emb_lr')
-    if emb_lr is not None:
-        tables = [table for name, table in model.named_parameters() if name.endswith('_emb.weight')]
-        made = with_own_rate(made, tables, lr * emb_lr)
-    return made
+    rates = {name: options[name] for name in ('gate_lr', 'emb_lr') if name in options}
+    if spec['start'] in ('library', 'private'):
+        rates['emb_lr'] = 1
+    return model.param_groups(lr, 0.01, **rates)
 
 
 def learn(
@@ -311,8 +309,9 @@ def learn_bytes(spec: dict[str, Any], segment_length: int, device: str) -> dict[
     train_step = TrainingStep(wrapper, rates, betas=(0.9, 0.95), schedule=lambda done: warmup_cosine(done / steps))
     state, memory = None, not spec.get('options', {}).get('twin')
     wrapper.train()
-    for _ in tqdm(range(steps), desc=f'{spec["model"]}, bytes, seed {seed}', disable=None):
-        _, state = train_step.read(next(streams), state, memory)
+    with reading_by(wrapper.model, compiled_advance(wrapper.model) if steps >= COMPILED_FROM else None):
+        for _ in tqdm(range(steps), desc=f'{spec["model"]}, bytes, seed {seed}', disable=None):
+            _, state = train_step.read(next(streams), state, memory)
     held_out = first_bytes(corpus.valid, 131_072)
     found: dict[str, Any] = {'bits': round(bits_per_byte(wrapper, valid_streams(held_out, length), memory), 4)}
     if isinstance(wrapper.model, InfiniTransformer):

@@ -107,20 +107,24 @@ class GatedMemories(SegmentModel):
         """
         return index
 
-    def param_groups(self, lr: float, weight_decay: float, *, gate_lr: float = GATE_LR) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, weight_decay: float, *, gate_lr: float = GATE_LR, **rates: Any
+    ) -> list[dict[str, Any]]:
         """Returns groups of parameters for an optimizer: those of a model without gates, and last the gates.
 
         Args:
             lr: the learning rate.
             weight_decay: weight decay of the matrices of the blocks.
             gate_lr: the learning rate of the gates, as a factor of lr. Default: 3.
+            rates: what the model without gates takes: an `InfiniTransformer` takes `emb_lr`, see
+                `SegmentTransformer.param_groups`.
 
         Raises:
             ValueError: if gate_lr is not a positive number.
         """
         check_positive(gate_lr=gate_lr)
         gates = [gate for name, gate in self.named_parameters() if name.endswith('.head_gates')]
-        return with_own_rate(super().param_groups(lr, weight_decay), gates, lr * gate_lr)
+        return with_own_rate(super().param_groups(lr, weight_decay, **rates), gates, lr * gate_lr)
 
     @torch.no_grad()
     def memory_shares(self) -> Tensor:

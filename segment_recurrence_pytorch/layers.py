@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from segment_recurrence_pytorch.checks import is_number
+from segment_recurrence_pytorch.checks import check_positive, is_number
 from segment_recurrence_pytorch.model import SegmentModel, with_own_rate
 
 BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
@@ -474,21 +474,27 @@ class SegmentTransformer(SegmentModel):
     kv_heads: int
     backend: str = 'auto'
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Returns three groups of parameters for an optimizer: see `SegmentModel.param_groups`, and the embeddings.
-
-        The embeddings of tokens and positions have 5 times the learning rate and no decay. With tie_embeddings=True,
-        when logits use them too, they have the rate of all else.
+    def param_groups(self, lr: float, weight_decay: float, *, emb_lr: float | None = None) -> list[dict[str, Any]]:
+        """Returns groups of parameters for an optimizer: those of `SegmentModel.param_groups`, and last the embeddings
+        of tokens and positions, which have no weight decay.
 
         Args:
             lr: the learning rate.
             weight_decay: weight decay of the matrices of the blocks.
+            emb_lr: the learning rate of the embeddings, as a factor of lr. Default: None, 5. With tie_embeddings=True,
+                when logits use the token embeddings too, None leaves all embeddings in the first two groups.
+
+        Raises:
+            ValueError: if emb_lr is not a positive number.
         """
         groups = super().param_groups(lr, weight_decay)
-        if self.logits.weight is self.token_emb.weight:
-            return groups
+        if emb_lr is None:
+            if self.logits.weight is self.token_emb.weight:
+                return groups
+            emb_lr = EMBEDDING_LR
+        check_positive(emb_lr=emb_lr)
         tables = [table for name, table in self.named_parameters() if name in ('token_emb.weight', 'pos_emb.weight')]
-        return with_own_rate(groups, tables, lr * EMBEDDING_LR)
+        return with_own_rate(groups, tables, lr * emb_lr)
 
     @torch.no_grad()
     def init_weights(self) -> None:

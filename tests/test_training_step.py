@@ -106,3 +106,17 @@ def test_a_step_that_is_refused_changes_nothing():
         step(ids(2, 13) + 100)
     assert torch.equal(wrapper.model.logits.weight.grad, gradient)
     assert (step.done, step.optimizer.param_groups[0]['lr']) == (1, rate)
+
+
+@pytest.mark.parametrize('make', [make_rmt, make_infini])
+@pytest.mark.parametrize('tied', [False, True])
+def test_the_learning_rate_of_embeddings_is_an_argument(make, tied):
+    model = make(tie_embeddings=tied)
+    tables = {id(table) for name, table in model.named_parameters() if name in ('token_emb.weight', 'pos_emb.weight')}
+    groups = model.param_groups(1.0, 0.1, emb_lr=2.0)
+    assert {(group['lr'], group['weight_decay']) for group in groups if tables & {*map(id, group['params'])}} == {
+        (2, 0)
+    }
+    assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match='emb_lr is 0'):
+        model.param_groups(1.0, 0.1, emb_lr=0)

@@ -178,7 +178,7 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     changes, the stored result no longer fits.
     """
     texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits', 'seeds')
-    fields = {name: value for name, value in vars(row).items() if name not in texts}
+    fields = {name: value for name, value in vars(row).items() if name not in (*texts, 'emb_lr')}  # `rates` has it
     wrapper = as_started(row.wrapper)
     model = wrapper.model
     fields['start'] = digest_of_start(model)

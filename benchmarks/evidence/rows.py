@@ -38,6 +38,7 @@ class Row:
         steps: number of training steps.
         wrapper_options: further arguments of `SegmentWrapper`. Default: none.
         gate_lr: factor of the learning rate of the gates. Default: None, that of `param_groups`.
+        emb_lr: factor of the learning rate of the embeddings. Default: None, that of `param_groups`.
         extra: a name in `extras.EXTRAS`. Default: '', none.
         seeds: the seeds on which the row is trained. Default: `SEEDS`.
     """
@@ -53,6 +54,7 @@ class Row:
     steps: int
     wrapper_options: dict[str, Any] = field(default_factory=dict)
     gate_lr: float | None = None
+    emb_lr: float | None = None
     extra: str = ''
     seeds: tuple[int, ...] = SEEDS
 
@@ -225,19 +227,23 @@ _tasks: list[TaskRow] = [
 ]  # fmt: skip
 
 
-def longer(name: str, steps: int) -> TaskRow:
-    """Returns a row with more steps, which else is the same and has no target.
+def changed(name: str, suffix: str, claim: str, **changes: Any) -> TaskRow:
+    """Returns a row that is another one but for some of its fields.
 
     Args:
-        name: name of the row.
-        steps: number of training steps.
+        name: name of the other row.
+        suffix: what is added to its name.
+        claim: what is added to its claim.
+        changes: the fields.
     """
     (row,) = [row for row in _tasks if row.name == name]
-    return replace(row, name=f'{name}_{steps}', claim=f'{row.claim}, {steps:,} steps', steps=steps, targets={})
+    return replace(row, name=f'{name}_{suffix}', claim=f'{row.claim}, {claim}', **changes)
 
 
 # as long as the first rows of the papers' tables seem to need: up to forty minutes of one core a seed
-_tasks += [longer('rmt_copy', 9600), longer('rmt_associative', 45_000)]
+_tasks += [changed(name, f'{steps}', f'{steps:,} steps', steps=steps, targets={})
+           for name, steps in (('rmt_copy', 9600), ('rmt_associative', 45_000))]  # fmt: skip
+_tasks += [changed('infini_associative', 'one_rate', 'embeddings at the learning rate of all else', emb_lr=1.0)]
 
 
 def bytes_row(model: str, length: int, *, steps: int = 800, **more: Any) -> LanguageRow:
