@@ -401,7 +401,7 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and not 0 < value < math.inf:
             finite = ', and finite' if value > 0 else ''
             parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{finite}')
-    for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps'):
+    for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps', 'temperature'):
         value = getattr(args, name) or 0
         if not 0 <= value < math.inf:
             parser.error(f'--{name.replace("_", "-")} is {value}: give 0, or a finite number above it')

@@ -171,7 +171,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         if filter_thres is not None:
             if not 0 <= filter_thres <= 1:
                 raise ValueError(f'filter_thres is {filter_thres}: give a share in [0, 1]')
-            if 'filter_fn' in options:
+            if options.get('filter_fn') is not None:
                 raise ValueError(f'filter_thres={filter_thres} and filter_fn: give one of them')
             options['filter_fn'] = partial(top_k, thres=filter_thres)
         count = new_token_count('length', length, max_new_tokens, prime)

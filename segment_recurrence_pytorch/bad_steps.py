@@ -56,7 +56,7 @@ def first_bad_tensor(wrapper: SegmentWrapper, piece: Piece, state: State, memory
     if not all_finite(*leaves(state)):
         return 'the state that enters the step'
     tokens = piece.tokens.to(model.device)
-    segments = tokens.unfold(1, length + 1, length).unbind(1)
+    segments = [tokens[:, start : start + length + 1] for start in range(0, tokens.shape[1] - 1, length)]
     state = wrapper.reset(state, piece.starts) if memory else None
     losses: list[Tensor] = []
     gradients: list[str] = []

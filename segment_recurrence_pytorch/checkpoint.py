@@ -224,7 +224,8 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
     with replacing(path) as part_path:
         save_file(
-            {name: part.detach().cpu().contiguous() for name, part in parts.items()},
+            # copies, since safetensors refuses tensors that share memory, as two layers of one state may
+            {name: part.detach().cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()},
             str(part_path),
             metadata={'fingerprint': json.dumps(model.fingerprint())},
         )

@@ -253,6 +253,7 @@ def check_input(
     state = model.as_state(state, x.shape[0])
     if state is not None:
         model.check_state(state, x.shape[0])
+    labels = None if labels is None else labels.long()  # uint8 holds neither the limit nor -100, and wraps them
     check_values, valid = check_values and not torch.compiler.is_compiling(), mask
     if x.is_floating_point():
         x = x if valid is None else x.masked_fill(~valid[..., None], 0)

@@ -13,7 +13,8 @@ from segment_recurrence_pytorch.metrics import read_metrics
 # how the state is treated in the validation that counts, by how it was treated in training
 VALIDATED = {'on': 'carried', 'off': 'reset'}
 # what two runs have to share, so that the difference of their validations is what their settings are worth
-SHARED = {'sha256': 'corpus', 'valid_bytes': '--valid-bytes', 'step': 'steps', 'preset': '--preset', 'seed': '--seed'}
+SHARED = {'sha256': 'corpus', 'valid_bytes': '--valid-bytes', 'step': 'steps'}
+SHARED |= {name: f'--{name}' for name in ('preset', 'seed', 'precision')}
 
 
 class Run(NamedTuple):
@@ -21,8 +22,8 @@ class Run(NamedTuple):
 
     Attributes:
         folder: its folder.
-        about: what it fixes: model, memory, preset, seed, valid_bytes, sha256 of the corpus; and step, the number of
-            steps after which it was validated.
+        about: what it fixes: model, memory, preset, seed, precision, valid_bytes, sha256 of the corpus; and step, the
+            number of steps after which it was validated.
         validation: bits per byte of held-out bytes, with the state treated as in training.
     """
 
@@ -44,7 +45,7 @@ def read_ended(folder: Path) -> Run:
         raise ValueError(f'{folder} cannot be compared: there is no such folder. Give that of a run, as runs/NAME')
     try:
         made = json.loads((folder / 'run.json').read_text())
-        about = {name: made['run'][name] for name in ('model', 'memory', 'preset', 'seed', 'valid_bytes')}
+        about = {name: made['run'][name] for name in ('model', 'memory', *SHARED) if name not in ('sha256', 'step')}
         about['sha256'] = made['sha256']
         kind = VALIDATED[about['memory']]
     except (OSError, ValueError, KeyError, TypeError) as error:

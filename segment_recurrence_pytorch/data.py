@@ -211,6 +211,25 @@ class Piece(NamedTuple):
     starts: Tensor
 
 
+def segments_as_rows(tokens: Tensor, segment_length: int) -> Tensor:
+    """Returns the segments of pieces, each as a row of its own with the token after it, which is only a target,
+    (b segments, segment_length + 1).
+
+    Args:
+        tokens: (b, length + 1).
+        segment_length: number of tokens of a segment.
+
+    Raises:
+        ValueError: if length is not a multiple of segment_length.
+    """
+    if (tokens.shape[1] - 1) % segment_length:
+        raise ValueError(
+            f'a piece of {tokens.shape[1] - 1} tokens (and one that is only a target) has no whole number of segments '
+            f'of {segment_length}, each of which becomes a text of its own: give a multiple of {segment_length}'
+        )
+    return tokens.unfold(1, segment_length + 1, segment_length).flatten(0, 1)
+
+
 class Streams:
     """An iterator over pieces of documents: each row of a batch goes through its own share of the documents, in order.
 

@@ -479,10 +479,14 @@ def _are_ids(tokens: Tensor) -> bool:
 
 
 def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """Returns token ids on a device. Raises ValueError if they are on the meta device and so have no values."""
+    """Returns token ids on a device, as int64, so that those of several rows can stand in one tensor.
+
+    Raises:
+        ValueError: if they are on the meta device and so have no values.
+    """
     if tokens.is_meta:
         raise ValueError('the prompt or cursor is on the meta device, where it has no values: give token ids')
-    return tokens.to(device)
+    return tokens.to(device, torch.long)
 
 
 def _fetched_together(prompt_lengths: Any, cursor: Cursor) -> tuple[Any, Cursor]:

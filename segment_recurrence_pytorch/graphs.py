@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from segment_recurrence_pytorch.data import Piece
+from segment_recurrence_pytorch.data import Piece, segments_as_rows
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -148,12 +148,15 @@ class TrainingStep:
         Args:
             piece: the piece, from `data.Streams`.
             state: the state that the last call returned. None at the start.
-            memory: whether the state is carried from segment to segment. If False, every segment is a text of its own.
+            memory: whether the state is carried from segment to segment. If False, every segment is a text of its own,
+                so a piece has to consist of whole segments.
+
+        Raises:
+            ValueError: if a piece does not consist of whole segments, without memory.
         """
         if memory:
             return self(piece.tokens, state, starts=piece.starts)
-        length = self.wrapper.segment_length
-        return self(piece.tokens.unfold(1, length + 1, length).flatten(0, 1))[0], None
+        return self(segments_as_rows(piece.tokens, self.wrapper.segment_length))[0], None
 
     def _captured(
         self, x: Tensor, labels: Tensor, starts: Tensor | None, state: State, more: dict[str, Tensor]

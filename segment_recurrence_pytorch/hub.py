@@ -208,7 +208,8 @@ def _card(model: SegmentModel, run: Path, *, needed: bool) -> str:
     lines = read_metrics(run / 'metrics.jsonl') if about else []
     results = {'steps': max(line['step'] for line in lines)} if lines else {}
     for line in lines:
-        for what, value in (line.get('valid') or {}).items():
+        scores = line.get('valid')
+        for what, value in scores.items() if isinstance(scores, dict) else ():
             results[f'bits per byte of the validation, state {what}'] = value
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parts = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed_state
 
-from segment_recurrence_pytorch.data import Piece, Streams
+from segment_recurrence_pytorch.data import Piece, Streams, segments_as_rows
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
@@ -84,20 +84,21 @@ def train_loss(
         piece: the piece, from `data.Streams`.
         state: the state that the last call returned. None at the start.
         memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
-            own.
+            own, so a piece has to consist of whole segments.
         loss: the function that computes the loss, such as the wrapper inside DistributedDataParallel. Default: None,
             `wrapper.loss`.
 
     Returns:
         The loss, the number of targets, and the state to give with the next piece: detached, and None without memory.
+
+    Raises:
+        ValueError: if a piece does not consist of whole segments, without memory.
     """
     device = wrapper.model.device
     loss = loss or wrapper.loss
     tokens = piece.tokens.to(device)
     if not memory:
-        # every segment becomes a row of its own, followed by the next token as its last target
-        rows = tokens.unfold(1, wrapper.segment_length + 1, wrapper.segment_length).flatten(0, 1)
-        return loss(rows)._replace(state=None)
+        return loss(segments_as_rows(tokens, wrapper.segment_length))._replace(state=None)
     returned = loss(tokens, wrapper.reset(state, piece.starts))  # on the host, which knows whether a text starts
     return returned._replace(state=detach(returned.state))
 
@@ -112,7 +113,10 @@ def bits_per_byte(wrapper: SegmentWrapper, streams: Iterable[Piece], memory: boo
         wrapper: the model in its wrapper.
         streams: the validation bytes, `data.Streams` with loop=False, or the rows of this rank of them.
         memory: whether the state is carried from segment to segment. If False, every segment is read as a text of its
-            own.
+            own, so pieces have to consist of whole segments.
+
+    Raises:
+        ValueError: if a piece does not consist of whole segments, without memory.
     """
     losses = []
     state = None
@@ -135,7 +139,7 @@ def first_bytes(documents: list[Tensor], limit: int) -> list[Tensor]:
     for document in documents:
         kept.append(document[: limit - total] if limit else document)
         total += len(kept[-1])
-        if total == limit:
+        if limit and total >= limit:
             break
     return kept
 

@@ -145,15 +145,17 @@ class SegmentWrapper(nn.Module):
 
         Without labels, a causal model learns the next token. The last column of x is then only a target, and the model
         does not read it. The next piece of the same text therefore starts with this token: consecutive pieces overlap
-        by one token.
+        by one token. A row whose last column is padding has no such token: all of its tokens are read, and the state is
+        the one after its last token, which the next piece must not repeat.
 
         Args:
             x: token ids (b, n) or embeddings (b, n, dim).
             state: the state that the last call returned, to go on with the same texts. Default: None, new texts start.
             labels: target ids (b, n). labels[:, i] is the target of the logits at position i. Default: None, the
                 targets are the next tokens.
-            mask: (b, n) bool, True = valid. Padded positions have no effect and are not targets. Default: None, all
-                positions are valid.
+            mask: (b, n) bool, True = valid. What a padded position holds has no effect, and it is no target. Positions
+                and segments count columns, padded ones too: pad rows at their end, since a row that begins later is
+                cut into other segments. Default: None, all positions are valid.
             reduction: 'mean' or 'sum' over the valid targets, or 'none' for a loss of each target. Default: 'mean'.
             backward: whether to run backward inside this call, by replay, which holds one window at a time. The loss
                 and the state that are returned then have no graph. Default: False.
@@ -329,7 +331,8 @@ class SegmentWrapper(nn.Module):
 
         Args:
             prompt: token ids (b, n), or a list of b tensors (n_i,), which may differ in length. Each row is continued
-                as if it were alone. Default: None, which needs a cursor as state, or batch_size.
+                as if it were alone. All of its ids are text, also one that is `ignore_index`. Default: None, which
+                needs a cursor as state, or batch_size.
             max_new_tokens: number of new tokens of each row. Default: None, the stream has no end.
             prompt_lengths: number of tokens of each row in a prompt (b, n), (b,); the tokens after them are ignored.
                 Default: None, all n tokens.

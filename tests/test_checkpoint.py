@@ -268,6 +268,15 @@ def test_files_of_a_subclass_with_another_option_of_its_own_are_refused(theirs, 
     assert torch.equal(load_cursor(tmp_path / 'cursor', again).tokens, cursor.tokens)
 
 
+def test_a_state_whose_tensors_share_memory_is_saved(tmp_path):
+    wrapper = wrapped('infini, delta, gqa')
+    cursor = wrapper.read(ids(2, 9))
+    cursor = cursor._replace(state=(cursor.state[0],) * len(cursor.state))
+    save_cursor(cursor, tmp_path / 'book', wrapper.model)
+    again = load_cursor(tmp_path / 'book', wrapper.model)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(again), leaves(cursor), strict=True))
+
+
 def test_a_cursor_file_of_another_model_or_a_damaged_one_is_refused(tmp_path):
     wrapper = wrapped('rmt, xl')
     cursor, path = wrapper.read(ids(2, 9)), tmp_path / 'book.safetensors'

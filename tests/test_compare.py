@@ -45,10 +45,12 @@ def test_in_what_else_runs_differ_is_said(at_work):
     shutil.copytree('runs/rmt', 'runs/other')
     about = json.loads(Path('runs/other/run.json').read_text())
     about['sha256'] = 'x'
-    about['run']['seed'] = 7
+    about['run'] |= {'seed': 7, 'precision': 'bfloat16'}
     Path('runs/other/run.json').write_text(json.dumps(about))
     said = table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
-    assert said.splitlines()[3:] == ['They also differ in corpus and --seed (0, 7).']
+    assert said.splitlines()[3:] == [
+        'They also differ in corpus and --seed (0, 7) and --precision (float32, bfloat16).'
+    ]
 
 
 @pytest.mark.parametrize(

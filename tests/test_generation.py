@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from segment_recurrence_pytorch import Cursor
+from segment_recurrence_pytorch import Cursor, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import load_cursor, save_cursor
 from segment_recurrence_pytorch.generation import Stream, evaluating
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import leaves
-from tests.conftest import DROPOUT, close, ids
+from tests.conftest import DROPOUT, close, ids, make_rmt
 from tests.generating import LENGTH, MANY, SOME, recorded, wrapped
 
 
@@ -227,3 +227,13 @@ def test_a_bar_shows_only_on_request(capsys):
     assert capsys.readouterr().err == ''
     wrapper.generate_tokens(prompt, 4, progress=True)
     assert '4/4' in capsys.readouterr().err
+
+
+def test_rows_of_a_list_may_have_different_dtypes():
+    wrapper = SegmentWrapper(make_rmt(num_tokens=1000), segment_length=4)
+    rows = [torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([500, 600, 700, 800])]
+    cursor = wrapper.read(rows)
+    same = wrapper.read([row.long() for row in rows])
+    assert all(torch.equal(a, b) for a, b in zip(leaves(cursor), leaves(same), strict=True))
+    more = [torch.tensor([9, 8]), torch.tensor([7], dtype=torch.uint8)]
+    assert torch.equal(wrapper.read(more, cursor).tokens, wrapper.read([row.long() for row in more], cursor).tokens)

@@ -102,6 +102,13 @@ def test_the_folder_of_a_run_is_such_a_folder(at_work, name):
     assert torch.equal(logits(names['model'], ids(1, 3) * 0), logits(model, ids(1, 3) * 0))
 
 
+def test_a_damaged_validation_is_left_out_of_the_card(at_work):
+    with open('runs/rmt/metrics.jsonl', 'a') as metrics:
+        metrics.write('{"step": 5, "valid": [1.0]}\n')
+    RecurrentMemoryTransformer.from_pretrained('runs/rmt').save_pretrained('new', run='runs/rmt')
+    assert '| steps | 5 |' in Path('new/README.md').read_text()
+
+
 def test_a_card_tells_nothing_about_the_machine(at_work):
     about = json.loads(Path('runs/rmt/run.json').read_text())
     about['run']['data'] = about['corpus'] = '/home/somebody/secret/enwik8.gz'

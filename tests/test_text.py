@@ -8,7 +8,8 @@ import torch
 from benchmarks import text
 from benchmarks.evidence import results as evidence
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.training import bits_per_byte, valid_streams
+from segment_recurrence_pytorch.graphs import TrainingStep
+from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams
 from tests.conftest import make_rmt
 
 SIZES = {'num_tokens': 256, 'seq_len': 16}
@@ -59,3 +60,22 @@ def test_a_run_with_other_initial_weights_counts_as_missing(tmp_path):
     for start in ('0123456789abcdef', None):
         evidence.write(tmp_path / 'rmt-128-0.json', {**result, 'start': start})
         assert text.stored(tmp_path, 'rmt', 128, 0) is None
+
+
+@pytest.mark.parametrize('length', [20, 10])
+def test_without_memory_a_piece_has_whole_segments(length):
+    wrapper = SegmentWrapper(make_rmt(**SIZES), segment_length=16)
+    piece = next(iter(valid_streams(documents(), length)))
+    said = f'a piece of {length} tokens .*give a multiple of 16'
+    with pytest.raises(ValueError, match=said):
+        bits_per_byte(wrapper, [piece], memory=False)
+    step = TrainingStep(wrapper, wrapper.model.param_groups(1e-3, 0.0), betas=(0.9, 0.99), schedule=lambda step: 1.0)
+    with pytest.raises(ValueError, match=said):
+        step.read(piece, None, False)
+    assert step.done == 0
+
+
+def test_the_first_bytes_are_of_all_documents_or_end_at_the_limit():
+    given = [torch.zeros(0, dtype=torch.uint8), *documents()]
+    assert [len(each) for each in first_bytes(given, 0)] == [0, 700, 300, 61, 2]
+    assert [len(each) for each in first_bytes(given, 800)] == [0, 700, 100]

@@ -162,6 +162,7 @@ def test_refusals_leave_nothing_behind(at_work):
         (('--resume', 'runs/none'), 'no run to go on with: there is no such folder'),
         (('--data', 'text', '--prompt', 'x'), '--prompt is for a sample from a run: add --sample'),
         (('--data', 'text', '--temperature', 1), '--temperature is for a sample'),
+        (('--resume', 'runs/rmt', '--sample', '--temperature', 'nan'), '--temperature is nan: give 0, or a finite'),
         (('--compare', 'runs/rmt', './runs/rmt'), '--compare names a run twice'),
         (('--compare', 'runs/none'), 'runs/none cannot be compared: there is no such folder'),
         (('--resume', 'other'), 'no run to go on with: other/run.json lacks'),

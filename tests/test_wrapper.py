@@ -385,3 +385,21 @@ def test_values_are_checked_unless_told_not_to(make):
     with pytest.raises(ValueError, match='NaN'):
         make().loss(x, state)
     assert make(check_values=False).loss(x, state).loss.isnan()
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16])
+@pytest.mark.parametrize('num_tokens', [100, 256, 300])
+def test_labels_of_a_small_dtype_are_checked_and_counted_as_numbers(dtype, num_tokens):
+    wrapper, x = SegmentWrapper(make_rmt(num_tokens=num_tokens), segment_length=4), ids(2, 6) % 10
+    labels = (ids(2, 6) % 100).to(dtype)
+    assert torch.equal(wrapper.loss(x, labels=labels).loss, wrapper.loss(x, labels=labels.long()).loss)
+    assert torch.equal(wrapper.model(x, labels=labels)[0], wrapper.model(x, labels=labels.long())[0])
+    if num_tokens == 100 and dtype == torch.uint8:
+        labels[0, 3] = 156  # -100, if it is wrapped
+        with pytest.raises(ValueError, match=r'a label is outside \[0, 100\)'):
+            wrapper.loss(x, labels=labels)
+
+
+def test_the_published_filter_may_be_named_none():
+    wrapper = wrapped()
+    assert wrapper.generate(ids(1, 4), length=8, filter_fn=None, temperature=0).shape == (1, 4)
