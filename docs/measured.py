@@ -100,6 +100,7 @@ SHARES = {
     'pairs_armt': ('armt_associative', 5),
     'pairs_rmt': ('rmt_associative', 5),
     'pairs_infini': ('infini_associative', 6),
+    'pairs_one_rate': ('infini_associative_one_rate', 6),
     'copy_rmt': ('rmt_copy', 6),
 }
 NUMBERS |= {name: partial(share_at, *place) for name, place in SHARES.items()}
