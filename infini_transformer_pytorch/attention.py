@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.memory import (
@@ -25,11 +24,11 @@ from infini_transformer_pytorch.memory import (
     recall,
     write,
 )
-from segment_recurrence_pytorch.checks import check_finite, check_like, check_positive
+from segment_recurrence_pytorch.checks import check_finite, check_like, check_positive, typed
 from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, outputs_from, rotate
 from segment_recurrence_pytorch.state import copied
 
-NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
+PUBLISHED_NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
 # Initial value of the gates, with which the local attention has a share of sigmoid(3) = 0.95. With equal shares (0), a
 # memory that holds nothing of use yet costs more on text than it ever gains (benchmarks/search.py)
 GATE_START = 3.0
@@ -114,7 +113,7 @@ class FastweightMemory(nn.Module):
         ValueError: if a value is outside its range.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         heads: int,
@@ -399,8 +398,8 @@ class InfiniAttention(LayerMemory):
         self.dropout = dropout
         self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.q_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(dim_head, eps=PUBLISHED_NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dim_head, eps=PUBLISHED_NORM_EPS) if qk_norm else nn.Identity()
         self.add_memory(
             dim,
             heads=heads,

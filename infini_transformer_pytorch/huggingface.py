@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
 from segment_recurrence_pytorch.cache import Slots
-from segment_recurrence_pytorch.checks import is_whole
+from segment_recurrence_pytorch.checks import is_whole, typed
 from segment_recurrence_pytorch.huggingface.decoder import (
     BACKENDS,
     WITH_MEMORY_TOKENS,
@@ -118,7 +117,7 @@ class InfiniLM(PretrainedLM, GatedMemories):
 
     parallel_segments = True
 
-    @beartype
+    @typed
     def __init__(
         self,
         lm: Any,

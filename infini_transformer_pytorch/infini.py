@@ -17,14 +17,13 @@ from abc import abstractmethod
 from typing import Any, Literal, NamedTuple
 
 import torch
-from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
 
 from infini_transformer_pytorch.attention import (
     DECAY_BIAS,
     GATE_START,
-    NORM_EPS,
+    PUBLISHED_NORM_EPS,
     CachedKV,
     InfiniAttention,
     LayerMemory,
@@ -41,6 +40,7 @@ from segment_recurrence_pytorch.checks import (
     check_like,
     check_positive,
     check_probability,
+    typed,
 )
 from segment_recurrence_pytorch.layers import (
     Blocks,
@@ -49,7 +49,7 @@ from segment_recurrence_pytorch.layers import (
     has_dropout,
     rotations_between,
 )
-from segment_recurrence_pytorch.model import SegmentModel, whole, with_own_rate
+from segment_recurrence_pytorch.model import SegmentModel, own_class, whole, with_own_rate
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
@@ -190,7 +190,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         ValueError: if a value is outside its range, or if options contradict each other.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         *,
@@ -257,7 +257,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             )
             for index in range(depth)
         )  # fmt: skip
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(dim, eps=PUBLISHED_NORM_EPS)
         self.logits = nn.Linear(dim, num_tokens)
         if tie_embeddings:
             self.logits.weight = self.token_emb.weight
@@ -286,7 +286,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             attention: the attention of the layer.
             options: ff_mult and ff_dropout, see `ResidualBlock`.
         """
-        return ResidualBlock(self.dim, attention, **options, norm_eps=NORM_EPS)
+        return ResidualBlock(self.dim, attention, **options, norm_eps=PUBLISHED_NORM_EPS)
 
     @property
     def memory_layers(self) -> list[LayerMemory]:
@@ -296,7 +296,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
     @property
     def draws_random(self) -> bool:
         """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
-        return type(self) is not InfiniTransformer or has_dropout(self)
+        return own_class(self) is not InfiniTransformer or has_dropout(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -364,11 +364,14 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
             arguments: further arguments of this class.
 
         Raises:
-            ValueError: if the weights do not fit.
+            ValueError: if the weights do not fit, or an argument asks for what that package does not have.
         """
         from infini_transformer_pytorch.peer import arguments_of, translated
 
         published: dict[str, Any] = {'memory_decay': False, 'strength_in_normaliser': False}
+        for name, value in published.items():
+            if arguments.get(name) not in (None, value):
+                raise ValueError(f'{name} is {arguments[name]!r}, but that package has {value}: leave it out')
         if arguments.get('memory_rule') is None and arguments.get('use_mem_delta_rule') is None:
             published['use_mem_delta_rule'] = False
         model = cls(**{**arguments_of(state_dict), **arguments, **published})

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from beartype import beartype
 from torch import Tensor
 
 from infini_transformer_pytorch.infini import InfiniTransformer
-from segment_recurrence_pytorch.checks import check_count, check_finite, is_whole
+from segment_recurrence_pytorch.checks import check_count, check_finite, is_whole, typed
 from segment_recurrence_pytorch.generation import Cursor, new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -41,7 +40,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
 
     model: InfiniTransformer
 
-    @beartype
+    @typed
     def __init__(
         self,
         model: InfiniTransformer,
@@ -72,7 +71,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
             check_values=check_values,
         )
 
-    @beartype
+    @typed
     def forward(
         self,
         seq: Tensor,
@@ -129,7 +128,7 @@ class InfiniTransformerWrapper(SegmentWrapper):
                 module.training = mode
         return (loss, state) if return_memories else loss
 
-    @beartype
+    @typed
     def generate(
         self,
         *,

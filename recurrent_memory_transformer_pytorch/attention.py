@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segment_recurrence_pytorch.layers import HeadNorm, attend, constants, rotate, rotations_between
+from segment_recurrence_pytorch.layers import NORM_EPS, HeadNorm, attend, constants, rotate, rotations_between
 
 
 class Layout(NamedTuple):
@@ -192,8 +192,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.q_norm = HeadNorm(dim_head, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(dim_head, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dim_head, eps=NORM_EPS) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
         """Returns the outputs of the rows from `surroundings.first_row` on, (b, n - first_row, dim).

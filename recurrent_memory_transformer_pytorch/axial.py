@@ -26,8 +26,7 @@ from segment_recurrence_pytorch.layers import NORM_EPS, attend
 class AxialAttention(nn.Module):
     """Attention of each memory slot to its newest value and to its `length - 1` values before that one.
 
-    It has no dropout. It always runs on the backend 'sdpa', since every call has a mask, and only one query for each
-    slot.
+    It has no dropout, and one query for each slot.
 
     Args:
         dim: features of a memory token.

@@ -23,11 +23,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from beartype import beartype
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
-from segment_recurrence_pytorch.checks import check_not_negative, is_whole
+from segment_recurrence_pytorch.checks import check_not_negative, is_whole, typed
 from segment_recurrence_pytorch.huggingface.decoder import (
     WITH_MEMORY_TOKENS,
     PretrainedLM,
@@ -66,7 +65,7 @@ class RecurrentMemoryLM(PretrainedLM):
             unchanged then.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         lm: Any,

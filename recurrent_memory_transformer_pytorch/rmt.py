@@ -22,7 +22,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 
 from recurrent_memory_transformer_pytorch.attention import (
@@ -42,6 +41,7 @@ from segment_recurrence_pytorch.checks import (
     check_not_negative,
     check_positive,
     check_probability,
+    typed,
 )
 from segment_recurrence_pytorch.layers import (
     NORM_EPS,
@@ -53,6 +53,7 @@ from segment_recurrence_pytorch.layers import (
     init_linear,
 )
 from segment_recurrence_pytorch.loss import IGNORE, hidden_nll, mean_loss, valid_targets
+from segment_recurrence_pytorch.model import own_class
 from segment_recurrence_pytorch.state import copied, where_rows
 
 
@@ -111,7 +112,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
 
     parallel_segments = False
 
-    @beartype
+    @typed
     def __init__(
         self,
         dim: int,
@@ -259,7 +260,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
     def blocks_draw_random(self) -> bool:
         """Whether a block may draw random numbers in training mode: it has dropout, or a subclass may have changed
         it."""
-        return type(self) is not RecurrentMemoryTransformer or has_dropout(self)
+        return own_class(self) is not RecurrentMemoryTransformer or has_dropout(self)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from beartype import beartype
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
-from segment_recurrence_pytorch.checks import check_count, check_finite
+from segment_recurrence_pytorch.checks import check_count, check_finite, typed
 from segment_recurrence_pytorch.generation import new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -40,7 +39,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
 
     model: RecurrentMemoryTransformer
 
-    @beartype
+    @typed
     def __init__(
         self,
         transformer: RecurrentMemoryTransformer,
@@ -71,7 +70,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         """The model, under its published name."""
         return self.model
 
-    @beartype
+    @typed
     def forward(
         self,
         x: Tensor,
@@ -133,10 +132,10 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             loss, _, state = self.loss(x, memories, labels=labels, mask=mask, backprop_segments=truncate_at_step)
             return loss, self.model.as_memories(state)
         check_count('truncate_at_step', truncate_at_step)
-        logits, state = self.logits(x, memories, mask=mask)
+        logits, state = self.logits(x, memories, mask=mask, backprop_segments=truncate_at_step)
         return logits, self.model.as_memories(state)
 
-    @beartype
+    @typed
     def generate(
         self,
         prime: Any = None,
@@ -177,7 +176,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         count = new_token_count('length', length, max_new_tokens, prime)
         return self.generate_tokens(prime, count, state=memories, **options)
 
-    @beartype
+    @typed
     def reset(self, state: Any, rows: Tensor) -> Any:
         """See `SegmentWrapper.reset`. It takes and returns memories in the form in which `forward` returns them."""
         after = super().reset(state, rows)

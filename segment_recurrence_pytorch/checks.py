@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from beartype import BeartypeConf, beartype
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -23,6 +24,14 @@ from segment_recurrence_pytorch.state import State, map_state
 
 if TYPE_CHECKING:
     from segment_recurrence_pytorch.model import SegmentModel
+
+# checks the arguments of a call against their type hints: what is none of the names in a Literal, too, is a ValueError
+typed = beartype(conf=BeartypeConf(violation_param_type=ValueError))
+
+
+def can_hold_ids(dtype: torch.dtype) -> bool:
+    """Returns whether token ids can have a dtype: any integer one."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_positive(**values: float) -> None:
@@ -275,7 +284,7 @@ def _check_shapes(
     if x.is_floating_point():
         if x.ndim != 3 or x.shape[-1] != model.dim:
             raise ValueError(f'embeddings have shape {tuple(x.shape)}: give (batch, length, dim={model.dim})')
-    elif x.ndim != 2 or x.dtype == torch.bool or x.is_complex():
+    elif x.ndim != 2 or not can_hold_ids(x.dtype):
         raise ValueError(f'x is {x.dtype} of shape {tuple(x.shape)}: give token ids (batch, length) or embeddings')
     check_has_weights(model)
     if x.device != model.device:
@@ -294,7 +303,7 @@ def _check_shapes(
         if mask.device != x.device:
             raise ValueError(f'mask is on {mask.device}, x on {x.device}: move one of them')
     if labels is not None:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        if not can_hold_ids(labels.dtype):
             raise ValueError(f'labels are {labels.dtype}: give token ids')
         if tuple(labels.shape) != shape:
             raise ValueError(

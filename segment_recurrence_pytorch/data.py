@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segment_recurrence_pytorch.checkpoint import replacing
-from segment_recurrence_pytorch.checks import check_whole, is_whole
+from segment_recurrence_pytorch.checks import can_hold_ids, check_whole, is_whole
 from segment_recurrence_pytorch.loss import IGNORE
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'
@@ -238,25 +238,27 @@ class Streams:
     token.
 
     Args:
-        documents: uint8 tensors (n_i,).
+        documents: tensors (n_i,) of bytes (uint8), or of the token ids of a tokenizer in any integer dtype.
         batch_size: number of rows b.
         length: number of tokens that the model reads of a piece.
         loop: whether a row starts again at the end of its share. If False, a row that has ended yields only
             `loss.IGNORE`, and the iterator ends when all rows have ended.
 
     Raises:
-        ValueError: if a value is outside its range, or if there are too few bytes for one piece in each row.
+        ValueError: if a value is outside its range, or if there are too few tokens for one piece in each row.
     """
 
     def __init__(self, documents: list[Tensor], batch_size: int, length: int, *, loop: bool):
         check_whole(batch_size=batch_size, length=length)
         for document in documents:
-            if not isinstance(document, Tensor) or document.dtype != torch.uint8 or document.ndim != 1:
-                raise ValueError(f'a document is {str(document)[:80]}: give uint8 tensors (n,)')
+            if not isinstance(document, Tensor) or not can_hold_ids(document.dtype) or document.ndim != 1:
+                raise ValueError(f'a document is {str(document)[:80]}: give tensors (n,) of bytes or token ids')
+            if document.dtype.is_signed and len(document) and document.min() < 0:
+                raise ValueError(f'a document holds the id {int(document.min())}: give token ids from 0 on')
         total = sum(len(document) for document in documents)
         if total < batch_size * (length + 1):
             raise ValueError(
-                f'{total} bytes are less than one batch of {batch_size} x {length + 1}: '
+                f'{total} tokens are less than one batch of {batch_size} x {length + 1}: '
                 'give a larger corpus, or a smaller batch'
             )
         self.length = length
@@ -264,7 +266,7 @@ class Streams:
         borders = [total * row // batch_size for row in range(batch_size + 1)]
         self.rows = [_share(documents, start, stop) for start, stop in pairwise(borders)]
         if not any(self.rows):
-            raise ValueError(f'{len(documents)} documents of one byte or none: there is nothing to predict in them')
+            raise ValueError(f'{len(documents)} documents of one token or none: there is nothing to predict in them')
         self.position = [(0, 0)] * batch_size  # of each row: index of its document, offset in that document
 
     def __iter__(self) -> Streams:

@@ -34,7 +34,7 @@ from segment_recurrence_pytorch.backprop import (
     window_of_rank,
 )
 from segment_recurrence_pytorch.cache import OpenSegment
-from segment_recurrence_pytorch.checks import check_whole, is_whole
+from segment_recurrence_pytorch.checks import can_hold_ids, check_whole, is_whole
 from segment_recurrence_pytorch.distributed import check_same_reads
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
@@ -229,8 +229,8 @@ class Stream:
 
     @property
     def cursor(self) -> Cursor:
-        """Where each row stands now, as a `Cursor`. `generate`, `stream` and `read` can go on from it, with or without
-        a prompt."""
+        """Where each row stands now, as a `Cursor`. `generate_tokens`, `stream` and `read` can go on from it, with or
+        without a prompt."""
         state = self._cache.state_now() if self.eos is None else self._state
         known = max(self._in_cache) + (self.produced > 0)  # if no row has ended, without waiting for the device
         longest = known if self.eos is None else int(self._in_cursor.max())
@@ -373,7 +373,7 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
     if prompt is None and prompt_lengths is not None:
         raise ValueError('prompt_lengths without a prompt: leave one out, or give the other')
     if isinstance(prompt, Tensor):
-        if prompt.ndim != 2 or not _are_ids(prompt):
+        if prompt.ndim != 2 or not can_hold_ids(prompt.dtype):
             raise ValueError(
                 f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
                 'list of rows (length,)'
@@ -394,11 +394,11 @@ def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device
         if prompt_lengths is not None:
             raise ValueError('prompt_lengths says how long the rows of one tensor are: leave it out for a list')
         for row in prompt:
-            if not isinstance(row, Tensor) or row.ndim != 1 or not _are_ids(row):
+            if not isinstance(row, Tensor) or row.ndim != 1 or not can_hold_ids(row.dtype):
                 raise ValueError('the prompt is a list: give one tensor of token ids (length,) a row')
         rows = [_moved(row, device) for row in prompt]
     if isinstance(state, Cursor):
-        if not isinstance(state.tokens, Tensor) or state.tokens.ndim != 2 or not _are_ids(state.tokens):
+        if not isinstance(state.tokens, Tensor) or state.tokens.ndim != 2 or not can_hold_ids(state.tokens.dtype):
             raise ValueError('the cursor holds no token ids (batch, length): give what a call returned')
         counts = _counts(state.lengths, state.tokens, 'the lengths of the cursor')
         before = [row[:count] for row, count in zip(_moved(state.tokens, device), counts, strict=True)]
@@ -473,11 +473,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     each.training = True
 
 
-def _are_ids(tokens: Tensor) -> bool:
-    """Returns whether the dtype of a tensor is one that can hold token ids."""
-    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-
-
 def _moved(tokens: Tensor, device: torch.device) -> Tensor:
     """Returns token ids on a device, as int64, so that those of several rows can stand in one tensor.
 
@@ -493,7 +488,7 @@ def _fetched_together(prompt_lengths: Any, cursor: Cursor) -> tuple[Any, Cursor]
     """Returns the lengths of a prompt, and a cursor. If both have lengths on a device, they are fetched to the CPU at
     once."""
     both = [prompt_lengths, cursor.lengths]
-    if all(isinstance(each, Tensor) and each.ndim == 1 and _are_ids(each) and each.is_cuda for each in both):
+    if all(isinstance(each, Tensor) and each.ndim == 1 and can_hold_ids(each.dtype) and each.is_cuda for each in both):
         first, second = torch.cat(both).cpu().split([len(each) for each in both])
         return first, cursor._replace(lengths=second)
     return prompt_lengths, cursor

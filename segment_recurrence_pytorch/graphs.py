@@ -129,7 +129,9 @@ class TrainingStep:
         device = self.wrapper.model.device
         more = {name: values.to(device, non_blocking=True) for name, values in (per_segment or {}).items()}
         if self.graphed is not None:
-            if labels is None:
+            if labels is None:  # ids that mean padding then, as for the wrapper
+                x = x.long()
+                x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
                 labels, x = x[:, 1:], x[:, :-1]
             tensors = [None if t is None else t.to(device, non_blocking=True) for t in (x, labels, starts)]
             self._set_rates()  # the graph reads them
@@ -164,9 +166,9 @@ class TrainingStep:
         # a graph has one way: rows are set back in every step, and padding is a mask, whether there is any or not
         if state is not None and starts is not None:
             state = self.wrapper.model.reset(state, starts)
-        mask = x >= 0
+        mask = x != IGNORE
         given = {'labels': labels.masked_fill(~mask, IGNORE), 'mask': mask, 'per_segment': more}
-        return self._made(x.clamp(min=0), state, given)
+        return self._made(x.masked_fill(~mask, 0), state, given)
 
     def _made(self, x: Tensor, state: State, given: dict[str, Any]) -> tuple[Tensor, State]:
         returned = self.wrapper.loss(x, state, **given)  # first of all: it may refuse its input

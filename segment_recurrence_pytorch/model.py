@@ -480,10 +480,15 @@ class SegmentModel(nn.Module, ABC):
         return self.dtype
 
 
-def class_name(model: nn.Module) -> str:
-    """Returns the name of the class of a model, also if its parameters are sharded: FSDP2 makes a subclass for that."""
+def own_class(model: nn.Module) -> type:
+    """Returns the class of a model, also if its parameters are sharded: FSDP2 makes a subclass for that."""
     cls = type(model)
-    return (cls.__bases__[-1] if hasattr(model, 'set_requires_gradient_sync') else cls).__name__
+    return cls.__bases__[-1] if hasattr(model, 'set_requires_gradient_sync') else cls
+
+
+def class_name(model: nn.Module) -> str:
+    """Returns the name of `own_class`."""
+    return own_class(model).__name__
 
 
 def with_own_rate(groups: list[dict[str, Any]], chosen: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from beartype import beartype
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from segment_recurrence_pytorch.checks import (
     check_input,
     is_whole,
     outside_inference,
+    typed,
 )
 from segment_recurrence_pytorch.distributed import check_call, check_same_reads, ranks_of, sum_over_ranks
 from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
@@ -93,7 +93,7 @@ class SegmentWrapper(nn.Module):
         ValueError: if an argument is outside its range.
     """
 
-    @beartype
+    @typed
     def __init__(
         self,
         model: SegmentModel,
@@ -126,7 +126,7 @@ class SegmentWrapper(nn.Module):
         """See `loss`. A module that calls this wrapper, such as DistributedDataParallel, thus computes its loss."""
         return self.loss(*args, **kwargs)
 
-    @beartype
+    @typed
     def loss(
         self,
         x: Tensor,
@@ -217,14 +217,24 @@ class SegmentWrapper(nn.Module):
         loss = mean_loss(nll, num_targets) if reduction == 'mean' else nll
         return LossReturn(loss, num_targets, self._shared(state))
 
-    @beartype
-    def logits(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    @typed
+    def logits(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        backprop_segments: int | None = None,
+        segment_length: int | None = None,
+    ) -> tuple[Tensor, Any]:
         """Computes the logits of all positions.
 
         Args:
             x: token ids (b, n) or embeddings (b, n, dim).
             state: the state that the last call returned, to go on with the same texts. Default: None, new texts start.
             mask: (b, n) bool, True = valid. Default: None, all positions are valid.
+            backprop_segments: replaces the wrapper's value in this call. Default: None, the wrapper's value.
+            segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.
 
         Returns:
             The logits (b, n, num_tokens), and the state after the last segment.
@@ -232,9 +242,10 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
+        check_count('backprop_segments', backprop_segments)
         x, state, mask = self._checked(x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
-        windows = self._windows(batch, self.backprop_segments)
+        windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
         check_same_reads(self.model, windows)
         if not windows:
             nothing = x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)
@@ -247,7 +258,7 @@ class SegmentWrapper(nn.Module):
             logits.append(self.model.to_logits(hidden))
         return torch.cat(logits, dim=1), self._shared(state)
 
-    @beartype
+    @typed
     def reset(self, state: Any, rows: Tensor) -> Any:
         """Starts new texts in some rows of a batch.
 
@@ -279,7 +290,7 @@ class SegmentWrapper(nn.Module):
             return copied(state)
         return self.model.reset(state, rows.to(self.model.device, non_blocking=True))
 
-    @beartype
+    @typed
     def generate_tokens(
         self,
         prompt: Any,
@@ -318,7 +329,7 @@ class SegmentWrapper(nn.Module):
             new = new[:, : int(running.sum()) + 1]
         return (new, stream.cursor) if return_cursor else new
 
-    @beartype
+    @typed
     def stream(self, prompt: Any = None, *, max_new_tokens: int | None = None, **options: Any) -> Stream:
         """Returns an iterator over new tokens (b,), one for each row. Its `cursor` tells at any time where each row
         stands.
@@ -362,7 +373,7 @@ class SegmentWrapper(nn.Module):
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
         return self._open_stream(prompt, max_new_tokens, **options)
 
-    @beartype
+    @typed
     def read(
         self, prompt: Any, state: Any = None, *, prompt_lengths: Any = None, segment_length: int | None = None
     ) -> Cursor:
@@ -402,6 +413,11 @@ class SegmentWrapper(nn.Module):
                 'the parameters of the model are sharded, and generation needs all of them: call it inside '
                 '`with segment_recurrence_pytorch.distributed.gathered(wrapper.model):`'
             )
+        unknown = [name for name in sampling if name not in inspect.signature(Sampler).parameters]
+        if unknown:
+            options = {**inspect.signature(self._open_stream).parameters, **inspect.signature(Sampler).parameters}
+            known = ', '.join(name for name in options if name not in ('prompt', 'max_new_tokens', 'sampling'))
+            raise TypeError(f'generation has no option {unknown[0]!r}: its options are {known}')
         sampler = Sampler(**sampling)
         if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')

@@ -539,7 +539,9 @@ def fsdp_refuses_wrong_modules(rank, ranks):
     refused(lambda: shard(wrapped(model), mesh), 'shard takes a SegmentModel, not a SegmentWrapper')
     refused(lambda: shard(model, mesh, blocks=[torch.nn.Linear(1, 1)]), 'is not inside the model')
     refused(lambda: shard(SegmentGRU(20, 16), mesh), 'does not say which modules are its blocks')
+    assert not model.draws_random
     shard(model, mesh)
+    assert not model.draws_random  # it is a subclass now, but none of a user
     refused(lambda: shard(model, mesh), 'sharded already')
     wrapper = wrapped(MODELS['rmt'](), None, dist.group.WORLD)
     fully_shard(wrapper, mesh=mesh)

@@ -164,16 +164,30 @@ DOCUMENTS = [torch.arange(30, dtype=torch.uint8), torch.arange(30, 41, dtype=tor
         ({'length': 0}, 'length is 0: give a whole number from 1 on'),
         ({'length': -1}, 'length is -1: give a whole number from 1 on'),
         ({'length': 'x'}, "length is 'x': give a whole number from 1 on"),
-        ({'documents': []}, '0 bytes are less than one batch of 2 x 5'),
-        ({'documents': [DOCUMENTS[0].float()]}, r'a document is tensor\(.* give uint8 tensors \(n,\)'),
-        ({'documents': [DOCUMENTS[0].view(3, 10)]}, r'a document is tensor\(.* give uint8 tensors \(n,\)'),
-        ({'documents': ['a text']}, r'a document is a text: give uint8 tensors \(n,\)'),
-        ({'documents': [DOCUMENTS[0][:1]] * 50}, '50 documents of one byte or none: there is nothing to predict'),
+        ({'documents': []}, '0 tokens are less than one batch of 2 x 5'),
+        ({'documents': [DOCUMENTS[0].float()]}, r'a document is tensor\(.* give tensors \(n,\) of bytes or token ids'),
+        (
+            {'documents': [DOCUMENTS[0].view(3, 10)]},
+            r'a document is tensor\(.* give tensors \(n,\) of bytes or token ids',
+        ),
+        ({'documents': [torch.tensor([3, -100, 5] * 9)]}, 'a document holds the id -100: give token ids from 0 on'),
+        ({'documents': ['a text']}, r'a document is a text: give tensors \(n,\) of bytes or token ids'),
+        ({'documents': [DOCUMENTS[0][:1]] * 50}, '50 documents of one token or none: there is nothing to predict'),
     ],
 )
 def test_streams_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=f'(?s){message}'):
         Streams(**{'documents': DOCUMENTS, 'batch_size': 2, 'length': 4, **options}, loop=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_streams_of_token_ids_are_those_of_bytes(dtype):
+    want = list(Streams(DOCUMENTS, 2, 4, loop=False))
+    found = list(Streams([document.to(dtype) for document in DOCUMENTS], 2, 4, loop=False))
+    assert len(found) == len(want)
+    assert all(torch.equal(a, b) for pair in zip(found, want, strict=True) for a, b in zip(*pair, strict=True))
+    large = next(Streams([torch.tensor([7, 30_000, 2] * 4, dtype=dtype)], 1, 4, loop=False))
+    assert large.tokens.tolist() == [[7, 30_000, 2, 7, 30_000]]
 
 
 @pytest.mark.parametrize(

@@ -591,3 +591,9 @@ def test_a_projection_that_was_adapted_is_used_for_the_state_too(adapt):
     assert not torch.equal(plain[-1].kv_mem, have[-1].kv_mem)
     for a, b in zip(leaves(have), leaves(want), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize('option', [{'memory_decay': True}, {'strength_in_normaliser': True}])
+def test_a_published_checkpoint_takes_no_option_that_its_package_lacks(option):
+    with pytest.raises(ValueError, match=f'{next(iter(option))} is True, but that package has False'):
+        InfiniTransformer.from_peer_state_dict({}, **option)

@@ -120,3 +120,18 @@ def test_the_learning_rate_of_embeddings_is_an_argument(make, tied):
     assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
     with pytest.raises(ValueError, match='emb_lr is 0'):
         model.param_groups(1.0, 0.1, emb_lr=0)
+
+
+@pytest.mark.parametrize('ignore_index', [-100, 0])
+def test_what_a_graph_captures_knows_the_padding_of_the_wrapper(ignore_index):
+    x = ids(2, 13)
+    x[0, 9:] = ignore_index
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        wrapper = SegmentWrapper(make_rmt(), segment_length=6, ignore_index=ignore_index)
+        step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=lambda step: 1)
+        if captured:
+            wrapper.check_values, step.graphed = False, step._captured
+        found.append(step(x)[0])
+    assert found[0] == pytest.approx(found[1].item())

@@ -403,3 +403,35 @@ def test_labels_of_a_small_dtype_are_checked_and_counted_as_numbers(dtype, num_t
 def test_the_published_filter_may_be_named_none():
     wrapper = wrapped()
     assert wrapper.generate(ids(1, 4), length=8, filter_fn=None, temperature=0).shape == (1, 4)
+
+
+@BOTH
+def test_logits_take_the_options_of_a_call(make):
+    wrapper, x = SegmentWrapper(make(), segment_length=4), torch.randn(1, 12, 16, requires_grad=True)
+    other = SegmentWrapper(wrapper.model, segment_length=3, backprop_segments=1)
+    logits = wrapper.logits(x, segment_length=3, backprop_segments=1)[0]
+    close(logits, other.logits(x)[0])
+    (gradient,) = torch.autograd.grad(logits[:, -1].sum(), x)
+    assert gradient[:, 9:].ne(0).any()
+    assert not gradient[:, :9].any()
+    with pytest.raises(ValueError, match='backprop_segments is 0'):
+        wrapper.logits(x, backprop_segments=0)
+
+
+def test_truncation_counts_for_logits_under_its_published_name():
+    wrapper, x = RecurrentMemoryTransformerWrapper(make_rmt()), torch.randn(1, 18, 16, requires_grad=True)
+    for k, reached in ((None, True), (1, False)):
+        (gradient,) = torch.autograd.grad(wrapper(x, truncate_at_step=k)[0][:, -1].sum(), x)
+        assert bool(gradient[:, 0].ne(0).any()) == reached
+
+
+def test_a_wrong_name_of_a_choice_is_a_value_error():
+    with pytest.raises(ValueError, match="write_init='foo'"):
+        make_rmt(write_init='foo')
+    with pytest.raises(ValueError, match="reduction='max'"):
+        SegmentWrapper(make_rmt()).loss(ids(1, 4), reduction='max')
+
+
+def test_an_unknown_option_of_generation_is_named_with_those_that_exist():
+    with pytest.raises(TypeError, match=r"no option 'eos_token': its options are state, .*eos_token_id, .*top_p"):
+        SegmentWrapper(make_rmt()).generate_tokens(ids(1, 4), 2, eos_token=3)
