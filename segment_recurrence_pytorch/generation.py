@@ -427,7 +427,8 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
         prompt: the prompt.
 
     Raises:
-        ValueError: unless exactly one of the two is given. If `length` is given and the prompt is not a tensor (b, n).
+        ValueError: unless exactly one of the two is given. If `length` is given, and the prompt is not a tensor (b, n)
+            or is longer.
     """
     if (length is None) == (max_new_tokens is None):
         raise ValueError(f'{name} is {length} and max_new_tokens is {max_new_tokens}: give one of them')
@@ -438,6 +439,8 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
         raise ValueError(f'{name} is {length!r}: give a whole number of tokens')
     if not isinstance(prompt, Tensor) or prompt.ndim != 2:
         raise ValueError(f'{name}={length} counts a prompt of shape (batch, length): give max_new_tokens')
+    if length < prompt.shape[-1]:
+        raise ValueError(f'{name} is {length}, and the prompt has {prompt.shape[-1]} tokens, which it counts, too')
     return length - prompt.shape[-1]
 
 

@@ -318,7 +318,7 @@ class SegmentWrapper(nn.Module):
                 position.
         """
         if not is_whole(max_new_tokens) or max_new_tokens < 0:
-            raise ValueError(f'{max_new_tokens} new tokens: give 0 or more. A length counts the prompt too')
+            raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more')
         stream = self._open_stream(prompt, max_new_tokens, **options)
         hidden = None if progress is None else not progress  # None: tqdm hides the bar where there is no terminal
         with stream.guarded():
@@ -577,5 +577,6 @@ def _checked_length(model: SegmentModel, length: int | None) -> int:
     if length is None:
         raise ValueError('segment_length is None, and the model has no max_segment_length: give segment_length=')
     if not is_whole(length) or length < 1 or (limit is not None and length > limit):
-        raise ValueError(f'segment_length is {length!r}: give 1 to {limit or "any whole number"}')
+        allowed = 'a whole number from 1 on' if limit is None else f'1 to {limit}, the longest segment of this model'
+        raise ValueError(f'segment_length is {length!r}: give {allowed}')
     return length

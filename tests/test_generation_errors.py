@@ -22,7 +22,7 @@ def bad_calls():
     yield dict(prompt=prompt[:, :0]), 'batch_size='
     yield dict(prompt=[ids(3), ids(0)]), 'at least one token in every row'
     yield dict(prompt=[]), 'the prompt is empty'
-    yield dict(prompt=prompt, max_new_tokens=-1), '-1 new tokens'
+    yield dict(prompt=prompt, max_new_tokens=-1), 'max_new_tokens is -1'
     yield dict(prompt=prompt, top_p=0.0), 'top_p is 0.0'
     yield dict(prompt=prompt, top_p=1.5), 'top_p is 1.5'
     yield dict(prompt=prompt, min_p=-0.5), 'min_p is -0.5'
@@ -137,7 +137,7 @@ def test_a_prompt_on_meta_holds_no_ids(prompt):
 @pytest.mark.parametrize('count', [True, -2])
 def test_a_number_of_new_tokens_is_a_whole_number_from_0_on(count):
     wrapper = SegmentWrapper(make_rmt())
-    with pytest.raises(ValueError, match=f'{count} new tokens: give 0 or more'):
+    with pytest.raises(ValueError, match=f'max_new_tokens is {count}: give 0 or more'):
         wrapper.generate_tokens(ids(1, 3), count)
     with pytest.raises(ValueError, match=f'max_new_tokens is {count}: give 0 or more'):
         wrapper.stream(ids(1, 3), max_new_tokens=count)
@@ -166,6 +166,7 @@ def bad_published_calls():
     yield dict(prompt=prompt, filter_kwargs={'thres': 3}), r'thres is 3: give a share in \[0, 1\]'
     yield dict(prompt=prompt, filter_kwargs={'thres': 0.5}, top_k=3), r'filter_kwargs=.* are of filter_fn: give it too'
     yield dict(prompt=prompt, seq_len=True, max_new_tokens=None), 'seq_len is True: give a whole number of tokens'
+    yield dict(prompt=ids(1, 9), seq_len=5, max_new_tokens=None), 'seq_len is 5, and the prompt has 9 tokens, which it'
     yield dict(prompt=[ids(3)], exclude_prompt=False), r'needs a prompt of shape \(batch, length\)'
 
 

@@ -382,7 +382,7 @@ def bad_training_calls():
     yield {'grad_accum_scale': math.nan}, 'grad_accum_scale is nan: give a finite number'
     yield {'grad_accum_scale': math.inf, 'backward': True}, 'grad_accum_scale is inf: give a finite number'
     yield {'backward_fn': print}, 'backward_fn is only called with backward=True'
-    yield {'segment_length': True, 'backward': True}, 'segment_length is True: give 1 to any whole number'
+    yield {'segment_length': True, 'backward': True}, 'segment_length is True: give a whole number from 1 on'
     yield {'past_memories': 3, 'backward': True}, 'state is int'
 
 
