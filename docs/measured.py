@@ -116,10 +116,10 @@ def learned_infini() -> str:
     return steps_to_learn('infini')
 
 
-def gain(model: str, length: int) -> str:
+def gain(model: str, length: int, suffix: str = '') -> str:
     """Returns the mean gain over a twin without memory on text, its bounds where there are several seeds, and their
-    number."""
-    gains = [result['gain'] for result in row(f'{model}_bytes_{length}')]
+    number. `suffix` is the end of the name of the row. Default: '', 800 steps."""
+    gains = [result['gain'] for result in row(f'{model}_bytes_{length}{suffix}')]
     if len(gains) < 2:
         return f'{mean(gains):+.3f} bits per byte ({seeds(len(gains))})' if gains else 'not measured'
     low, high = bounds(gains)
@@ -135,8 +135,8 @@ def gain_infini_64() -> str:
 def gains_on_text() -> str:
     names = {'rmt': 'RMT', 'infini': 'Infini-Transformer'}
     what = [('rmt', 16), ('infini', 16), ('rmt', 64), ('infini', 64), ('infini', 128)]
-    lines = [[names[model], length, gain(model, length)] for model, length in what]
-    return table('model | bytes of a segment | gain over a twin trained without memory', lines)
+    lines = [[names[model], length, gain(model, length), gain(model, length, '_3000')] for model, length in what]
+    return table('model | bytes of a segment | gain after 800 steps | gain after 3,000 steps', lines)
 
 
 @number

@@ -181,7 +181,9 @@ def language_table(row: LanguageRow, results: list[dict[str, Any]]) -> str:
     gains = [result['gain'] for result in results]
     lines.append(['mean', '', '', f'{interval(gains)}, {asked_gain(row, gains)}'])
     corpora = ', '.join(dict.fromkeys(result['corpus'] for result in results))
-    about = f'Bytes of {corpora}; {row.steps} steps of {row.batch_size} x {row.segment_length * row.segments} bytes.'
+    how = ', compiled' if any(result.get('compiled') for result in results) else ''
+    size = f'{row.batch_size} x {row.segment_length * row.segments} bytes'
+    about = f'Bytes of {corpora}; {row.steps} steps of {size}{how}.'
     return table(['seed', 'with memory', 'twin without', 'gain in bits per byte'], lines) + f'\n{about}\n'
 
 
