@@ -132,6 +132,11 @@ def gain_infini_64() -> str:
 
 
 @number
+def gain_infini_64_later() -> str:
+    return gain('infini', 64, '_3000')
+
+
+@number
 def gains_on_text() -> str:
     names = {'rmt': 'RMT', 'infini': 'Infini-Transformer'}
     what = [('rmt', 16), ('infini', 16), ('rmt', 64), ('infini', 64), ('infini', 128)]
