@@ -132,15 +132,15 @@ def gain_infini_64() -> str:
 
 
 @number
-def gain_infini_64_later() -> str:
-    return gain('infini', 64, '_3000')
-
-
-@number
 def gains_on_text() -> str:
     names = {'rmt': 'RMT', 'infini': 'Infini-Transformer'}
     what = [('rmt', 16), ('infini', 16), ('rmt', 64), ('infini', 64), ('infini', 128)]
-    lines = [[names[model], length, gain(model, length), gain(model, length, '_3000')] for model, length in what]
+    lines = []
+    for model, length in what:
+        # runs of one row may be days apart: what some of its seeds say stands in docs/results.md alone
+        complete = len(row(f'{model}_bytes_{length}_3000')) == 5
+        later = gain(model, length, '_3000') if complete else 'not on five seeds yet'
+        lines.append([names[model], length, gain(model, length), later])
     return table('model | bytes of a segment | gain after 800 steps | gain after 3,000 steps', lines)
 
 
