@@ -413,11 +413,11 @@ class SegmentWrapper(nn.Module):
                 'the parameters of the model are sharded, and generation needs all of them: call it inside '
                 '`with segment_recurrence_pytorch.distributed.gathered(wrapper.model):`'
             )
-        unknown = [name for name in sampling if name not in inspect.signature(Sampler).parameters]
-        if unknown:
-            options = {**inspect.signature(self._open_stream).parameters, **inspect.signature(Sampler).parameters}
-            known = ', '.join(name for name in options if name not in ('prompt', 'max_new_tokens', 'sampling'))
-            raise TypeError(f'generation has no option {unknown[0]!r}: its options are {known}')
+        _, _, *own, _ = inspect.signature(self._open_stream).parameters  # without prompt, max_new_tokens and sampling
+        known = [*own, *inspect.signature(Sampler).parameters]
+        for name in sampling:
+            if name not in known:
+                raise TypeError(f'generation has no option {name!r}: its options are {", ".join(known)}')
         sampler = Sampler(**sampling)
         if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
