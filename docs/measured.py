@@ -2,7 +2,7 @@
 
 A page holds a number between two comments, which no reader sees:
 
-    RMT still tells <!--=million_rmt-->.98<!--/--> of the values.
+    RMT still recalls <!--=million_rmt-->.98<!--/--> of the values.
 
 `NUMBERS` has a function for each name, which returns the text from the JSON that a benchmark has written.
 

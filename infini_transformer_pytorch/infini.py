@@ -152,8 +152,9 @@ class GatedMemories(SegmentModel):
 class InfiniTransformer(GatedMemories, SegmentTransformer):
     """A causal transformer with a compressive memory in every head of every layer.
 
-    The state is a `Memories` for each layer: `kv_heads` matrices (dim_head, dim_head) and their normalisers
-    (dim_head,), in float32 at least.
+    The state is a `Memories` for each layer: `kv_heads` matrices (dim_head, dim_head), and `k_norm`, their normalisers
+    (dim_head,) or, with 'deltanet', 1 once anything was written and else 0. They are float32 at least. Numbers of
+    equations are those of the paper's first version (arXiv 2404.07143v1); the second one adds 4 to each.
 
     Args:
         num_tokens: size of the vocabulary.

@@ -101,7 +101,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             copies as well as 'sum'.
         qk_norm: whether queries and keys go through an RMS norm with a learned gain. Default: False.
         tie_embeddings: whether the logits use the weight of the token embedding. Default: False.
-        axial_mem_len: number of its last values to which each memory slot attends before the memory goes into the read
+        axial_mem_len: number of its last values to which each memory token attends before the memory goes into the read
             rows. See `axial`. Default: 0, no axial attention.
         memory_noise: standard deviation of Gaussian noise that is added, during training, to the memory of each given
             state. Default: 0.

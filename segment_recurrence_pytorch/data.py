@@ -1,7 +1,8 @@
 """Bytes to train on: enwik8 if it is there, else the source of Python's standard library, which every user has.
 
-Each row of a batch goes through whole documents in order, and is told where a document begins. A state can therefore be
-carried through a document, and never across its end.
+Each row of a batch goes through its share of the documents in order, and is told where a document begins. A state can
+therefore be carried through a document, and never across its end. A document that crosses the border of two shares is
+cut there, and the part behind the border is read as a document of its own.
 
 Letters: b rows of the batch, n bytes.
 """
@@ -204,7 +205,8 @@ class Piece(NamedTuple):
     Attributes:
         tokens: (b, length + 1) int64. The last token of a piece is the first token of the next one. A piece holds
             tokens of one document; after the end of the document it is filled up with `loss.IGNORE`.
-        starts: (b,) bool, True where a document begins with this piece.
+        starts: (b,) bool, True where a document, or the part of one with which a row's share begins, begins with this
+            piece.
     """
 
     tokens: Tensor
