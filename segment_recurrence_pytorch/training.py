@@ -105,8 +105,8 @@ def train_loss(
 
 @torch.no_grad()
 def bits_per_byte(wrapper: SegmentWrapper, streams: Iterable[Piece], memory: bool) -> float:
-    """Returns the mean loss in bits per byte, over all bytes except the first one of each document and of each row's share
-    of them. With one row no document is cut.
+    """Returns the mean loss in bits per byte, over all bytes except the first one of each document and of each row's
+    share of them. With one row no document is cut.
 
     If the wrapper has a process_group, it is the mean over the bytes of all ranks.
 
