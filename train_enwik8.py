@@ -30,7 +30,8 @@ import os
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,9 +46,9 @@ from segment_recurrence_pytorch.checkpoint import load_weights
 from segment_recurrence_pytorch.checks import is_number, is_whole
 from segment_recurrence_pytorch.compare import VALIDATED, Run, read_ended, table
 from segment_recurrence_pytorch.console import discard_output, prepare_output, reader_is_gone, say
-from segment_recurrence_pytorch.data import Corpus, Streams, baselines, load_corpus
+from segment_recurrence_pytorch.data import PYTHON_SOURCE, Corpus, Streams, baselines, load_corpus, python_source
 from segment_recurrence_pytorch.distributed import gathered
-from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps
+from segment_recurrence_pytorch.metrics import keep_steps, write_validation
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.ranks import TIMEOUT, Ranks, lost_rank, rank_of_environment
 from segment_recurrence_pytorch.run_folder import checkpoints, held
@@ -97,6 +98,9 @@ RUN_CHECKS = {
     'valid_bytes': lambda value: is_whole(value) and value >= 0,
 }
 OWN_OPTIONS = 'device', 'threads'  # options that may differ from rank to rank
+# options that a run does not hold, so that the command which goes on with it repeats them
+REPEATED = ('parallel', 'context_parallel', 'save_minutes', 'keep', 'skip_bad_steps', 'timeout_minutes', 'compare',
+            'compile', 'threads', 'device')  # fmt: skip
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
 
 
@@ -196,9 +200,12 @@ def train(args: argparse.Namespace, run: dict[str, Any], folder: Path, ranks: Ra
         with gathered(model):
             if ranks.is_first:
                 levels = {'validation': scores[VALIDATED[run['memory']]], **reference}
-                write_validation(log, {'step': training.step, 'valid': scores, **reference})
-                if beside:
-                    say(table([*beside, read_ended(folder)]))
+                try:
+                    write_validation(log, {'step': training.step, 'valid': scores, **reference})
+                    if beside:
+                        say(table([*beside, read_ended(folder)]))
+                except (OSError, ValueError) as error:  # the disk is full, or the folder is gone
+                    say(f'not logged  {error}')
                 draw_plots(plots, folder, levels, run['model'], beside)
                 print_sample(training.wrapper, valid, memory)
         ranks.on_first(training.check_saved)  # the others wait for the first one, and end as it does
@@ -234,7 +241,7 @@ def make_training(
         folder=folder,
         ranks=ranks,
         options=args,
-        going_on=lambda: going_on(folder, args),
+        going_on=partial(going_on, folder, args),
     )
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     say(
@@ -327,6 +334,61 @@ def parse_arguments() -> argparse.Namespace:
     The settings that are fixed for a run are missing in it unless they were given, so that --resume can tell whether
     they were.
     """
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.sample and not args.resume:
+        parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
+    for name, default in (('prompt', PROMPT), ('bytes', SAMPLE_BYTES), ('temperature', 1.0)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.sample:
+            parser.error(f'--{name} is for a sample from a run: add --sample --resume FOLDER, or leave it out')
+    if args.sample and not args.prompt:
+        parser.error('--prompt is empty: give at least one character')
+    if args.compare and args.sample:
+        parser.error('--sample prints text, --compare a table: give one of them')
+    if len(args.compare) > 1 and (args.resume or args.name is not None):
+        parser.error('--compare with several runs trains none: leave --resume and --name out')
+    if args.resume and any(Path(each).resolve() == Path(args.resume).resolve() for each in args.compare):
+        parser.error('--compare names the run of --resume: give another run')
+    if len({Path(each).resolve() for each in args.compare}) < len(args.compare):
+        parser.error('--compare names a run twice: give each of them once')
+    if args.resume == '':
+        parser.error('--resume is empty: give the folder of a run')
+    if args.name is not None and args.resume:
+        parser.error('--name names a new run, --resume goes on with an old one: give one of them')
+    if args.name is not None and (args.name in ('', '.', '..') or Path(args.name).name != args.name):
+        parser.error(f'--name is {args.name!r}: give the name of one folder, and the folder that holds it as --out')
+    if args.name is not None and len(os.fsencode(args.name)) > LONGEST_NAME:
+        parser.error(f'--name has {len(os.fsencode(args.name))} bytes: give at most {LONGEST_NAME}')
+    for name in ('steps', 'minutes', 'threads', 'bytes', 'keep', 'context_parallel', 'timeout_minutes'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            finite = ', and finite' if value > 0 else ''
+            parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{finite}')
+    for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps', 'temperature'):
+        value = getattr(args, name) or 0
+        if not 0 <= value < math.inf:
+            parser.error(f'--{name.replace("_", "-")} is {value}: give 0, or a finite number above it')
+    if not -(2**63) <= getattr(args, 'seed', 0) < 2**64:
+        parser.error(f'--seed is {args.seed}: it must fit into 64 bits')
+    if args.download and getattr(args, 'data', None):
+        parser.error('--download fetches enwik8, --data names another file: give one of them')
+    try:
+        torch.ones(1, device=args.device).item()  # the device meta makes tensors too, but without numbers
+    except Exception as error:  # each kind of device has errors of its own
+        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
+    if args.compile and args.context_parallel > 1:
+        parser.error('--compile reads on one rank, --context-parallel on several: give one of them')
+    if args.compile and args.parallel == 'fsdp':
+        parser.error('--compile needs whole parameters, --parallel fsdp gives each rank a part: give one of them')
+    if args.compile:
+        check_compiler(parser, args.device)
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line. The settings that are fixed for a run have no default in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group('what to train (fixed for a run, but for the place of the data)')
     what.add_argument('--model', choices=list(MODELS), default=argparse.SUPPRESS, help='default rmt')
@@ -372,54 +434,7 @@ def parse_arguments() -> argparse.Namespace:
                        help='of matrix products; default bfloat16 where the device has it')  # fmt: skip
     where.add_argument('--compile', action='store_true',
                        help='compile the training: minutes at the start; docs/script.md has the gain')  # fmt: skip
-    args = parser.parse_args()
-    if args.sample and not args.resume:
-        parser.error('--sample needs a trained model: give its folder as --resume FOLDER')
-    for name, default in (('prompt', PROMPT), ('bytes', SAMPLE_BYTES), ('temperature', 1.0)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif not args.sample:
-            parser.error(f'--{name} is for a sample from a run: add --sample --resume FOLDER, or leave it out')
-    if args.sample and not args.prompt:
-        parser.error('--prompt is empty: give at least one character')
-    if args.compare and args.sample:
-        parser.error('--sample prints text, --compare a table: give one of them')
-    if len(args.compare) > 1 and (args.resume or args.name is not None):
-        parser.error('--compare with several runs trains none: leave --resume and --name out')
-    if len({Path(each).resolve() for each in args.compare}) < len(args.compare):
-        parser.error('--compare names a run twice: give each of them once')
-    if args.resume == '':
-        parser.error('--resume is empty: give the folder of a run')
-    if args.name is not None and args.resume:
-        parser.error('--name names a new run, --resume goes on with an old one: give one of them')
-    if args.name is not None and (args.name in ('', '.', '..') or Path(args.name).name != args.name):
-        parser.error(f'--name is {args.name!r}: give the name of one folder, and the folder that holds it as --out')
-    if args.name is not None and len(os.fsencode(args.name)) > LONGEST_NAME:
-        parser.error(f'--name has {len(os.fsencode(args.name))} bytes: give at most {LONGEST_NAME}')
-    for name in ('steps', 'minutes', 'threads', 'bytes', 'keep', 'context_parallel', 'timeout_minutes'):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            finite = ', and finite' if value > 0 else ''
-            parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{finite}')
-    for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps', 'temperature'):
-        value = getattr(args, name) or 0
-        if not 0 <= value < math.inf:
-            parser.error(f'--{name.replace("_", "-")} is {value}: give 0, or a finite number above it')
-    if not -(2**63) <= getattr(args, 'seed', 0) < 2**64:
-        parser.error(f'--seed is {args.seed}: it must fit into 64 bits')
-    if args.download and getattr(args, 'data', None):
-        parser.error('--download fetches enwik8, --data names another file: give one of them')
-    try:
-        torch.ones(1, device=args.device).item()  # the device meta makes tensors too, but without numbers
-    except Exception as error:  # each kind of device has errors of its own
-        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
-    if args.compile and args.context_parallel > 1:
-        parser.error('--compile reads on one rank, --context-parallel on several: give one of them')
-    if args.compile and args.parallel == 'fsdp':
-        parser.error('--compile needs whole parameters, --parallel fsdp gives each rank a part: give one of them')
-    if args.compile:
-        check_compiler(parser, args.device)
-    return args
+    return parser
 
 
 def check_compiler(parser: argparse.ArgumentParser, device: str) -> None:
@@ -458,7 +473,9 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     else:
         run = default | given
         twin = '' if run['memory'] == 'on' else '-memory-off'
-        name = args.name or f'{run["model"]}-{run["preset"]}{twin}-{time.strftime("%Y%m%d-%H%M%S")}'
+        # milliseconds, since several runs may be started at once
+        now = f'{time.strftime("%Y%m%d-%H%M%S")}-{time.time_ns() // 1_000_000 % 1000:03}'
+        name = args.name or f'{run["model"]}-{run["preset"]}{twin}-{now}'
         folder = Path(args.out) / name
         if folder.exists():
             raise ValueError(f'{folder} is there already: give another --name, or --resume {shlex.quote(str(folder))}')
@@ -517,18 +534,20 @@ def load_run_corpus(args: argparse.Namespace, run: dict[str, Any], folder: Path)
         run: the settings of the run.
         folder: the folder of the run.
     """
+    about = read_run(folder) if args.resume else {}
+    # enwik8 may have come into data/ since, and has not to be read in its place
+    from_python = run['data'] is None and str(about.get('corpus')).startswith(PYTHON_SOURCE)
     try:
-        corpus = load_corpus(run['data'], download=args.download)
+        corpus = python_source() if from_python else load_corpus(run['data'], download=args.download)
     except ValueError as error:
         moved = args.resume and not hasattr(args, 'data')
         raise ValueError(f'{error}. If it was moved, say where it is now with --data' if moved else error) from error
-    if args.resume:
-        about = read_run(folder)
-        if about['sha256'] != corpus.sha256:
-            raise ValueError(
-                f'{corpus.name} has other bytes than those that {folder} was trained on, which were {about["corpus"]} '
-                f'with sha256 {about["sha256"]}: give the file that holds these as --data'
-            )
+    if about and about['sha256'] != corpus.sha256:
+        how = f'go on with {about["corpus"]}' if from_python else 'give the file that holds these as --data'
+        raise ValueError(
+            f'{corpus.name} has other bytes than those that {folder} was trained on, which were {about["corpus"]} '
+            f'with sha256 {about["sha256"]}: {how}'
+        )
     return corpus
 
 
@@ -578,35 +597,27 @@ def compare_runs(runs: list[Run]) -> None:
         say(f'plot        {path}')
 
 
-def write_validation(log: Path, line: dict[str, Any]) -> None:
-    """Appends a line to metrics.jsonl, or says why it cannot be written.
-
-    Args:
-        log: the file.
-        line: the line.
-    """
-    try:
-        with closing(MetricsLog(log)) as metrics:
-            metrics.write(line)
-    except OSError as error:  # the folder is gone
-        say(f'not logged  {error}')
-
-
-def going_on(folder: Path | None, args: argparse.Namespace | None) -> str:
+def going_on(folder: Path | None, args: argparse.Namespace | None, **changed: Any) -> str:
     """Returns the end of a message that tells how to go on with a run. It is empty if there is nothing to go on with.
 
     Args:
         folder: the folder of the run. None: it is not known yet.
         args: the command line. None: it is not known yet.
+        changed: options that shall be other ones then than they are now.
     """
     if args is None or folder is None or not checkpoints(folder):
         return ''
     start = 'python'
     if rank_of_environment() is not None:
         start = f'torchrun --nproc-per-node={os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])}'
-    how = '' if args.parallel == 'ddp' else f' --parallel {args.parallel}'
-    how += '' if args.context_parallel == 1 else f' --context-parallel {args.context_parallel}'
-    return f'; to go on: {start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}{how}'
+    parser, again = make_parser(), [sys.argv[0], '--resume', str(folder)]
+    for name in REPEATED:
+        value = changed.get(name, getattr(args, name))
+        if value != parser.get_default(name):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            again += [f'--{name.replace("_", "-")}']
+            again += [f'{each:g}' if isinstance(each, float) else str(each) for each in values]
+    return f'; to go on: {start} {shlex.join(again)}'
 
 
 def build_rmt(**sizes: Any) -> tuple[SegmentModel, int]:

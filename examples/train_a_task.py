@@ -149,6 +149,12 @@ if __name__ == '__main__':
     arguments = parser.parse_args()
     if min(arguments.steps, *arguments.lengths) < 1:
         parser.error('--steps and --lengths are counts: give 1 or more')
-    if arguments.model == 'rmt' and arguments.virtual_length:
-        parser.error('--virtual_length counts segments for the memory of Infini: add --model infini, or leave it out')
+    others = {'rmt': {'virtual_length': 0, 'gate_lr': GATE_LR}, 'infini': {'memory_noise': 0}}[arguments.model]
+    for name, default in others.items():
+        if getattr(arguments, name) != default:
+            parser.error(f'--{name} has no meaning for {arguments.model}: take the other --model, or leave it out')
+    if arguments.virtual_length and not 1 <= arguments.virtual_length < math.inf:
+        parser.error('--virtual_length is the largest number of times that a segment counts: give 1 or more')
+    if not 0 <= arguments.memory_noise < math.inf or not 0 <= arguments.gate_lr < math.inf:
+        parser.error('--memory_noise and --gate_lr are 0 or more')
     main(**vars(arguments))

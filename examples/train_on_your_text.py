@@ -61,6 +61,8 @@ def main(
     """Trains, and returns the bits per byte of held-out text with its memory, and with a new one for each segment."""
     corpus = load_corpus(path)
     print(f'{corpus.name}: {sum(map(len, corpus.train)):,} bytes to learn from')
+    kept = first_bytes(corpus.valid, valid_bytes)
+    valid_streams(kept, 4 * segment_length)  # too short a text is refused before the training
     wrapper = made(model, dim, segment_length)
     optimizer = torch.optim.AdamW(wrapper.model.param_groups(2e-3, 0.01), betas=(0.9, 0.98))
     streams, state = Streams(corpus.train, 16, 4 * segment_length, loop=True), None
@@ -76,8 +78,7 @@ def main(
         bar.set_postfix_str(f'{loss.item() / math.log(2):.3f} bits per byte')
     found = {}
     for name, memory in (('with its memory', True), ('without', False)):
-        valid = valid_streams(first_bytes(corpus.valid, valid_bytes), 4 * segment_length)
-        found[name] = bits_per_byte(wrapper, valid, memory)
+        found[name] = bits_per_byte(wrapper, valid_streams(kept, 4 * segment_length), memory)
         print(f'\n--- {name}: {found[name]:.3f} bits per byte of held-out text. It writes:')
         print(written(wrapper, torch.tensor([list(prompt.encode())]), count, memory))
     return found

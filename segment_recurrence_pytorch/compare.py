@@ -39,7 +39,7 @@ def read_ended(folder: Path) -> Run:
         folder: the folder of the run.
 
     Raises:
-        ValueError: if it is no folder of a run, or if the run has no validation.
+        ValueError: if it is no folder of a run, or if the run has no validation after its last step.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder} cannot be compared: there is no such folder. Give that of a run, as runs/NAME')
@@ -51,9 +51,15 @@ def read_ended(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f'run.json lacks {error}' if isinstance(error, KeyError) else error
         raise ValueError(f'{folder} cannot be compared: {why}. Give the folder of a run, as runs/NAME') from error
-    for line in reversed(read_metrics(folder / 'metrics.jsonl')):
+    lines = read_metrics(folder / 'metrics.jsonl')
+    for line in reversed(lines):
         scores = line.get('valid')
         if isinstance(scores, dict) and is_number(scores.get(kind)):
+            if lines[-1]['step'] > line['step']:
+                raise ValueError(
+                    f'{folder} was trained on to step {lines[-1]["step"]:,} after its validation at step '
+                    f'{line["step"]:,}: let it end, or go on with it by --resume {folder}'
+                )
             return Run(folder, about | {'step': line['step']}, scores[kind])
     raise ValueError(f'{folder} has no validation yet: let it end, or go on with it by --resume {folder}')
 

@@ -34,6 +34,7 @@ from segment_recurrence_pytorch.loss import IGNORE
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'
 ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # of the 100,000,000 bytes in the .zip
 # endings of packed files, which are refused: their raw bytes are no text
+PYTHON_SOURCE = 'the standard library of Python'  # so begins the name of this corpus
 PACKED = ('.7z', '.br', '.lz4', '.lzma', '.rar', '.tar', '.tbz2', '.tgz', '.txz', '.z', '.zst')
 # 'encodings' holds generated tables: a tenth of the bytes, with little to learn from them
 LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', '__pycache__'}
@@ -75,7 +76,7 @@ def load_corpus(path: str | Path | None = None, *, folder: str | Path = 'data', 
     if path is not None:
         return _split_file(read_bytes(path), str(path))
     for name in ('enwik8', 'enwik8.gz', 'enwik8.zip'):
-        if (Path(folder) / name).exists():
+        if (Path(folder) / name).is_file():
             return _split_file(read_bytes(Path(folder) / name), f'enwik8 ({Path(folder) / name})')
     if download:
         return _split_file(download_enwik8(folder), 'enwik8 (downloaded)')
@@ -93,7 +94,9 @@ def read_bytes(path: str | Path) -> bytes:
     """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending in PACKED:
+    if path.with_suffix('').suffix.lower() == '.tar':
+        ending = f'.tar{ending}'
+    if ending in PACKED or ending.startswith('.tar'):
         raise ValueError(f'{path} is packed as {ending}: unpack it, or pack it as .gz, .bz2, .xz or .zip')
     try:
         if ending == '.gz':
@@ -114,7 +117,7 @@ def read_bytes(path: str | Path) -> bytes:
     except RuntimeError as error:  # zipfile: encrypted, or packed in a way that it does not know
         raise ValueError(f'{path} cannot be unpacked ({error}): unpack it, or pack it anew') from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{path} is cut short or damaged ({error}): fetch it again') from error
+        raise ValueError(f'{path} is cut short or damaged ({error}): remove it, and fetch it again') from error
     except OSError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
     if not content:
@@ -183,7 +186,7 @@ def python_source(root: str | Path | None = None) -> Corpus:
     documents = {part: [_as_tensor(content) for content in contents if content] for part, contents in parts.items()}
     if not all(documents.values()):
         raise ValueError(f'{top} holds too few .py files to split: give a corpus with --data')
-    return Corpus(f'the standard library of Python {platform.python_version()}', digest.hexdigest(), **documents)
+    return Corpus(f'{PYTHON_SOURCE} {platform.python_version()}', digest.hexdigest(), **documents)
 
 
 def _split_file(content: bytes, name: str) -> Corpus:

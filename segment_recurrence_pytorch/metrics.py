@@ -33,8 +33,7 @@ class MetricsLog:
         Args:
             line: what the line holds, by name.
         """
-        finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
-        self._waiting += json.dumps(finite).encode() + b'\n'
+        self._waiting += _as_json(line).encode() + b'\n'
         with suppress(OSError):
             self._flush()
 
@@ -69,7 +68,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_steps(path: Path, step: int) -> int:
-    """Removes from a metrics file all lines except those of the training steps up to `step`.
+    """Removes from a metrics file all lines except those of the training steps up to `step`, and the last validation
+    after that step.
 
     A run that was killed may have logged steps after its last checkpoint, which the run will repeat.
 
@@ -80,14 +80,43 @@ def keep_steps(path: Path, step: int) -> int:
     Returns:
         The number of steps up to `step` of which the file has no line.
     """
-    kept = {}
+    kept, validation = {}, []
     for text in _lines(path):
         line = _parsed(text)
-        if line is not None and 'valid' not in line and 1 <= line['step'] <= step:
+        if line is None:
+            continue
+        if 'valid' not in line and 1 <= line['step'] <= step:
             kept[line['step']] = text
-    with replacing(path) as part:
-        part.write_text(''.join(f'{text}\n' for text in kept.values()))
+        elif 'valid' in line and line['step'] == step:
+            validation = [text]
+    _write(path, [*kept.values(), *validation])
     return step - len(kept)
+
+
+def write_validation(path: Path, line: dict[str, Any]) -> None:
+    """Writes a validation at the end of a metrics file. It replaces all earlier ones, and damaged lines.
+
+    Args:
+        path: the file.
+        line: what the line holds, by name: 'step', 'valid' and more.
+
+    Raises:
+        OSError: if it cannot be written, for example because the disk is full. The file then stays as it was.
+        ValueError: if the folder of the file is gone.
+    """
+    found = [(text, _parsed(text)) for text in _lines(path)]
+    kept = [text for text, old in found if old is not None and 'valid' not in old]
+    _write(path, [*kept, _as_json(line)])
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    with replacing(path) as part:
+        part.write_text(''.join(f'{text}\n' for text in lines))
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    finite = json.loads(json.dumps(line), parse_constant=lambda _: None)  # JSON has no NaN
+    return json.dumps(finite)
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def plot_losses(folder: Path, levels: dict[str, float], beside: Sequence[Run] = 
         axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
     tops += _plot_runs(axes, beside, first_color=1, raw=False)
     axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name)
-    axes.set_ylim(top=1.05 * max(tops))
+    axes.set_ylim(top=1.05 * max(filter(math.isfinite, tops)))
     axes.legend()
     _write(figure, folder / 'loss.png')
 
@@ -49,7 +50,7 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
     axes = figure.subplots()
     tops = _plot_runs(axes, runs)
     axes.set(xlabel='megabytes read', ylabel='bits per byte', title='training, and validation as a horizontal line')
-    axes.set_ylim(top=1.05 * max(tops))
+    axes.set_ylim(top=1.05 * max(filter(math.isfinite, tops)))
     axes.legend()
     _write(figure, path)
 
@@ -57,8 +58,10 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
 def _plot_runs(axes: Axes, runs: Sequence[Run], first_color: int = 0, raw: bool = True) -> list[float]:
     """Draws runs, and returns the highest values that the axes have to show."""
     tops = []
+    names = [run.folder.name for run in runs]
     for i, run in enumerate(runs, first_color):
-        label = f'{run.folder.name}, validation {run.validation:.3f}'
+        name = run.folder.name if names.count(run.folder.name) == 1 else run.folder
+        label = f'{name}, validation {run.validation:.3f}'
         tops += [_plot_losses_of(axes, run.folder, label, f'C{i}', raw), run.validation]
         axes.axhline(run.validation, color=f'C{i}', linewidth=1)
     return tops

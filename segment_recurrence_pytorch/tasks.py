@@ -274,7 +274,8 @@ class SegmentCurriculum:
     Args:
         stages: the number of segments of each stage, in growing order.
         threshold: the next stage comes when the moving average of the metric is at least this high. Default: 0.96.
-        mix: share of the steps that use a random earlier stage instead of the present one, in [0, 1]. Default: 0.5.
+        mix: share of the steps that use a random earlier stage instead of the present one, in [0, 1).
+            Default: 0.5.
         patience: number of steps over which the average is taken. A stage has at least this many steps. Default: 20.
 
     Raises:
@@ -288,8 +289,8 @@ class SegmentCurriculum:
             raise ValueError(f'stages={numbers}: give growing numbers of segments, from 1 on')
         check_whole(patience=patience)
         check_finite(threshold=threshold)
-        if not (is_number(mix) and 0 <= mix <= 1):
-            raise ValueError(f'mix is {mix!r}: give a share of steps in [0, 1]')
+        if not (is_number(mix) and 0 <= mix < 1):
+            raise ValueError(f'mix is {mix!r}: give a share of steps in [0, 1)')
         self.stages = numbers
         self.threshold = threshold
         self.mix = mix
@@ -364,8 +365,8 @@ def accuracy(
 ) -> float:
     """Returns the share of the labelled tokens that a model predicts correctly.
 
-    Sequences are made and read piece by piece, so memory does not grow with their length. Logits are only computed
-    where something is asked.
+    Sequences are read in the pieces in which the task makes them, so those of `Memorize` are never held as a whole.
+    Logits are only computed where something is asked.
 
     Args:
         wrapper: the model in a wrapper, which has the segment length of the task.

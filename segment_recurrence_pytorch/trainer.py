@@ -70,7 +70,8 @@ class Training:
         folder: the folder of the run.
         ranks: the processes that make the run together.
         options: resume, steps, keep, parallel, compile, save_minutes and skip_bad_steps of the command line.
-        going_on: returns the end of a message, which tells how to go on with the run.
+        going_on: returns the end of a message, which tells how to go on with the run. It takes options of the command
+            line that shall be other ones then.
 
     Attributes:
         wrapper: the model in its wrapper.
@@ -79,6 +80,7 @@ class Training:
         seconds: seconds of training.
         skipped: number of steps that were left out.
         saved_step: the step of the newest checkpoint.
+        copied_step: the step whose weights the folder of the run has, beside the checkpoints.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Training:
         folder: Path,
         ranks: Ranks,
         options: Any,
-        going_on: Callable[[], str],
+        going_on: Callable[..., str],
     ):
         self.build, self.run, self.about, self.fixed, self.lr = build, run, about, fixed, lr
         self.folder, self.ranks, self.options, self.going_on = folder, ranks, options, going_on
@@ -107,7 +109,7 @@ class Training:
             torch.manual_seed(ranks.seed(run['seed']))  # dropout differs from rank to rank, the start does not
         self.streams = streams(self.wrapper)
         self.state: State = None
-        self.step, self.seconds, self.skipped, self.saved_step = 0, 0.0, 0, 0
+        self.step, self.seconds, self.skipped, self.saved_step, self.copied_step = 0, 0.0, 0, 0, 0
 
     def progress(self) -> float:
         """Returns the share of the training that is done."""
@@ -144,6 +146,7 @@ class Training:
         set_random_states_of_rank(saved['random'], ranks, self.run['seed'] + self.step)
         self.saved_step = self.step
         ranks.on_first(lambda: copy_weights(folder, self.step))
+        self.copied_step = self.step
         ranks.on_first(lambda: write_json(folder / 'run.json', self.about))
 
     def check_length(self, made: int) -> None:
@@ -193,12 +196,18 @@ class Training:
         ranks.on_first(write)
         self.saved_step = step
         ranks.on_first(lambda: copy_weights(place, step))
+        self.copied_step = step
 
     def check_saved(self) -> None:
-        """Raises ValueError if the last step is not saved."""
+        """Raises ValueError if the last step is not saved, or if its weights are not in the folder of the run."""
         if self.saved_step != self.step:
             on = self.going_on()
             raise ValueError(f'the end of the training is not saved, only step {self.saved_step:,}{on}')
+        if self.copied_step != self.step:
+            raise ValueError(
+                f'{self.folder / "model.safetensors"} is that of step {self.copied_step:,} still, and the checkpoint '
+                f'that of step {self.step:,}: make room on the disk{self.going_on()}'
+            )
 
     def save_or_say(self, metrics: MetricsLog) -> None:
         """Saves a checkpoint, or says why it cannot be saved."""
@@ -206,8 +215,12 @@ class Training:
             self.ranks.on_first(metrics.sync)
             self.save(self.folder)
         except OSError as error:  # the disk is full, or gone
-            newest = f'The newest checkpoint is that of step {self.saved_step:,}'
-            say(f'not saved   step {self.step:,}: {error}. {newest}')
+            if self.saved_step != self.step:
+                newest = f'The newest checkpoint is that of step {self.saved_step:,}'
+                say(f'not saved   step {self.step:,}: {error}. {newest}')
+            else:
+                old = f'Its checkpoint is saved, but model.safetensors is that of step {self.copied_step:,}'
+                say(f'not copied  step {self.step:,}: {error}. {old}')
 
     def go_on(self, log: Path) -> None:
         """Trains until the run is done. If a signal comes, it saves after the step and ends the program.
@@ -240,13 +253,14 @@ class Training:
                 if is_due and self.progress() < 1:
                     self.save_or_say(metrics)
                     last_save = time.perf_counter()
-                bar.update(1 if steps else min(taken, bar.total - bar.n))
+                bar.update(1 if steps else min(round(self.seconds), total) - bar.n)
                 bar.set_postfix_str(f'step {self.step}, {shown}')
                 if 'skipped' in line or (bar.disable and self.step & (self.step - 1) == 0):
                     say(f'step {self.step:6} {shown:>21} {self.seconds:6.0f} s')
 
             if self.saved_step != self.step:
                 self.save_or_say(metrics)
+            (stopped,) = ranks.largest(stopped or stop_number(stop))  # a signal may come while it is saved
         if stopped:
             how = f'stopped at step {self.step:,} and saved at step {self.saved_step:,}'
             say(f'{how}{self.going_on()}')
@@ -308,8 +322,8 @@ class Training:
         if bad_weight(model):
             raise ValueError(f'{found} as they are')
         if self.skipped > self.options.skip_bad_steps:
-            on = f'{self.going_on()} --skip-bad-steps {self.skipped}, which leaves out such steps'
-            raise ValueError(f'{found}{on}')
+            on = self.going_on(skip_bad_steps=self.skipped)
+            raise ValueError(f'{found}{on}, which leaves out such steps')
 
 
 def compiled_advance(model: SegmentModel) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ def warmup_cosine(progress: float, warmup: float = 0.05, last: float = 0.05) -> 
         last: the factor at the end of the training. Default: 0.05.
     """
     if progress < warmup:
-        return max(progress, 1e-3) / warmup
+        return min(1, max(progress, 1e-3) / warmup)
     cosine = (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
     return last + (1 - last) * cosine
 
@@ -153,9 +153,17 @@ def valid_streams(documents: list[Tensor], length: int) -> Streams:
     Args:
         documents: uint8 tensors (n_i,).
         length: number of bytes that the model reads of a piece.
+
+    Raises:
+        ValueError: if there are too few bytes for one piece.
     """
-    rows = sum(map(len, documents)) // (4 * length)
-    return Streams(documents, max(1, min(16, rows)), length, loop=False)
+    total = sum(map(len, documents))
+    if total <= length:
+        raise ValueError(
+            f'{total} bytes are too few to validate with, since a piece has {length + 1}: give a larger corpus, of '
+            'which a part is kept for validation, or more validation bytes'
+        )
+    return Streams(documents, max(1, min(16, total // (4 * length))), length, loop=False)
 
 
 def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: float = 1.0) -> None:

@@ -53,6 +53,12 @@ def test_in_what_else_runs_differ_is_said(at_work):
     ]
 
 
+def train_on(run):
+    """The log of a run that was prolonged, and stopped after a step."""
+    with open(run / 'metrics.jsonl', 'a') as log:
+        log.write('{"step": 5, "bits": 2.0}\n')
+
+
 @pytest.mark.parametrize(
     ('spoil', 'message'),
     [
@@ -60,6 +66,7 @@ def test_in_what_else_runs_differ_is_said(at_work):
         (lambda run: (run / 'run.json').write_text('{}'), r"run.json lacks 'run'"),
         (lambda run: (run / 'run.json').write_text('{'), r'Give the folder of a run'),
         (lambda run: (run / 'metrics.jsonl').unlink(), r'has no validation yet: .*--resume runs/infini'),
+        (lambda run: train_on(run), r'to step 5 after its validation at step 4: .*--resume runs/infini'),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(at_work, spoil, message):
@@ -76,9 +83,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(at_work, 
         (('--compare', 'runs/rmt', '--sample', '--resume', 'runs/rmt'), 'give one of them'),
         (('--compare', 'runs/rmt', 'runs/infini', '--resume', 'runs/rmt'), 'leave --resume and --name out'),
         (('--compare', 'runs/rmt', 'runs/infini', '--name', 'new'), 'leave --resume and --name out'),
+        (('--compare', 'runs/rmt', '--resume', 'runs/../runs/rmt'), 'names the run of --resume'),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(at_work, arguments, message):
     done = main(*arguments)
     assert done.code == 2
     assert message in done.err
+
+
+def test_runs_of_one_name_are_told_apart_in_a_plot_and_nan_does_not_end_it(at_work):
+    plots = IMPORT_PLOTS()
+    shutil.copytree('runs/rmt', 'other/rmt')
+    runs = [read_ended(Path(folder)) for folder in ('runs/rmt', 'other/rmt', 'runs/infini')]
+    axes = plots.Figure().subplots()
+    plots._plot_runs(axes, runs)
+    labels = [label.split(',')[0] for label in axes.get_legend_handles_labels()[1]]
+    assert labels == ['runs/rmt', 'other/rmt', 'infini']
+    plots.plot_losses(Path('runs/rmt'), {'validation': float('nan'), 'xz': 2.0})

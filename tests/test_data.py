@@ -53,7 +53,7 @@ def test_a_packed_file_is_unpacked_however_its_ending_is_spelled(ending, spelled
             read_bytes(path)
 
 
-@pytest.mark.parametrize('ending', ['.zst', '.7z', '.tgz', '.TAR', '.lzma'])
+@pytest.mark.parametrize('ending', ['.zst', '.7z', '.tgz', '.TAR', '.lzma', '.tar.gz', '.TAR.bz2', '.tar.unknown'])
 def test_what_cannot_be_unpacked_is_not_read_as_text(ending, tmp_path):
     path = tmp_path / f'text{ending}'
     path.write_bytes(TEXT)

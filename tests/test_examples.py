@@ -272,15 +272,21 @@ def imported(nodes) -> list[str]:
     ('name', 'arguments', 'message'),
     [
         ('train_a_task', '--lengths 0', 'are counts: give 1 or more'),
-        ('train_a_task', '--model rmt --virtual_length 9', 'add --model infini'),
+        ('train_a_task', '--model rmt --virtual_length 9', '--virtual_length has no meaning for rmt'),
+        ('train_a_task', '--model rmt --gate_lr 9', '--gate_lr has no meaning for rmt'),
+        ('train_a_task', '--model infini --memory_noise 1', '--memory_noise has no meaning for infini'),
+        ('train_a_task', '--model infini --virtual_length 0.5', 'give 1 or more'),
         ('needle_in_a_million_tokens', '--tokens 10', '--tokens of 32 or more'),
         ('many_questions_one_book', '--tokens 10', '--tokens of 16 or more'),
         ('many_questions_one_book', '--steps -2', '--steps of 1 or more'),
         ('train_on_your_text', 'absent', 'absent cannot be read'),
+        ('train_on_your_text', 'short', '240 bytes are too few to validate with'),
         ('train_on_your_text', '--steps 0', '--steps of 1 or more'),
     ],
 )
-def test_bad_arguments_end_an_example_with_one_line(name, arguments, message, monkeypatch, capsys):
+def test_bad_arguments_end_an_example_with_one_line(name, arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'short').write_bytes(bytes(4800))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', [name, *arguments.split()])
     with pytest.raises(SystemExit):
         runpy.run_path(str(Path(train_a_task.__file__).with_stem(name)), run_name='__main__')

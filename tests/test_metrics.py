@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps, read_metrics
+from segment_recurrence_pytorch.metrics import MetricsLog, keep_steps, read_metrics, write_validation
 from tests.script import full_disk
 
 INF, NAN = float('inf'), float('nan')
@@ -63,16 +63,29 @@ def test_lines_after_the_checkpoint_are_removed(path):
     lines = [
         '{"step": 1}',
         '{"step": 2, "bits": 2.50}',
-        '{"step": 3, "valid": {}}',
+        '{"step": 2, "valid": {}}',
         '{"step": 3}',
+        '{"step": 3, "valid": {"reset": 2}}',
+        '{"step": 3, "valid": {"reset": 1}}',
+        '{"step": 4, "valid": {}}',
         '{"step": 4}',
         '{"st',
     ]
     path.write_text('\n'.join(lines))
     assert keep_steps(path, 3) == 0
-    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "bits": 2.50}', '{"step": 3}']
+    assert path.read_text().splitlines() == [lines[0], lines[1], lines[3], lines[5]]
     path.write_text('\n'.join(lines[1:]))
     assert keep_steps(path, 4) == 1
     path.unlink()
     assert keep_steps(path, 4) == 4
     assert path.read_text() == ''
+
+
+def test_a_validation_replaces_those_before_and_half_lines(path):
+    """A half line, which a full disk has left, does not swallow it."""
+    path.write_text('{"step": 1, "valid": {}}\n{"step": 1}\n{"step": 2,')
+    write_validation(path, {'step': 2, 'valid': {'reset': NAN}})
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "valid": {"reset": null}}\n'
+    with full_disk(10), pytest.raises(OSError, match='File too large'):
+        write_validation(path, {'step': 3, 'valid': {}})
+    assert read_metrics(path)[-1]['step'] == 2

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_enwik8
+from segment_recurrence_pytorch import data, trainer
 from segment_recurrence_pytorch.checkpoint import load_weights
 from tests.script import MODELS, ROOT, at_step, files, main, metrics, steps, train, without_clock
 
@@ -88,6 +90,74 @@ def test_a_signal_saves_and_says_how_to_go_on(at_work, monkeypatch, number):
     assert steps('runs/a') == [0, 2]
     assert len(metrics('runs/a')) == 2
     assert 'from step 2 on' in main('--resume', 'runs/a', '--steps', 3).out
+
+
+def test_a_signal_while_the_end_is_saved_stops_the_run(at_work, monkeypatch):
+    """It is not forgotten: validation, plots and sample would go on as if nobody had asked to stop."""
+    save = trainer.save_training_state
+
+    def saving(parts, path):
+        if parts['step'] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        save(parts, path)
+
+    monkeypatch.setattr(trainer, 'save_training_state', saving)
+    done = train('--steps', 3)
+    assert done.code == 128 + signal.SIGTERM
+    assert 'stopped at step 3 and saved at step 3; to go on: ' in done.out
+    assert '\nvalidation' not in done.out
+
+
+def test_the_command_to_go_on_has_what_the_run_does_not_hold(at_work, monkeypatch):
+    """The command, as it is printed, keeps as many checkpoints, and saves as often, as before."""
+    options = '--save-minutes', 0, '--keep', 5, '--skip-bad-steps', 2, '--threads', torch.get_num_threads()
+    with monkeypatch.context() as patch:
+        at_step(patch, {3: lambda: signal.raise_signal(signal.SIGTERM)})
+        out = train('--steps', 4, *options, '--timeout-minutes', 3, '--compare', 'runs/infini').out
+    _, command = out.strip().splitlines()[-1].split('; to go on: python train_enwik8.py ')
+    assert command == (
+        '--resume runs/a --save-minutes 0 --keep 5 --skip-bad-steps 2 --timeout-minutes 3 --compare runs/infini '
+        f'--threads {torch.get_num_threads()}'
+    )
+    assert main(*command.split()).code == 0
+    assert steps('runs/a') == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_is_done_keeps_its_validation_when_it_is_resumed_and_stopped(at_work, monkeypatch):
+    before = metrics('runs/rmt')[-1]
+    assert 'valid' in before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_enwik8, 'bits_per_byte', lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main('--resume', 'runs/rmt').code == 130
+    assert metrics('runs/rmt')[-1] == before
+    assert main('--compare', 'runs/rmt', 'runs/infini').code == 0
+
+
+def test_a_run_on_the_source_of_python_goes_on_with_it(at_work, monkeypatch):
+    """enwik8 that has come into data/ since is not read in its place."""
+    Path('source').mkdir()
+    for i in range(40):
+        Path('source', f'{i}.py').write_text(f'x{i} = {i}\n' * 60)
+    source = train_enwik8.python_source
+    for module in (train_enwik8, data):
+        monkeypatch.setattr(module, 'python_source', lambda: source('source'))
+    assert main('--steps', 1, '--name', 'a', '--valid-bytes', 600).code == 0
+    Path('data').mkdir()
+    Path('data/enwik8').write_bytes(Path('text').read_bytes())
+    assert main('--resume', 'runs/a', '--steps', 2).code == 0
+    Path('source/new.py').write_text('y = 1\n')
+    err = main('--resume', 'runs/a', '--steps', 3).err
+    assert re.search(r'with sha256 \w+: go on with the standard library of Python 3\.', err), err
+
+
+def test_runs_without_a_name_that_are_started_at_once(at_work, monkeypatch):
+    times = iter([5_001_000_000, 5_002_000_000])
+    monkeypatch.setattr(train_enwik8.time, 'strftime', lambda _: 'now')
+    monkeypatch.setattr(train_enwik8.time, 'time_ns', lambda: next(times))
+    for _ in range(2):
+        assert main('--data', 'text', '--valid-bytes', 600, '--steps', 1).code == 0
+    assert Path('runs/rmt-small-now-001').exists()
+    assert Path('runs/rmt-small-now-002').exists()
 
 
 @pytest.mark.parametrize('model', MODELS)
@@ -179,7 +249,8 @@ def test_refusals_leave_nothing_behind(at_work):
         (('--data', 'text', '--out', 'file/runs'), 'cannot be written to'),
         (('--data', 'text', '--out', 'x' * 300), 'File name too long'),
         (('--data', 'empty'), 'is empty'),
-        (('--data', 'small'), 'less than one batch'),
+        (('--data', 'small'), '6 bytes are too few to validate with, since a piece has 49'),
+        (('--data', 'text', '--valid-bytes', 20), '20 bytes are too few to validate with, since a piece has 49'),
         (('--data', 'absent'), 'cannot be read'),
         (('--data', 'text', '--steps', 0), 'must be above 0'),
         (('--data', 'text', '--minutes', 'inf'), '--minutes is inf: it must be above 0, and finite'),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_enwik8
-from segment_recurrence_pytorch import console, run_folder
+from segment_recurrence_pytorch import console, run_folder, trainer
 from segment_recurrence_pytorch.run_folder import SUMS, held
 from tests.script import (
     IMPORT_PLOTS,
@@ -136,7 +136,7 @@ def test_no_checkpoint_is_ahead_of_the_log(at_work, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_enwik8.MetricsLog, 'sync', fail)
+        patch.setattr(trainer.MetricsLog, 'sync', fail)
         done = train('--steps', 2, '--save-minutes', 0)
     assert done.code == 1
     assert 'not saved   step 2: [Errno 28] No space left on device' in done.out
@@ -154,12 +154,51 @@ def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(at_work, monkeypa
     assert done.code == 1
     assert 'validation' in done.out
     assert done.err == (
-        'error: the end of the training is not saved, only step 2; to go on: python train_enwik8.py --resume runs/a\n'
+        'error: the end of the training is not saved, only step 2; to go on: python train_enwik8.py --resume runs/a '
+        '--save-minutes 0\n'
     )
     assert steps('runs/a') == [1, 2]
     assert main('--resume', 'runs/a').code == 0
     assert same_weights('runs/a/model.safetensors', 'runs/rmt/model.safetensors')
     assert without_clock(metrics('runs/a')) == without_clock(metrics('runs/rmt'))
+
+
+@pytest.mark.parametrize('end', [4, 6])
+def test_a_disk_with_room_for_the_checkpoint_and_none_for_the_copy(at_work, monkeypatch, end):
+    """The folder of the run keeps old weights for a while, which is said; at the end it is an error."""
+    copy_weights = trainer.copy_weights
+
+    def copying(folder, step):
+        if step in (3, 4):
+            raise OSError(28, 'No space left on device')
+        copy_weights(folder, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, 'copy_weights', copying)
+        done = train('--steps', end, '--save-minutes', 0)
+    lost = 'Its checkpoint is saved, but model.safetensors is that of step 2'
+    assert f'not copied  step 4: [Errno 28] No space left on device. {lost}' in done.out
+    if end == 6:
+        assert (done.code, done.err) == (0, '')
+        return
+    assert done.code == 1
+    assert done.err.startswith(
+        'error: runs/a/model.safetensors is that of step 2 still, and the checkpoint that of step 4: make room on the '
+        'disk; to go on: python train_enwik8.py --resume runs/a'
+    )
+    assert main('--resume', 'runs/a').code == 0
+    assert same_weights('runs/a/model.safetensors', 'runs/rmt/model.safetensors')
+
+
+def test_a_full_disk_at_the_validation_keeps_the_lines_and_the_validation_before(at_work, monkeypatch):
+    monkeypatch.setattr(train_enwik8, 'report', lambda *_: full.__enter__())
+    before, full = Path('runs/rmt/metrics.jsonl').read_text(), full_disk(100)
+    try:
+        done = main('--resume', 'runs/rmt')
+    finally:
+        full.__exit__(None, None, None)
+    assert 'not logged  [Errno 27] File too large' in done.out
+    assert Path('runs/rmt/metrics.jsonl').read_text() == before
 
 
 def test_a_full_disk_at_the_start_leaves_nothing_behind(at_work):
@@ -203,7 +242,7 @@ def test_a_run_whose_folder_disappears_goes_on_and_says_it(at_work, monkeypatch)
     assert done.code == 1
     assert 'not saved   step 2: ' in done.out
     assert 'validation' in done.out
-    assert "not logged  [Errno 2] No such file or directory: 'runs/a/metrics.jsonl'" in done.out
+    assert 'not logged  runs/a/metrics.jsonl cannot be written: the folder runs/a is not there' in done.out
     assert done.err == 'error: the end of the training is not saved, only step 1\n'
     assert not Path('runs/a').exists()
 
@@ -262,7 +301,8 @@ def test_a_nan_loss_stops_before_the_step_and_overwrites_nothing(at_work, memory
     assert done.err == (
         'error: step 3 has NaN or infinite values, first in segment 2 of 3: the output of layers.1.ff.proj_out. '
         'It was not made, and the checkpoints stay; '
-        'to go on: python train_enwik8.py --resume runs/a --skip-bad-steps 1, which leaves out such steps\n'
+        'to go on: python train_enwik8.py --resume runs/a --save-minutes 0 --skip-bad-steps 1, which leaves out such '
+        'steps\n'
     )
     assert steps('runs/a') == [1, 2]
     assert len(metrics('runs/a')) == 2

@@ -8,7 +8,7 @@ from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.data import Piece
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
-from segment_recurrence_pytorch.training import train_loss
+from segment_recurrence_pytorch.training import train_loss, warmup_cosine
 from tests.conftest import ids, make_infini, make_rmt, same_gradients
 
 MODELS = {
@@ -134,3 +134,11 @@ def test_what_a_graph_captures_knows_the_padding_of_the_wrapper(ignore_index):
             wrapper.check_values, step.graphed = False, step._captured
         found.append(step(x)[0])
     assert found[0] == pytest.approx(found[1].item())
+
+
+@pytest.mark.parametrize('warmup', [0.0, 1e-4, 5e-4, 0.05, 0.5])
+def test_the_learning_rate_is_never_above_its_peak(warmup):
+    factors = [warmup_cosine(step / 10_000, warmup) for step in range(10_001)]
+    assert min(factors) > 0
+    assert max(factors) <= 1
+    assert factors[-1] == pytest.approx(0.05)
