@@ -149,8 +149,11 @@ if __name__ == '__main__':
     arguments = parser.parse_args()
     if min(arguments.steps, *arguments.lengths) < 1:
         parser.error('--steps and --lengths are counts: give 1 or more')
-    others = {'rmt': {'virtual_length': 0, 'gate_lr': GATE_LR}, 'infini': {'memory_noise': 0}}[arguments.model]
-    for name, default in others.items():
+    of_model: dict[str, dict[str, float]] = {
+        'rmt': {'virtual_length': 0, 'gate_lr': GATE_LR},
+        'infini': {'memory_noise': 0},
+    }
+    for name, default in of_model[arguments.model].items():
         if getattr(arguments, name) != default:
             parser.error(f'--{name} has no meaning for {arguments.model}: take the other --model, or leave it out')
     if arguments.virtual_length and not 1 <= arguments.virtual_length < math.inf:
