@@ -44,7 +44,7 @@ def main(steps: int = 20, segments: int = 8) -> list[float]:
     optimizer = torch.optim.AdamW(model.param_groups(3e-3, 0.01))
 
     tokens, _ = task.batch(segments, 32, draw)  # the same on all ranks
-    rows = torch.arange(32).chunk(ranks)[rank]
+    rows = torch.arange(32).tensor_split(ranks)[rank]
     say(rank, f'rank {rank} of {ranks}: reads rows {rows[0]} to {rows[-1]} of the batch')
     losses = []
     for _ in range(steps):

@@ -15,6 +15,9 @@ VALIDATED = {'on': 'carried', 'off': 'reset'}
 # what two runs have to share, so that the difference of their validations is what their settings are worth
 SHARED = {'sha256': 'corpus', 'valid_bytes': '--valid-bytes', 'step': 'steps'}
 SHARED |= {name: f'--{name}' for name in ('preset', 'seed', 'precision')}
+SHARED |= {'sizes': 'the sizes of the model', 'training': 'how they were trained'}
+UNSAID = 'sha256', 'sizes', 'training'  # what would be long to print
+FROM_RUN = [name for name in SHARED if name not in (*UNSAID, 'step')]
 
 
 class Run(NamedTuple):
@@ -22,8 +25,8 @@ class Run(NamedTuple):
 
     Attributes:
         folder: its folder.
-        about: what it fixes: model, memory, preset, seed, precision, valid_bytes, sha256 of the corpus; and step, the
-            number of steps after which it was validated.
+        about: what it fixes: model, memory, preset, seed, precision, valid_bytes, sha256 of the corpus, sizes of the
+            model, and how it is trained; and step, the number of steps after which it was validated.
         validation: bits per byte of held-out bytes, with the state treated as in training.
     """
 
@@ -45,8 +48,8 @@ def read_ended(folder: Path) -> Run:
         raise ValueError(f'{folder} cannot be compared: there is no such folder. Give that of a run, as runs/NAME')
     try:
         made = json.loads((folder / 'run.json').read_text())
-        about = {name: made['run'][name] for name in ('model', 'memory', *SHARED) if name not in ('sha256', 'step')}
-        about['sha256'] = made['sha256']
+        about = {name: made['run'][name] for name in ('model', 'memory', *FROM_RUN)}
+        about |= {name: made[name] for name in UNSAID}
         kind = VALIDATED[about['memory']]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f'run.json lacks {error}' if isinstance(error, KeyError) else error
@@ -80,8 +83,10 @@ def table(runs: Sequence[Run]) -> str:
     differing = []
     for name, shown in SHARED.items():
         values = [run.about[name] for run in runs]
+        if name == 'sizes' and len({run.about['model'] for run in runs}) > 1:
+            continue  # of course
         if any(value != values[0] for value in values):
-            differing.append(shown if name == 'sha256' else f'{shown} ({", ".join(map(str, values))})')
+            differing.append(shown if name in UNSAID else f'{shown} ({", ".join(map(str, values))})')
     if differing:
         lines.append(f'They also differ in {" and ".join(differing)}.')
     return '\n'.join(lines)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import http.client
 import lzma
 import os
 import platform
@@ -148,13 +149,13 @@ def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK
                 with tqdm(total=total, unit='B', unit_scale=True, desc='enwik8', disable=None) as bar:
                     while block := reply.read(1 << 20):
                         bar.update(file.write(block))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f'{url} cannot be fetched ({error}): put enwik8 into {folder}/, or use --data') from error
         try:
             with zipfile.ZipFile(part) as archive:
                 content = archive.read(archive.namelist()[0])
-        except zipfile.BadZipFile as error:
-            raise ValueError(f'{url} did not send a .zip ({error}): not kept') from error
+        except (zipfile.BadZipFile, IndexError) as error:  # it has no file
+            raise ValueError(f'{url} did not send a .zip with a file ({error}): not kept') from error
         found = hashlib.sha1(content).hexdigest()
         if found != sha1:
             raise ValueError(f'{url} has sha1 {found}, not {sha1}: not kept')

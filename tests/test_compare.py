@@ -46,11 +46,16 @@ def test_in_what_else_runs_differ_is_said(at_work):
     about = json.loads(Path('runs/other/run.json').read_text())
     about['sha256'] = 'x'
     about['run'] |= {'seed': 7, 'precision': 'bfloat16'}
+    about['sizes']['dim'], about['training']['lr'] = 8, 1
     Path('runs/other/run.json').write_text(json.dumps(about))
     said = table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
     assert said.splitlines()[3:] == [
-        'They also differ in corpus and --seed (0, 7) and --precision (float32, bfloat16).'
+        'They also differ in corpus and --seed (0, 7) and --precision (float32, bfloat16) and the sizes of the model '
+        'and how they were trained.'
     ]
+    about['run']['model'] = 'infini'
+    Path('runs/other/run.json').write_text(json.dumps(about))
+    assert 'sizes' not in table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
 
 
 def train_on(run):

@@ -116,6 +116,11 @@ def test_enwik8_is_found_and_a_download_is_checked(tmp_path):
         with pytest.raises(ValueError, match='cannot be fetched'):
             download_enwik8(tmp_path / 'data', url + 'x', 'another')
         assert not list((tmp_path / 'data').iterdir())
+        zipfile.ZipFile(archive.with_name('empty.zip'), 'w').close()
+        with pytest.raises(ValueError, match=r'did not send a \.zip with a file'):
+            download_enwik8(tmp_path / 'data', url.replace('enwik8', 'empty'), 'another')
+        assert not list((tmp_path / 'data').iterdir())
+        (tmp_path / 'data' / 'enwik8').mkdir()  # a folder of this name is not the file
         assert download_enwik8(tmp_path / 'data', url, hashlib.sha1(TEXT).hexdigest()) == TEXT
         server.shutdown()
     corpus = load_corpus(folder=tmp_path / 'data')
