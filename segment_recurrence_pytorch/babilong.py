@@ -158,10 +158,10 @@ def make_samples(task: str, count: int, *, length: int, seed: int = 0, max_facts
     found = []
     for _ in range(count):
         facts, question, answer = make_story(task, generator, max_facts=max_facts)
-        sentences = [fact + ' ' for fact in facts]
-        room = max(0, length + 1 - sum(map(len, sentences)))  # the space after the last sentence is not counted
+        sentences = [' ' + fact for fact in facts]
+        room = max(0, length + 1 - sum(map(len, sentences)))  # the space before the first sentence is not counted
         text = ''.join(_hidden(sentences, room, generator, str))
-        found.append(Sample(text[:-1], question, answer))
+        found.append(Sample(text[1:], question, answer))
     return found
 
 
@@ -176,8 +176,9 @@ class BABILong(Task):
         task: 'qa1' to 'qa5'. Default: 'qa1'.
         segment_length: number of tokens of a segment. Default: 512.
         max_facts: see `make_story`. Stories that do not fit into a sequence are drawn again. Default: 10.
-        encode: a function from a text to a list of token ids. The sentences of a text are encoded one by one, so it
-            must add no tokens that mark the start or the end of a text. Default: `encode_bytes`.
+        encode: a function from a text to a list of token ids. The sentences of a text are encoded one by one, each
+            with the space before it, which a tokenizer such as that of GPT-2 joins with the word after it. So it must
+            add no tokens that mark the start or the end of a text. Default: `encode_bytes`.
         num_tokens: size of the vocabulary of `encode`. Default: 256.
 
     Raises:
@@ -223,8 +224,8 @@ class BABILong(Task):
         total, need = segments * self.segment_length, 0
         for _ in range(REDRAWS):
             story = make_story(self.task, generator, max_facts=self.max_facts)
-            facts = [self.encode(fact + ' ') for fact in story.facts]
-            question, answer = self.encode(story.question + '\n'), self.encode(story.answer + END)
+            facts = [self.encode(' ' + fact) for fact in story.facts]
+            question, answer = self.encode(f' {story.question}\n'), self.encode(story.answer + END)
             asked, told = len(question) + len(answer) - 1, sum(map(len, facts))
             last = -(-asked // self.segment_length) * self.segment_length
             before = (total - last) or (total - asked)  # room for the facts; the latter without segments before
@@ -379,14 +380,13 @@ def _plain(answer: str) -> str:
 def _hidden(facts: list, room: int, generator: random.Random, encode: Callable[[str], Any]) -> Iterator[Any]:
     """Yields facts in order, with `room` characters or tokens of filler at random places between them.
 
-    Of a sentence of filler for which too little room is left, only the end is used: the next fact then does not run
-    into it.
+    Each begins with a space, but a sentence of filler for which too little room is left: of that, only the end is used.
     """
     used = 0
     for border, fact in [*zip(sorted(generator.randint(0, room) for _ in facts), facts, strict=True), (room, None)]:
         while used < border:
             a, b = (f'{generator.choice(ADJECTIVES)} {generator.choice(NOUNS)}' for _ in range(2))
-            piece = encode(f'The {a} {generator.choice(VERBS)} the {b}. ')[used - room :]
+            piece = encode(f' The {a} {generator.choice(VERBS)} the {b}.')[used - room :]
             used += len(piece)
             yield piece
         if fact is not None:

@@ -161,7 +161,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             if metadata.get('others', '') not in ('', _digest_of_others(own, set(shapes))):
                 raise ValueError(
                     f'{path} holds trained weights alone, and was made beside other frozen weights than this {name} '
-                    'has: load them into a model with the same frozen weights'
+                    'has: load them into a model with the same frozen weights, in the same dtype'
                 )
             model.load_state_dict({key: file.get_tensor(key) for key in shapes}, strict=False)
     except (RuntimeError, SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -366,3 +366,19 @@ def test_what_cannot_be_made_is_refused():
         score(Answering(solved), [])
     with pytest.raises(ValueError, match='max_new_tokens is 0'):
         score(Answering(solved), make_samples('qa1', 1, length=9), max_new_tokens=0)
+
+
+def test_a_text_that_is_made_has_the_tokens_of_a_text_that_is_scored():
+    """With a tokenizer that joins a space with the word after it, as GPT-2 has: `score` encodes whole texts."""
+    words: dict[str, int] = {}
+
+    def encode(text):
+        return [words.setdefault(word, len(words)) for word in re.findall(r' ?\w+|\W', text)]
+
+    task = BABILong('qa1', 64, max_facts=3, encode=encode, num_tokens=1000)
+    tokens, _ = task.batch(3, 8, seeded())
+    names = list(words)
+    for row in tokens.tolist():
+        text = ''.join(names[token] for token in row)
+        assert text.count('\n') == 1
+        assert encode(text) == row

@@ -21,12 +21,11 @@ from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_count, check_has_weights, needs_extra
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.state import leaves
+from segment_recurrence_pytorch.state import leaves, map_state
 
 try:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 except ImportError as error:
     raise needs_extra('a pretrained language model', 'hf', error) from error
 
@@ -66,18 +65,25 @@ class PretrainedLM(SegmentModel):
     def __init__(self, lm: Any):
         super().__init__()
         if isinstance(lm, dict):
-            lm = AutoModelForCausalLM.from_config(config_of(lm))
+            config = config_of(lm)
+            # the attention that is the default of older transformers ignores the soft cap of Gemma 2
+            capped = getattr(config, 'attn_logit_softcapping', None)
+            lm = AutoModelForCausalLM.from_config(config, **({'attn_implementation': 'eager'} if capped else {}))
         check_lm(lm)
         self.lm = lm
         takes = inspect.signature(self.decoder.forward).parameters
         self._cache_name = 'cache' if 'cache' in takes else 'past_key_values'  # its name in older transformers
         self.dim = self.config.hidden_size
-        self.num_tokens = len(lm.get_output_embeddings().weight)
 
     @property
     def config(self) -> Any:
         """The config of the language model."""
         return self.lm.config.get_text_config()
+
+    @property
+    def num_tokens(self) -> int:  # type: ignore[override]
+        """Size of the vocabulary. `lm.resize_token_embeddings` changes it."""
+        return len(self.lm.get_output_embeddings().weight)
 
     @property
     def decoder(self) -> nn.Module:
@@ -123,7 +129,7 @@ class PretrainedLM(SegmentModel):
         Raises:
             ValueError: if the model was changed so that training it would be silently wrong.
         """
-        if self.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(module.training for module in self.modules()):
             self.check_training()
         if mask is not None and self.attention.endswith('eager'):  # eager attention adds the mask, whatever its dtype
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
@@ -151,15 +157,20 @@ class PretrainedLM(SegmentModel):
                     )
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """See `SegmentModel.decays`. GPT-2 has linear layers of a class of its own."""
+        """See `SegmentModel.decays`. All matrices of the language model but embeddings do, whatever their class: GPT-2
+        has linear layers of its own, and mixtures of experts have a tensor for all experts."""
         path, _, attribute = name.rpartition('.')
-        return attribute == 'weight' and isinstance(self.get_submodule(path), (nn.Linear, Conv1D))
+        if not name.startswith('lm.') or '.infini.' in name:  # the memory
+            return attribute == 'weight' and isinstance(self.get_submodule(path), nn.Linear)
+        is_matrix = parameter.ndim > 2 or (parameter.ndim == 2 and attribute == 'weight')
+        return is_matrix and not isinstance(self.get_submodule(path), nn.Embedding)
 
     def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:
         """See `SegmentModel.save_pretrained`. The whole language model is written. Its config cannot tell of adapters.
 
         Raises:
-            ValueError: if `peft` has put adapters into the language model.
+            ValueError: if `peft` has put adapters into the language model, or if its head and its embeddings share a
+                weight or not, and its config says otherwise.
         """
         if hasattr(self.lm, 'peft_config'):
             raise ValueError(
@@ -167,12 +178,25 @@ class PretrainedLM(SegmentModel):
                 'with `checkpoint.save_weights(model, path, trained_only=True)`, or merge them (merge_and_unload) '
                 'before the memory is added'
             )
+        shared = self.lm.get_output_embeddings().weight is self.lm.get_input_embeddings().weight
+        if shared != bool(self.config.tie_word_embeddings):
+            raise ValueError(
+                f'head and embeddings share {"one weight" if shared else "no weight"}, but the config of the language '
+                f'model says tie_word_embeddings={self.config.tie_word_embeddings}, by which the folder is loaded: set '
+                'the right one'
+            )
+        # as it is now: the vocabulary may have been resized since
+        self.arguments = {**self.arguments, 'lm': self.recorded_argument('lm', self.lm)}
         super().save_pretrained(folder, run=run)
 
     def recorded_argument(self, name: str, value: Any) -> Any:
         """See `SegmentModel.recorded_argument`. The language model is recorded by its config, without paths, versions
         and dtype."""
-        return plain_config(self.lm.config) if name == 'lm' else super().recorded_argument(name, value)
+        if name != 'lm':
+            return super().recorded_argument(name, value)
+        # the id that embeddings treat as padding, whose row gets no gradient: the user may set another one for texts
+        padding = getattr(self.lm.get_input_embeddings(), 'padding_idx', None)
+        return {**plain_config(self.lm.config), 'pad_token_id': padding}
 
     def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
         """See `SegmentModel.as_arguments`. The config is read as this version of transformers reads it.
@@ -208,7 +232,9 @@ class PretrainedLM(SegmentModel):
         names = ['max_position_embeddings']
         if layers is None or 'sliding_attention' in layers:
             names.append('sliding_window')
-        sizes = [(getattr(self.config, name, None), name) for name in names]
+        sizes = [(getattr(self.config, name, None), name) for name in names] + limits_of_rotation(self.config)
+        if 'local' in getattr(self.config, 'attention_layers', ()):  # GPT-Neo counts its window from the last key
+            sizes.append((self.config.window_size - 1, 'window_size - 1'))
         size, name = min(((size, name) for size, name in sizes if size), default=(None, ''))
         if size is None:
             return given
@@ -221,6 +247,26 @@ class PretrainedLM(SegmentModel):
                 f'{size - rows}'
             )
         return given or size - rows
+
+
+def limits_of_rotation(config: Any) -> list[tuple[int | None, str]]:
+    """Returns how many positions can be rotated by the same frequencies, and what says so, for each kind of rotation
+    that takes other ones for longer texts.
+
+    Args:
+        config: the config of a language model.
+    """
+    told = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    kinds = [each for each in told.values() if isinstance(each, dict)]  # one for each kind of layer
+    limits: list[tuple[int | None, str]] = []
+    for kind in kinds or [told]:
+        name = kind.get('rope_type', kind.get('type'))
+        if name == 'longrope':
+            key = 'original_max_position_embeddings'
+            limits.append((kind.get(key) or getattr(config, key, None), key))
+        elif name == 'dynamic':  # goes back to the first frequencies below this length only
+            limits.append((config.max_position_embeddings - 1, 'max_position_embeddings - 1'))
+    return limits
 
 
 def causal_mask(valid: Tensor) -> Tensor:
@@ -306,13 +352,20 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
         hidden: a function from token ids (b, n) to what the head is given, (b, n, dim).
     """
     name = type(model.lm).__name__
-    ids = torch.arange(5, device=model.device).view(1, -1) % model.num_tokens
-    changed = torch.cat((ids[:, :-1], ids[:, :1]), dim=1)
+    ids = torch.arange(min(5, model.max_segment_length or 5), device=model.device).view(1, -1) % model.num_tokens
+    changed = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % model.num_tokens), dim=1)
     with evaluating(model):
-        want = model.lm(input_ids=ids).logits
-        have, other = (model.to_logits(hidden(each)) for each in (ids, changed))
+        try:
+            want = model.lm(input_ids=ids).logits
+            have, other = (model.to_logits(hidden(each)) for each in (ids, changed))
+        except Exception as error:  # the family's own code may fail in any way
+            raise ValueError(f'{name} is not supported: it cannot read embeddings: {error!r}') from error
+    if want.shape != have.shape:
+        raise ValueError(
+            f'{name} is not supported: it makes logits of shape {tuple(want.shape)} for ids of shape {tuple(ids.shape)}'
+        )
     limit = torch.finfo(want.dtype if want.dtype == have.dtype else torch.float16).eps ** 0.5 * want.abs().max()
-    if not (have[:, :-1] - other[:, :-1]).abs().max() <= limit:
+    if ids.shape[1] > 1 and not (have[:, :-1] - other[:, :-1]).abs().max() <= limit:
         raise ValueError(f'{name} is no causal language model: a position sees later ones')
     difference = (want.to(have.dtype) - have).abs().max()
     if not difference <= limit:
@@ -324,7 +377,7 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
 @torch.no_grad()
 def check_same_when_cached(model: PretrainedLM) -> None:
     """Raises ValueError unless a segment that is read in two parts, with a cache, gives what it gives when it is read
-    at once: hidden states, and the state after it.
+    at once: hidden states, and the state after it. It is tried with one row, and with two whose parts differ in length.
 
     Args:
         model: the retrofit.
@@ -337,11 +390,18 @@ def check_same_when_cached(model: PretrainedLM) -> None:
         want = model.advance(ids, state)
         try:
             cache = model.open_segment(state, length)
-            hidden = [cache.extend(model, part) for part in ids.split(max(1, length - 1), dim=1)]
+            hidden = torch.cat([cache.extend(model, part) for part in ids.split(max(1, length - 1), dim=1)], dim=1)
             cache.close(model)
+            both = model.open_segment(model.initial_state(2), length)
+            first = both.extend(model, ids.expand(2, -1), torch.tensor([length, length - 1], device=model.device))
+            last = both.extend(model, ids[:, -1:].expand(2, -1), torch.tensor([0, 1], device=model.device))
+            ragged = torch.stack((first[0], torch.cat((first[1, :-1], last[1]))))
+            both.close(model)
         except Exception as error:  # the family's own code may fail in any way
             raise ValueError(f'{name} is not supported: it cannot read with a cache and a mask: {error!r}') from error
-    for one, other in zip(leaves(want), leaves((torch.cat(hidden, dim=1), cache.state)), strict=True):
+    twice = map_state(lambda tensor: tensor.expand(2, *tensor.shape[1:]), want)
+    pairs = zip(leaves(want), leaves((hidden, cache.state)), strict=True)
+    for one, other in [*pairs, *zip(leaves(twice), leaves((ragged, both.state)), strict=True)]:
         if not one.numel():
             continue
         # not below that of float32: some families compute the softmax in it, whatever the dtype of the model
