@@ -398,7 +398,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument('--data', metavar='PATH', default=argparse.SUPPRESS,
                       help='raw, .gz, .bz2, .xz, .zip; default data/enwik8*, else the source of Python')  # fmt: skip
     how_long = parser.add_argument_group('how long')
-    how_long.add_argument('--steps', type=int, help='optimizer steps: the same run on every machine')
+    how_long.add_argument('--steps', type=int, help='optimizer steps: a run that can be repeated')
     how_long.add_argument('--minutes', type=float, help='minutes of training; the schedule follows the clock')
     how_long.add_argument('--valid-bytes', type=int, help='validation bytes to score, default 131072; 0: all')
     safe = parser.add_argument_group('what is kept')
