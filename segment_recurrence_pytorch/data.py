@@ -34,8 +34,8 @@ from segment_recurrence_pytorch.loss import IGNORE
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'
 ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # of the 100,000,000 bytes in the .zip
-# endings of packed files, which are refused: their raw bytes are no text
 PYTHON_SOURCE = 'the standard library of Python'  # so begins the name of this corpus
+# endings of packed files, which are refused: their raw bytes are no text
 PACKED = ('.7z', '.br', '.lz4', '.lzma', '.rar', '.tar', '.tbz2', '.tgz', '.txz', '.z', '.zst')
 # 'encodings' holds generated tables: a tenth of the bytes, with little to learn from them
 LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', '__pycache__'}
