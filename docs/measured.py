@@ -29,6 +29,8 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.crossings import curve, lines_of, standard  # noqa: E402
+from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, stored  # noqa: E402
+from benchmarks.evidence.report import interval, score  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 from benchmarks.text import start_of  # noqa: E402
 
@@ -159,6 +161,44 @@ def retrofits() -> str:
     lines.append(['unmodified', *guess, '', len(plain) // 2])
     bits = 'change in bits per byte against the unmodified model (below 0: better)'
     return table(f'model | remembered after 5 segments | after 64 | {bits} | seeds', lines)
+
+
+# what other options learn
+
+# the rows of experiments, by the end of their names
+LEARNED = {
+    'memorize': 'a fact, RMT: accuracy', 'passkey': 'a fact, Infini: accuracy', 'copy': 'a copy, RMT: accuracy',
+    'pairs': 'pairs: accuracy', 'pairs_m2': 'pairs, two memory tokens, RMT: accuracy',
+    'rmt_bytes_16_300': 'text, RMT: bits per byte', 'infini_bytes_16_300': 'text, Infini: bits per byte',
+}  # fmt: skip
+
+
+def compared(*names: str) -> str:
+    """Returns a table of experiments with the same arms: the mean score of the default, and the difference of each
+    other arm to it, for each row of which all runs are there."""
+    lines, arms = [], list(EXPERIMENTS[names[0]].arms)
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        for row in experiment.rows:
+            runs = {(run['arm'], run['seed']): score(run) for run in stored(experiment.file(RESULTS / 'evidence', row))}
+            if any((arm, seed) not in runs for arm in experiment.arms for seed in SEEDS):
+                continue
+            default = [runs[arms[0], seed] for seed in SEEDS]
+            cells = {
+                arm: interval([runs[arm, seed] - have for seed, have in zip(SEEDS, default, strict=True)])
+                for arm in experiment.arms
+            }
+            other = [cells.get(arm, '') for arm in arms[1:]]
+            lines.append([LEARNED[row.name], f'{mean(default):.3f}', *other])
+    return table(' | '.join(['learned', *arms]), lines) if lines else 'not measured'
+
+
+NUMBERS |= {
+    'depths': partial(compared, 'backprop_bytes', 'backprop'),
+    'axial': partial(compared, 'axial'),
+    'write_inits': partial(compared, 'write_init'),
+    'rules': partial(compared, 'rules'),
+}
 
 
 # how fast it is

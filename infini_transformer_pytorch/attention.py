@@ -451,6 +451,8 @@ class InfiniAttention(LayerMemory):
         Args:
             heads: what `heads_of` returned, with queries.
         """
+        if type(self).split is not InfiniAttention.split:
+            return torch.cat([part for part in self.split(heads) if part is not None], dim=-3)
         if isinstance(self.q_norm, nn.Identity):
             return heads
         q, k, v = self._parts(heads)

@@ -280,7 +280,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         return InfiniAttention(self.dim, **options)
 
     def make_block(self, index: int, attention: InfiniAttention, **options: Any) -> ResidualBlock:
-        """Returns a layer. The constructor calls it. Override it to use another block.
+        """Returns a layer. The constructor calls it. Override it to use another block, which calls its
+        attention exactly once.
 
         Args:
             index: number of the layer, from 0.
@@ -525,7 +526,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         """Returns the rotations of the positions of a segment, which count from its start, (length, dim_head / 2, 2).
 
         Args:
-            length: number of tokens of the segment.
+            length: number of tokens of the segment. The rotation of a position must not depend on it: a shorter
+                segment is read together with longer ones.
             like: a tensor with the device and dtype of the model.
         """
         return rotations_between(0, length, self.dim_head, theta=self.rotary_theta, like=like)

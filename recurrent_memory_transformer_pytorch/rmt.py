@@ -224,7 +224,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return Attention(self.dim, **options)
 
     def make_block(self, index: int, attention: Attention, **options: Any) -> ResidualBlock:
-        """Returns a layer. The constructor calls it. Override it to use another block.
+        """Returns a layer. The constructor calls it. Override it to use another block, which calls its
+        attention exactly once.
 
         Args:
             index: number of the layer, from 0.
@@ -424,7 +425,8 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         return tokens + (memory if self.write_init == 'sum' else self.dim**-0.5 * memory)
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
-        """Returns the memory that is carried to the next segment, (b, m, dim). The default returns `written`.
+        """Returns the memory that is carried to the next segment, (b, m, dim): a new tensor, or `written`, which is the
+        default, but never `memory` itself.
 
         Args:
             written: the write rows after the last layer and the final norm, (b, m, dim).

@@ -221,7 +221,9 @@ def read_window(
     hiddens = []
     for i, (piece, piece_mask) in enumerate(zip(pieces, masks, strict=True)):
         one = {name: value[:, i : i + 1] for name, value in more.items()}
-        hidden, state = model.advance(piece, state, mask=piece_mask, need_hidden=need_hidden, **one)
+        hidden, state = model.advance(
+            piece, state, segment_length=segment_length, mask=piece_mask, need_hidden=need_hidden, **one
+        )
         hiddens.append(hidden)
     return (torch.cat(hiddens, dim=1) if need_hidden else None), state
 
@@ -438,7 +440,7 @@ def _replay_block(
             state, random_state = entering.pop(), random_states.pop()
             if after is not None:
                 _set_random_state(random_state)
-            state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point()), state)
+            state = map_state(lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()), state)
             with torch.enable_grad():
                 loss, next_state = window_nll(model, batch.columns(window), state, window.segment_length)
                 if after is None:

@@ -228,23 +228,24 @@ class RereadSegment(OpenSegment):
         if slots.start is not None:
             stop = slots.start + slots.tokens
             self.tokens[:, slots.start : stop] = tokens
-            hidden, _ = model.advance(self.tokens[:, :stop], self.state)
+            hidden, _ = model.advance(self.tokens[:, :stop], self.state, segment_length=self.length)
             return hidden[:, slots.start :]
         assert slots.columns is not None
         self.tokens.scatter_(1, slots.columns, tokens)
         counts = self.positions + (slots.tokens if lengths is None else lengths)
         valid = torch.arange(self.length, device=counts.device) < counts[:, None]
-        hidden, _ = model.advance(self.tokens[:, : self.length], self.state, mask=valid)
+        hidden, _ = model.advance(self.tokens[:, : self.length], self.state, segment_length=self.length, mask=valid)
         index = slots.columns.clamp_max(self.length - 1)[..., None]
         return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
     def state_after(self, model: SegmentModel, rows: Tensor | None) -> State:
         """See `OpenSegment.state_after`. A row that does not close is given no valid token, so `advance` keeps its
         state."""
+        options: dict[str, Any] = {'segment_length': self.length, 'need_hidden': False}
         if rows is None:
-            return model.advance(self.tokens[:, : self.aligned], self.state, need_hidden=False)[1]
+            return model.advance(self.tokens[:, : self.aligned], self.state, **options)[1]
         mask = self.text_valid() & rows[:, None]
-        return model.advance(self.tokens[:, : self.length], self.state, mask=mask, need_hidden=False)[1]
+        return model.advance(self.tokens[:, : self.length], self.state, mask=mask, **options)[1]
 
 
 class SegmentCache(OpenSegment):

@@ -100,7 +100,8 @@ def save_weights(model: nn.Module, path: str | Path, *, trained_only: bool = Fal
             the names, shapes and some values of the other weights, beside which it can be loaded again. Default: False.
 
     Raises:
-        ValueError: if the folder does not exist, if the model is on the meta device, or if no parameter is trained.
+        ValueError: if the folder does not exist, if the model is on the meta device, if no parameter is trained, or if
+            a weight has a dtype that safetensors lacks, such as complex128.
         OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     check_has_weights(model)
@@ -115,7 +116,10 @@ def save_weights(model: nn.Module, path: str | Path, *, trained_only: bool = Fal
         metadata['others'] = _digest_of_others(own, set(written))
     elif mesh is None:
         with replacing(path) as part:
-            save_model(model, str(part), metadata=metadata or None)
+            try:
+                save_model(model, str(part), metadata=metadata or None)
+            except KeyError as error:
+                raise ValueError(f'a weight is {error}, which safetensors cannot store: keep its real parts') from error
         return
     is_first = mesh is None or not any(mesh.get_coordinate() or ())
     weights: dict[str, Tensor] = {}
@@ -222,6 +226,8 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     _check_model(model)
     cursor = _checked(cursor, model)
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
+    # safetensors has no complex numbers of float64
+    parts = {name: torch.view_as_real(part) if part.is_complex() else part for name, part in parts.items()}
     with replacing(path) as part_path:
         save_file(
             # copies, since safetensors refuses tensors that share memory, as two layers of one state may
@@ -255,6 +261,9 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
     needed = to_list(like)
+    for i, part in enumerate(needed):
+        if i in parts and part is not None and part.is_complex() and parts[i].shape[-1:] == (2,):
+            parts[i] = torch.view_as_complex(parts[i])
     if any(part is not None and i not in parts for i, part in enumerate(needed)):
         raise ValueError(f'{path} holds no cursor: parts are missing')
     try:

@@ -162,6 +162,10 @@ def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: i
     else:
         raise ValueError(f'{name} is a {type(want).__name__}: a state is made of tensors, tuples, lists and dicts')
     if list(have_parts) != list(want_parts):
+        if isinstance(want, dict):
+            raise ValueError(
+                f'{name} has the entries {list(have_parts)}: this model needs {list(want_parts)}, in this order'
+            )
         raise ValueError(f'{name} has {len(have_parts)} entries: this model needs {len(want_parts)}')
     axes = getattr(want, 'shorter_along', {})
     for part, each in want_parts.items():
@@ -184,11 +188,11 @@ def check_batch_first(model: SegmentModel) -> None:
 
 
 def not_finite(state: State) -> list[tuple[str, Tensor]]:
-    """Returns a check for each floating point tensor of a state: an error message, and a flag () bool, True if it
-    applies."""
+    """Returns a check for each floating point or complex tensor of a state: an error message, and a flag () bool, True
+    if it applies."""
     found = []
     for path, leaf in tree_flatten_with_path(state)[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             found.append((f'state{keystr(path)} holds NaN or infinite values', ~leaf.isfinite().all()))
     return found
 

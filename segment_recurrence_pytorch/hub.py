@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors.torch import load_model
 from segment_recurrence_pytorch.checkpoint import check_made_by, replacing, save_weights
 from segment_recurrence_pytorch.checks import check_has_weights, needs_extra
 from segment_recurrence_pytorch.metrics import read_metrics
-from segment_recurrence_pytorch.model import SegmentModel, class_name
+from segment_recurrence_pytorch.model import SegmentModel, class_name, plain_arguments
 
 CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
 # the dtypes that a model can have, by their names in safetensors
@@ -80,7 +81,7 @@ def from_pretrained(
             raise ValueError(f'{config} does not belong to its weights: {error}') from error
     saved = {name: value for name, value in saved.items() if name in taken}
     try:
-        model = cls(**{**saved, **arguments})
+        model = _made(cls, saved, arguments)
     except Exception as error:  # whatever a constructor says to values of other types or outside their range
         raise ValueError(f'{config} does not make a {cls.__name__}: {error}') from error
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -92,6 +93,28 @@ def from_pretrained(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f'{weights} does not hold the weights of this {cls.__name__}: {error}') from error
     return model.eval()
+
+
+def _made(cls: type[M], saved: dict[str, Any], arguments: dict[str, Any]) -> M:
+    """Returns a model of the saved arguments, and of others that replace them.
+
+    A class may give its base class an argument itself: `super().__init__(memory_rule='linear', **options)`. Then the
+    argument is recorded, and cannot be given again.
+    """
+    fixed: dict[str, Any] = {}
+    while True:
+        try:
+            model = cls(**{**saved, **arguments})
+            break
+        except TypeError as error:
+            twice = re.search(r"got multiple values for (?:keyword )?argument '(\w+)'", str(error))
+            if twice is None or twice[1] not in saved or twice[1] in arguments:
+                raise
+            fixed[twice[1]] = saved.pop(twice[1])
+    if other := [name for name, value in fixed.items() if plain_arguments(model).get(name) != value]:
+        name = other[0]
+        raise ValueError(f'it was saved with {name}={fixed[name]!r}, and now fixes {model.arguments.get(name)!r}')
+    return model
 
 
 def push_to_hub(

@@ -302,7 +302,8 @@ def rotations_between(start: int, stop: int, dim_head: int, *, theta: float, lik
 
 
 def rotate(t: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates the feature pairs (2i, 2i + 1) of queries or keys. It computes in the dtype of the rotations.
+    """Rotates the feature pairs (2i, 2i + 1) of queries or keys. It computes in the dtype of the rotations, in
+    float32 at least.
 
     Args:
         t: queries or keys (..., n, d).
@@ -312,6 +313,9 @@ def rotate(t: Tensor, rotations: Tensor) -> Tensor:
         The rotated tensor, with the shape and dtype of t.
     """
     with no_autocast(t.device.type):
+        rotations = rotations.to(
+            torch.promote_types(rotations.dtype, torch.float32)
+        )  # complex numbers have no bfloat16
         pairs = t.to(rotations.dtype).unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # compilers fuse real operations, and cannot compile complex ones
             x, y = pairs.unbind(-1)

@@ -50,7 +50,7 @@ the shortest example of one.
 What the three methods are given: `tokens` are at least one and at most segment_length columns (more segments only if
 `parallel_segments` is True), either ids in [0, num_tokens), at padded positions too, or embeddings of floating point.
 `state` is None or a state that an earlier call returned. `mask` is None if every position is valid. `segment_length` is
-the length of a full segment; a model that reads one segment at a time can ignore it.
+the length of a full segment, or None; a model that reads one segment at a time can ignore it.
 
 What has to hold inside the three methods (`testing.check_model` tries it out):
 
@@ -58,15 +58,16 @@ What has to hold inside the three methods (`testing.check_model` tries it out):
   dimension of every tensor is the batch. `advance` takes a state and returns a new one. It does not change the state
   that it was given, and stores no state on the module. Neither `initial_state` nor `advance` returns a view of a
   parameter or of its input: a learned first state is `self.start.expand(batch_size, -1).clone()`. All states of a model
-  have the shapes, dtypes and device of its `initial_state`, under autocast too; a model whose state can grow overrides
-  `largest_state`.
+  have the shapes, dtypes and device of its `initial_state`, under autocast too, and the entries of a dict their order;
+  a model whose state can grow overrides `largest_state`. They hold no infinite values, unless `state_faults` says so.
 - Padding has no effect. A position where `mask` is False changes neither the state of its row nor the hidden states of
   other positions. A row without any valid position keeps its state.
 - In a causal model, the hidden state at position i depends only on the positions up to i and on the state.
 - `advance` never looks at the value of a tensor (no `.item()`, no `if` on a tensor), so a GPU never waits for its host.
 - `advance` must also work without a graph, as in the first pass of replay and in generation. A model that computes
-  gradients inside `advance` therefore uses `torch.func.grad`, which works under `torch.no_grad()`, instead of
-  `torch.autograd.grad`.
+  gradients inside `advance` calls `torch.autograd.grad` inside `torch.enable_grad()`, with create_graph as
+  `torch.is_grad_enabled()` was before, and detaches them if that was False. (`torch.func.grad` works without a graph
+  as well, but PyTorch refuses it where a wrapper recomputes.)
 - `advance` draws random numbers only in training mode, and draws the same ones with need_hidden=True and with
   need_hidden=False. Replay restores the random state and reads a segment a second time; both passes must then agree.
 

@@ -5,6 +5,7 @@ It is meant for the tests of a new model: one call instead of a test for each ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,32 +20,55 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper
 ROWS = 3
 
 
-def check_model(model: SegmentModel, *, segment_length: int = 4, seed: int = 0) -> None:
+def check_model(model: SegmentModel, *, segment_length: int | None = None, seed: int = 0) -> None:
     """Raises AssertionError, with what is wrong and what the contract asks for, if a model breaks the contract.
 
-    It tries the model on random tokens, without and with padding, in evaluation mode, and looks at the returned shapes,
-    the state, causality, the independence of the rows, back-propagation and generation. Gradients of the model are
-    cleared. Use a model in float64 with random weights of ordinary size: in float32 the comparisons are rougher, and
-    with weights of 0 they see little.
+    It tries the model on random tokens, without and with padding, and looks at the returned shapes, the state,
+    causality, the independence of the rows, back-propagation and generation: in evaluation mode, and of training mode
+    the random numbers. Not tried: whether rows meet in training mode alone (batch norm), whether values of tensors are
+    looked at, and autocast of a model that is not float32. Gradients of the model are cleared. Use a model in float64
+    with random weights of ordinary size: in float32 the comparisons are rougher, and with weights of 0 they see little.
 
     Args:
         model: the model, on any device.
-        segment_length: number of tokens of a segment, at least 2, and at most what the model can read. Default: 4.
+        segment_length: number of tokens of a segment, at least 2, and at most what the model can read. Default: None,
+            4, or less if the model cannot read as many.
         seed: of the random tokens. Default: 0.
     """
-    trial = _Trial(model, segment_length, torch.Generator().manual_seed(seed))
+    length = min(4, model.max_segment_length or 4) if segment_length is None else segment_length
+    try:
+        trial = _Trial(model, length, torch.Generator().manual_seed(seed))
+    except StopIteration as error:
+        raise AssertionError('the model has no parameters, which tell its device and dtype: override both') from error
     with evaluating(model):
         with torch.no_grad():
-            trial.state_has_the_batch_first()
-            trial.shapes_are_right()
-            trial.state_is_a_value()
-            trial.hidden_states_need_not_be_computed()
-            trial.rows_are_independent()
-            trial.padding_has_no_effect()
-            trial.no_position_sees_a_later_one()
-            trial.segments_may_be_read_at_once()
-        trial.every_way_of_back_propagation_is_the_same()
-        trial.generation_is_one_pass()
+            for rule in (
+                trial.state_has_the_batch_first,
+                trial.shapes_are_right,
+                trial.initial_state_is_the_same_for_all_rows,
+                trial.state_is_a_value,
+                trial.no_state_is_the_initial_one,
+                trial.hidden_states_need_not_be_computed,
+                trial.rows_are_independent,
+                trial.padding_has_no_effect,
+                trial.no_position_sees_a_later_one,
+                trial.segments_may_be_read_at_once,
+                trial.random_numbers_do_not_depend_on_hidden_states,
+                trial.autocast_changes_no_state,
+            ):
+                _try(rule)
+        _try(trial.every_way_of_back_propagation_is_the_same)
+        _try(trial.generation_is_one_pass)
+
+
+def _try(rule: Callable[[], None]) -> None:
+    """Tries out a rule. An error that the model itself raises is told together with the rule."""
+    try:
+        rule()
+    except AssertionError:
+        raise
+    except Exception as error:  # the model's own code may fail in any way
+        raise AssertionError(f'{rule.__doc__} Trying this, {type(error).__name__} was raised: {error}') from error
 
 
 class _Trial:
@@ -77,7 +101,9 @@ class _Trial:
         if len(have) != len(want):
             raise AssertionError(f'{rule}: {len(have)} tensors against {len(want)}')
         for a, b in zip(have, want, strict=True):
-            if a.shape != b.shape or not torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance):
+            if (a.shape, a.dtype) != (b.shape, b.dtype) or not torch.allclose(
+                a, b, rtol=self.tolerance, atol=self.tolerance
+            ):
                 raise AssertionError(rule)
 
     def row(self, state: State, row: int) -> State:
@@ -120,28 +146,49 @@ class _Trial:
                     'same tree, shapes, dtypes and device; a model whose state grows overrides largest_state'
                 ) from error
 
+    def initial_state_is_the_same_for_all_rows(self) -> None:
+        """Every row of every initial state has the same values, and the model takes them."""
+        state = self.model.initial_state(ROWS)
+        rule = (
+            'initial_state returned other values in another call, row or batch: each row has to begin in the same way'
+        )
+        self.same(self.model.initial_state(ROWS), state, rule)
+        self.same(self.model.initial_state(1), self.row(state, 1), rule)
+        for message, is_wrong in self.model.state_faults(state):
+            if is_wrong:
+                raise AssertionError(f'initial_state: {message}, which wrappers refuse: override state_faults')
+
     def state_is_a_value(self) -> None:
         """`advance` changes nothing that it is given, and returns tensors of its own."""
         tokens, state = self.ids(ROWS, self.length), self.read()
         before, ids = copied(state), tokens.clone()
-        _, after = self.advance(tokens, state)
-        if not torch.equal(tokens, ids) or not all(map(torch.equal, leaves(state), leaves(before))):
-            raise AssertionError('advance changed its tokens or the given state in place: it has to return a new state')
-        _, again = self.advance(tokens, state)
-        self.same(
-            again, after,
-            'the same tokens and state gave another state the second time: advance keeps something on the module, or '
-            'draws random numbers in evaluation mode',
-        )  # fmt: skip
+        for mask in (None, torch.ones_like(tokens, dtype=torch.bool)):
+            hidden, after = self.advance(tokens, state, mask=mask)
+            if not torch.equal(tokens, ids) or not all(map(torch.equal, leaves(state), leaves(before))):
+                raise AssertionError(
+                    'advance changed its tokens or the given state in place: it has to return a new state'
+                )
+            self.same(
+                self.advance(tokens, state, mask=mask), (hidden, after),
+                'the same tokens and state gave another result the second time: advance keeps something on the module, '
+                'or draws random numbers in evaluation mode',
+            )  # fmt: skip
         owned = [*self.model.parameters(), *self.model.buffers(), tokens]
         shared = {t.untyped_storage().data_ptr() for t in owned if t.numel()}
-        for name, each, others in (('initial_state', self.model.initial_state(ROWS), []), ('advance', after, [state])):
+        first, other = (self.model.initial_state(ROWS) for _ in range(2))
+        for name, each, others in (('initial_state', first, [other]), ('advance', after, [state])):
             taken = shared | {t.untyped_storage().data_ptr() for t in leaves(others) if t.numel()}
             if any(t.untyped_storage().data_ptr() in taken for t in leaves(each) if t.numel()):
                 raise AssertionError(
-                    f'a state that {name} returned shares memory with a parameter or with what was given: return a '
+                    f'a state that {name} returned shares memory with a parameter or with another state: return a '
                     'copy, for example parameter.expand(b, -1).clone()'
                 )
+
+    def no_state_is_the_initial_one(self) -> None:
+        """With state=None, `advance` begins with `initial_state`."""
+        tokens = self.ids(ROWS, self.length)
+        rule = 'advance with state=None is not the same as with initial_state(b)'
+        self.same(self.advance(tokens), self.advance(tokens, self.model.initial_state(ROWS)), rule)
 
     def hidden_states_need_not_be_computed(self) -> None:
         """The state is the same with need_hidden=False."""
@@ -202,13 +249,52 @@ class _Trial:
         """With `parallel_segments`, several segments in one call are the same as one call for each."""
         if not self.model.parallel_segments:
             return
-        tokens, state = self.ids(ROWS, 2 * self.length + 1), self.read()
-        together = self.advance(tokens, state, segment_length=self.length)
-        hiddens = []
-        for piece in tokens.split(self.length, dim=1):
-            hidden, state = self.advance(piece, state, segment_length=self.length)
-            hiddens.append(hidden)
-        self.same(together, (torch.cat(hiddens, 1), state), 'segments that are read at once differ from one by one')
+        tokens, start = self.ids(ROWS, 2 * self.length + 1), self.read()
+        padded = torch.ones_like(tokens, dtype=torch.bool)
+        padded[0, self.length + 1 :] = False
+        padded[1] = False
+        for mask, options in ((None, {}), (padded, {}), (padded, {'need_hidden': False})):
+            hidden, after = self.advance(tokens, start, segment_length=self.length, mask=mask, **options)
+            masks = [None] * 3 if mask is None else mask.split(self.length, dim=1)
+            state, hiddens = start, []
+            for piece, its_mask in zip(tokens.split(self.length, dim=1), masks, strict=True):
+                one, state = self.advance(piece, state, segment_length=self.length, mask=its_mask)
+                hiddens.append(one)
+            rule = 'segments that are read at once differ from one by one'
+            rule += '' if mask is None else ', with a mask' + ' and need_hidden=False' * bool(options)
+            if not options:
+                valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+                self.same(hidden[valid], torch.cat(hiddens, 1)[valid], rule)
+            self.same_meaning(after, state, rule)
+
+    def random_numbers_do_not_depend_on_hidden_states(self) -> None:
+        """In training mode `advance` draws the same random numbers with need_hidden=False, and makes the same state."""
+        tokens, state, found = self.ids(ROWS, self.length), self.read(), []
+        self.model.train()
+        devices = [self.model.device] if self.model.device.type == 'cuda' else []
+        try:
+            for need_hidden in (True, False):
+                with torch.random.fork_rng(devices):
+                    torch.manual_seed(0)
+                    after = self.advance(tokens, state, need_hidden=need_hidden)[1]
+                    found.append((after, torch.rand(4, device=self.model.device)))
+        finally:
+            self.model.eval()  # `evaluating` sets the modes back that were before
+        rule = 'in training mode, advance draws other random numbers or makes another state with need_hidden=False'
+        self.same(found[1], found[0], rule)
+
+    def autocast_changes_no_state(self) -> None:
+        """Under autocast, states have the dtypes of the initial state."""
+        if self.model.dtype != torch.float32:
+            return
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            state = self.read()
+        try:
+            self.model.check_state(state, ROWS)
+        except ValueError as error:
+            raise AssertionError(
+                f'under autocast, advance returned a state that is not like initial_state: {error}'
+            ) from error
 
     def every_way_of_back_propagation_is_the_same(self) -> None:
         """One graph, recomputing and replay give the same loss and gradients."""
@@ -225,7 +311,7 @@ class _Trial:
             self.same(
                 each, found[0],
                 'replay or recomputing gives other gradients than one graph: advance depends on more than its tokens, '
-                'its state and the random state, or it needs a graph (use torch.func.grad)',
+                'its state and the random state, or it needs a graph (see the rules of SegmentModel)',
             )  # fmt: skip
 
     def generation_is_one_pass(self) -> None:
@@ -245,5 +331,7 @@ class _Trial:
         for row, prompt in enumerate(prompts):
             with torch.no_grad():
                 want = wrapper.logits(torch.cat((prompt, new[row]))[None])[0][0, len(prompt) - 1 : -1]
-            rule = 'generation has other logits than one pass over the text: the open segment (open_segment) is wrong'
+            own = type(self.model).open_segment is not SegmentModel.open_segment
+            why = 'the open segment (open_segment) is wrong' if own else 'advance reads a part of a segment otherwise'
+            rule = f'generation has other logits than one pass over the text: {why}'
             self.same(logits[row], want.to(logits.dtype), rule)

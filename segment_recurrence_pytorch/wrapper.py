@@ -498,10 +498,11 @@ class SegmentWrapper(nn.Module):
 
     def _per_segment_faults(self, per_segment: dict, rows: int, segments: int) -> list[tuple[str, Tensor]]:
         """Returns the checks of the values of further arguments, whose names and shapes are checked here."""
-        takes = set(inspect.signature(self.model.advance).parameters)
-        takes -= {*inspect.signature(SegmentModel.advance).parameters, 'cuts'}
+        parameters = inspect.signature(self.model.advance).parameters
+        takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+        takes = set(parameters) - {*inspect.signature(SegmentModel.advance).parameters, 'cuts'}
         for name, value in per_segment.items():
-            if name not in takes:
+            if name not in takes and not takes_any:
                 known = ', '.join(sorted(takes)) or 'no further arguments'
                 raise ValueError(f'per_segment has {name!r}, but {type(self.model).__name__}.advance takes {known}')
             if not isinstance(value, Tensor) or tuple(value.shape) != (rows, segments):

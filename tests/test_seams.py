@@ -15,7 +15,8 @@ from infini_transformer_pytorch.attention import InfiniAttention
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from recurrent_memory_transformer_pytorch.attention import Attention, Positions
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.layers import ResidualBlock
+from segment_recurrence_pytorch.cache import RereadSegment
+from segment_recurrence_pytorch.layers import ResidualBlock, rotate
 from tests.conftest import RMT_OPTIONS, close, ids, make_infini, make_rmt, random_weights, same_gradients
 from tests.generating import recorded
 from tests.reference import infini_row, rmt_row
@@ -112,6 +113,17 @@ class BoundedValues(RecurrentMemoryTransformer):
         return SigmoidValues(self.dim, **options)
 
 
+class SigmoidRecalled(InfiniAttention):
+    def split(self, heads):
+        q, k, v = super().split(heads)
+        return q, k, v.sigmoid()
+
+
+class BoundedRecall(InfiniTransformer):
+    def make_attention(self, index, **options):
+        return SigmoidRecalled(self.dim, **options)
+
+
 class Change(NamedTuple):
     """A change to a model: the model's maker, the class with the change, all its classes, and options of both."""
 
@@ -140,6 +152,8 @@ CHANGES = {
     'interpolated positions': Change(make_infini, InterpolatedPositions),
     'reversed positions': Change(make_rmt, ReversedPositions, (Reversed,), {'use_xl_memories': True}),
     'parallel blocks': Change(make_rmt, ParallelBlocks, (ParallelBlock,)),
+    'bounded recall': Change(make_infini, BoundedRecall, (SigmoidRecalled,)),
+    'bounded recall, norms': Change(make_infini, BoundedRecall, (SigmoidRecalled,), {'qk_norm': True}),
     'bounded values': Change(make_rmt, BoundedValues, (SigmoidValues,), {'use_xl_memories': True}),
 }
 ALL = pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
@@ -253,3 +267,67 @@ def test_gates_that_differ_by_token_mix_each_token_by_its_own():
     recalled = memory.retrieve_and_add_to_output(out, queries, past, torch.full_like(gates, -torch.inf))
     share = gates.sigmoid()[..., None]
     close(mixed, share * out + (1 - share) * recalled)
+
+
+@ALL
+def test_a_change_comes_back_from_a_folder(change, tmp_path):
+    """Also where the class gives its base class an argument itself."""
+    wrapper, x = change.wrapper(), ids(2, 11)
+    wrapper.model.save_pretrained(tmp_path)
+    again = change.changed.from_pretrained(tmp_path)
+    assert again.arguments == wrapper.model.arguments
+    with torch.no_grad():
+        want = wrapper.eval().logits(x)[0]
+        close(SegmentWrapper(again, segment_length=wrapper.segment_length).logits(x)[0], want)
+
+
+def test_a_class_that_fixes_another_value_than_when_it_was_saved_is_refused(tmp_path):
+    rule = 'linear'
+
+    class Fixed(InfiniTransformer):
+        def __init__(self, **options):
+            super().__init__(memory_rule=rule, **options)
+
+    Fixed(num_tokens=20, dim=16, depth=1, heads=1, dim_head=8).save_pretrained(tmp_path)
+    assert Fixed.from_pretrained(tmp_path).memory_rule == 'linear'
+    rule = 'delta'
+    with pytest.raises(ValueError, match="it was saved with memory_rule='linear', and now fixes 'delta'"):
+        Fixed.from_pretrained(tmp_path)
+
+
+def test_rotations_of_half_precision_are_taken():
+    t, rotations = torch.randn(2, 5, 8), torch.randn(5, 4, 2)
+    close(rotate(t, rotations.bfloat16()), rotate(t, rotations.bfloat16().float()))
+
+
+@pytest.mark.parametrize('passes', [1, 3])
+def test_every_segment_is_told_how_long_a_full_one_is(passes):
+    """Whether it is read alone, in a window, or again and again in generation."""
+    told = set()
+
+    class Told(RecurrentMemoryTransformer):
+        def advance(self, tokens, state=None, *, segment_length=None, **options):
+            told.add(segment_length)
+            return super().advance(tokens, state, segment_length=segment_length, **options)
+
+        def open_segment(self, state, segment_length):
+            return RereadSegment(self, state, segment_length)
+
+    model = Told(num_tokens=20, dim=16, depth=1, heads=1, dim_head=8, seq_len=8, num_memory_tokens=2)
+    wrapper = SegmentWrapper(model, segment_length=4, segments_per_pass=passes)
+    wrapper.loss(ids(2, 11), backward=True)
+    wrapper.logits(ids(2, 11))
+    wrapper.generate_tokens([ids(1, 6)[0], ids(1, 3)[0]], 6)
+    assert told == {4}
+
+
+def test_further_arguments_may_be_taken_as_options():
+    class Options(InfiniTransformer):
+        def advance(self, tokens, state=None, **options):
+            return super().advance(tokens, state, **options)
+
+    model = make_infini(memory_rule='linear')
+    other = Options(**model.arguments).double()
+    other.load_state_dict(model.state_dict())
+    x, scale = ids(2, 13), {'write_scale': torch.rand(2, 3).double()}
+    close(*(SegmentWrapper(each, segment_length=4).loss(x, per_segment=scale).loss for each in (model, other)))
