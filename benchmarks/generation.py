@@ -3,8 +3,8 @@
     make bench, or: python -m benchmarks.generation
 
 dim 256, depth 4, heads 4 x 64, float32, one thread. RMT has 32 memory tokens and no XL memories; the published package
-has four residual streams, its default. Infini has the delta rule. A step draws `TOKENS` tokens after the first one, so
-the time does not include reading the prompt.
+has four residual streams, its default, and as 'fastest' one stream and use_flash_attn=True. Infini has the delta rule.
+A step draws `TOKENS` tokens after the first one, so the time does not include reading the prompt.
 
 It also measures how the time of a token depends on its position, the speed of a batch, the cost of rows of different
 lengths, and how fast a prompt is read.
@@ -33,8 +33,9 @@ def worker(name: str) -> None:
 
     Args:
         name: six words: what is measured ('token', 'segment' or 'prompt'), the model ('rmt' or 'infini'), the tokens of
-            a segment, the tokens of the prompt, the number of rows, and how ('eager', 'compiled' or 'published' for
-            'token', 'eager', 'aligned' or 'ragged' for 'segment', 'read' or 'evaluation' for 'prompt').
+            a segment, the tokens of the prompt, the number of rows, and how: 'eager', 'compiled', 'published' or
+            'published-fastest' for 'token'; 'eager', 'aligned' or 'ragged' for 'segment'; 'read' or 'evaluation' for
+            'prompt'.
     """
     import torch
     from interleave import serve
@@ -43,7 +44,7 @@ def worker(name: str) -> None:
     torch.manual_seed(0)
     what, model, *numbers, how = name.split()
     length, prompt_length, batch = map(int, numbers)
-    wrapper = make(model, length, published=how == 'published')
+    wrapper = make(model, length, how)
     wrapper.eval()
     prompt = torch.randint(0, SIZES['num_tokens'], (batch, prompt_length))
 
@@ -59,7 +60,7 @@ def worker(name: str) -> None:
         hook.remove()
         return (began[-1] - began[-TOKENS]) / (TOKENS - 1)
 
-    if what == 'token' and how == 'published':
+    if what == 'token' and how.startswith('published'):
         serve(published_token)
     elif what == 'token':
         serve(lambda: draw(wrapper, prompt, TOKENS, compile=how == 'compiled'))
@@ -78,20 +79,22 @@ def worker(name: str) -> None:
         serve(lambda: timed(lambda: evaluate(wrapper, prompt)))
 
 
-def make(model: str, length: int, *, published: bool):
+def make(model: str, length: int, how: str):
     """Returns a model in its wrapper, from the package that this process imports.
 
     Args:
         model: 'rmt' or 'infini'.
         length: number of tokens of a segment.
-        published: whether the package is a published one.
+        how: see `worker`.
     """
     if model == 'rmt':
         from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 
         sizes = {**SIZES, 'seq_len': length, 'num_memory_tokens': 32, 'causal': True}
-        if published:
+        if how.startswith('published'):
             sizes['use_xl_memories'] = False
+        if how == 'published-fastest':
+            sizes |= {'num_residual_streams': 1, 'use_flash_attn': True}
         rmt = RecurrentMemoryTransformer(**sizes)
         return RecurrentMemoryTransformerWrapper(rmt)
     from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
@@ -162,24 +165,7 @@ def main(repetitions: int, quick: bool) -> None:
 
     repetitions, long = (1, 2048) if quick else (repetitions, LONG)
     few = 1 if quick else max(3, repetitions // 2)
-    ours = ('eager',) if quick else ('eager', 'compiled')
-    tokens = []
-    for model, length in SEGMENTS:
-        at = f'token {model} {length} {length // 2}'
-        medians, _ = compare(
-            {
-                **{how: f'{at} 1 {how}' for how in (*ours, 'published')},
-                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ours},
-            },
-            repetitions,
-        )
-        row = {'model': model, 'segment_length': length}
-        for how in ours:
-            row[f'times_faster_{how}'] = round(medians['published'] / medians[how], 1)
-            row[f'batch_{how}'] = round(BATCH * medians[how] / medians[f'{how}, batch'], 1)
-        tokens.append(row)
-        print(row, flush=True)
-
+    tokens = new_tokens(repetitions, ('eager',) if quick else ('eager', 'compiled'))
     positions, ragged, prompts = {}, {}, {}
     for model, length in (('rmt', 256), ('infini', 512)):
         near, far = (f'segment {model} {length} {place} 1 eager' for place in (1024, long))
@@ -205,6 +191,35 @@ def main(repetitions: int, quick: bool) -> None:
     if not quick:
         write_results(__file__, results)
         curves(repetitions)
+
+
+def new_tokens(repetitions: int, ours: tuple[str, ...]) -> list[dict]:
+    """Returns, for each of `SEGMENTS`, how many times faster a new token is than with the published packages, and how
+    many times as many tokens a batch gets.
+
+    Args:
+        repetitions: number of steps of each worker that count.
+        ours: how this library runs: 'eager', 'compiled'.
+    """
+    tokens = []
+    for model, length in SEGMENTS:
+        at = f'token {model} {length} {length // 2}'
+        theirs = ('published', 'published-fastest') if model == 'rmt' else ('published',)
+        medians, _ = compare(
+            {
+                **{how: f'{at} 1 {how}' for how in (*ours, *theirs)},
+                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ours},
+            },
+            repetitions,
+        )
+        row = {'model': model, 'segment_length': length}
+        for how in ours:
+            row[f'times_faster_{how}'] = round(medians['published'] / medians[how], 1)
+            row[f'times_faster_than_fastest_{how}'] = round(medians[theirs[-1]] / medians[how], 1)
+            row[f'batch_{how}'] = round(BATCH * medians[how] / medians[f'{how}, batch'], 1)
+        tokens.append(row)
+        print(row, flush=True)
+    return tokens
 
 
 def curves(repetitions: int) -> None:
@@ -253,10 +268,16 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repetitions', type=int, default=7)
     parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
+    parser.add_argument('--tokens', action='store_true', help='only new tokens, against the published packages')
     parser.add_argument('--curves', action='store_true', help='only the time by position')
     parser.add_argument('--worker')
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
+    elif arguments.tokens:
+        from benchmarks.interleave import write_results
+
+        before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
+        write_results(__file__, {**before, 'tokens': new_tokens(arguments.repetitions, ('eager', 'compiled'))})
     else:
         curves(arguments.repetitions) if arguments.curves else main(arguments.repetitions, arguments.quick)

@@ -7,11 +7,12 @@ The memory of a head is a matrix M (d, e) and a normaliser z (d). Let phi = elu 
 is not learned). A segment with keys k and values v changes M and z to
 
     linear    z' = G z + sum w beta phi(k)            M' = G M + sum w beta phi(k)^T v                           (eq 4)
-    delta     z' as above                             M' = G M + sum w beta phi(k)^T (v - phi(k) M / phi(k) z)   (eq 5)
+    delta     z' as above                             M' = G M + sum w beta phi(k)^T (v - G phi(k) M / phi(k) z) (eq 5)
 
 The sums go over the tokens of the segment. G is the product of the decays of all these tokens, and w is the product of
-the decays of the tokens after the one in the sum. The rule `deltanet` (arXiv 2406.06484, 2412.06464) writes token after
-token and has no normaliser. Its k_t is the l2-normalised phi of the key of token t:
+the decays of the tokens after the one in the sum. (The paper has no decay: G = w = 1. G phi(k) M is what is left of the
+old memory: to erase all of phi(k) M would write its opposite.) The rule `deltanet` (arXiv 2406.06484, 2412.06464)
+writes token after token and has no normaliser. Its k_t is the l2-normalised phi of the key of token t:
 
     deltanet  M_t = gamma_t M_{t-1} + beta_t k_t^T (v_t - gamma_t k_t M_{t-1})
 
@@ -173,6 +174,7 @@ def write(
             # an empty memory holds nothing to erase
             shares = torch.where(normaliser > 0, normaliser, 1).reciprocal() * (normaliser > 0)
             erase = weighted.mT @ (keys * shares)
+            erase = erase if decay is None else erase * decay[..., None, None]
         states = affine_scan(
             weighted.mT @ values, past.kv_mem, erase=erase, decay=decay, chain=chain, cuts=cuts, backend=backend
         )
@@ -250,15 +252,16 @@ def mix(local: Tensor, recalled: Tensor, share: Tensor) -> Tensor:
 
 def _prepared(writes: Writes, rule: str) -> Writes:
     """Returns the writes with feature-mapped keys, in float32 at least. Padded tokens get key 0 and log decay 0."""
-    keys = phi(writes.keys, rule)
-    strength, log_decay, scale = (
-        None if t is None else t.to(keys.dtype) for t in (writes.strength, writes.log_decay, writes.scale)
-    )
-    if writes.mask is not None:
-        hidden = ~writes.mask[:, :, None]
+    keys, values, strength, log_decay, mask, scale = writes
+    if mask is not None:  # of everything, since 0 times NaN is NaN, in a gradient too
+        hidden = ~mask[:, :, None]
+        keys, values = (t.masked_fill(hidden[..., None], 0) for t in (keys, values))
+        strength, log_decay = (None if t is None else t.masked_fill(hidden, 0) for t in (strength, log_decay))
+    keys = phi(keys, rule)
+    strength, log_decay, scale = (None if t is None else t.to(keys.dtype) for t in (strength, log_decay, scale))
+    if mask is not None:
         keys = keys.masked_fill(hidden[..., None], 0)
-        log_decay = None if log_decay is None else log_decay.masked_fill(hidden, 0)
-    return Writes(keys, writes.values.to(keys.dtype), strength, log_decay, writes.mask, scale)
+    return Writes(keys, values.to(keys.dtype), strength, log_decay, mask, scale)
 
 
 def _normalisers(

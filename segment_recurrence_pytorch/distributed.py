@@ -165,7 +165,8 @@ def check_call(wrapper: SegmentWrapper, *, backward: bool, mean: bool) -> None:
             'leave backward out and run `loss.backward()`, for which recompute=True saves as much memory'
         )
     given = set() if group is None else set(dist.get_process_group_ranks(group))
-    averaged = read = set[int]()
+    averaged: set[int] = set()  # and not set[int](), which torch.compile cannot trace
+    read: set[int] = set()
     if ddp is not None:
         averaged = set(dist.get_process_group_ranks(ddp.process_group))
     if model.mesh is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -195,6 +196,25 @@ class AssociativeRetrieval(Task):
         self.pad = keys + values + 1
         self.num_tokens = keys + values + 2
         self.without_memory = 1 / values
+
+    def without_keys(self, segments: int) -> float:
+        """Returns the accuracy of a memory that holds the values and not which key each of them belongs to: it answers
+        with the value that occurs most often. A memory retrieves by key only as far as it is better than this.
+
+        Args:
+            segments: number of segments, at least 2.
+
+        Raises:
+            ValueError: if keys can come several times (`rewritten`).
+        """
+        check_whole(segments=segments)
+        if self.rewritten or segments < 2:
+            raise ValueError(
+                f'{segments} segments, rewritten={self.rewritten}: give 2 segments or more, and keys that differ'
+            )
+        count = (segments - 1) * self.pairs
+        # the mean of the largest of `values` counts: the sum over m of the chance that it is above m
+        return float(sum(1 - _no_count_above(m, count, self.values) for m in range(count)) / count)
 
     def pieces(self, segments: int, batch_size: int, generator: torch.Generator) -> Iterator[Example]:
         """See `Task.pieces`. A sequence has at least two segments."""
@@ -399,6 +419,20 @@ def accuracy(
                 right += int((predicted == chosen[is_asked]).sum())
                 asked += int(is_asked.sum())
     return right / asked
+
+
+def _no_count_above(most: int, draws: int, kinds: int) -> Fraction:
+    """Returns the chance that, in a number of draws from equally likely kinds, no kind comes more than `most` times.
+
+    It is draws! / kinds^draws times the coefficient of x^draws in (sum over j up to `most` of x^j / j!)^kinds.
+    """
+    series = [Fraction(1)] + [Fraction(0)] * draws
+    for _ in range(kinds):
+        series = [
+            sum((series[n - j] / math.factorial(j) for j in range(min(most, n) + 1)), Fraction(0))
+            for n in range(draws + 1)
+        ]
+    return series[draws] * math.factorial(draws) / Fraction(kinds) ** draws
 
 
 def check_batch(segments: int, batch_size: int) -> None:

@@ -79,7 +79,7 @@ class SegmentWrapper(nn.Module):
         align: which segment is shorter than the others, if the length is not a multiple of segment_length: 'left', the
             last one; 'right', the first one. Generation ignores it and always uses 'left'. Default: 'left'.
         ignore_index: labels with this value, or with -100, do not count in the loss. In a call without labels, token
-            ids with these values are padding. Default: -100.
+            ids with these values are padding; under torch.compile, which looks at no value, give a mask. Default: -100.
         process_group: the ranks (processes) that train the model together, for example `dist.group.WORLD`. Losses are
             then those of one process that has the rows and segments of all ranks: sums over their targets, divided by
             the number of their targets. Gradients must be averaged over the same ranks, as DistributedDataParallel,
@@ -158,9 +158,11 @@ class SegmentWrapper(nn.Module):
                 cut into other segments. Default: None, all positions are valid.
             reduction: 'mean' or 'sum' over the valid targets, or 'none' for a loss of each target. Default: 'mean'.
             backward: whether to run backward inside this call, by replay, which holds one window at a time. The loss
-                and the state that are returned then have no graph. Default: False.
+                and the state that are returned then have no graph. Weights must not change before the call returns,
+                as an optimizer in a gradient hook would do. Default: False.
             backward_fn: a function that is called for each window, with a scalar tensor, instead of `Tensor.backward`:
-                for example `accelerator.backward`, or one that uses a gradient scaler. It needs backward=True.
+                for example `accelerator.backward`, or one that uses a gradient scaler. It has to give gradients to all
+                that the loss depends on, not to chosen `inputs`: the state is one of them. It needs backward=True.
                 Default: None.
             backprop_segments: replaces the wrapper's value in this call. Default: None, the wrapper's value.
             segment_length: replaces the wrapper's value in this call. Default: None, the wrapper's value.

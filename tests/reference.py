@@ -159,7 +159,7 @@ def infini_phi(t: Tensor, rule: str) -> Tensor:
 
 def infini_write(rule, keys, values, strength, decay, M, z, strength_in_normaliser=True):
     """One head's memory after the tokens of a segment, written one after the other. keys (n, d), values (n, e)."""
-    M0, z0 = M, z
+    M0, z0, G = M, z, decay.prod()
     for k, v, beta, gamma in zip(keys, values, strength, decay, strict=True):
         k = infini_phi(k, rule)
         M = gamma * M
@@ -168,7 +168,7 @@ def infini_write(rule, keys, values, strength, decay, M, z, strength_in_normalis
             z = torch.ones_like(z)
             continue
         if rule == 'delta' and z0.any():
-            v = v - k @ M0 / (k @ z0)
+            v = v - G * (k @ M0) / (k @ z0)
         M = M + beta * torch.outer(k, v)
         z = gamma * z + (beta * k if strength_in_normaliser else k)
     return M, z

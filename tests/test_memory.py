@@ -104,6 +104,38 @@ def test_fastweight_memory_alone():
         close(mixed[1, 3, 2], (out[1, 3, 2] + infini_read(rule, queries[1, 3, 2], M, z)) / 2)
 
 
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+def test_what_stands_at_padded_positions_is_nothing(rule):
+    """NaN, too, and in gradients: a softmax over masked positions alone makes some."""
+    memory, mask = FastweightMemory(2, memory_rule=rule).double(), torch.tensor([[True, True, False]])
+    tensors = [torch.randn(1, 2, 3, 4).double() for _ in range(2)] + [torch.rand(1, 2, 3).double() for _ in range(2)]
+    found = []
+    for filler in (0.0, torch.nan):
+        keys, values, strength, decay = leaves = [t.clone() for t in tensors]
+        for leaf in leaves:
+            leaf[:, :, 2] = filler
+            leaf.requires_grad_()
+        after = memory.create_new_memories(keys, values, mask=mask, strength=strength, log_decay=-decay)
+        (after.kv_mem.square().sum() + after.k_norm.sum()).backward()
+        found.append([after.kv_mem.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    for plain, with_nan in zip(*found, strict=True):
+        close(with_nan, plain)
+
+
+@pytest.mark.parametrize('rule', MEMORY_RULES)
+def test_with_decay_the_old_goes(rule):
+    """One value, then many segments of another one for the same key: it is all that is recalled."""
+    memory, past = FastweightMemory(1, memory_rule=rule).double(), None
+    keys, decay = torch.ones(1, 1, 16, 4).double(), torch.full((1, 1, 16), 0.5).double().log()
+    out = torch.zeros(1, 1, 1, 4).double()
+    for value in (1.0, *[0.25] * 20):
+        values = torch.full((1, 1, 16, 4), value).double()
+        past = memory.create_new_memories(keys, values, past, strength=torch.ones(1, 1, 16).double(), log_decay=decay)
+    mixed = memory.retrieve_and_add_to_output(out, keys[:, :, :1], past)
+    share = memory.head_gates.sigmoid().view(-1)
+    close(mixed, torch.full_like(out, 0.25) * (1 - share), 1e-4)
+
+
 def reference_memories(rule, keys, values, strength, decay, mask, past):
     """The memories (b, g, ...) that the loop over the tokens of a segment makes of those before it."""
     heads = itertools.product(range(keys.shape[0]), range(keys.shape[1]))

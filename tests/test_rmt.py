@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper, RMTState
-from segment_recurrence_pytorch import record_attention
+from segment_recurrence_pytorch import SegmentWrapper, record_attention
 from segment_recurrence_pytorch.layers import rotations_between
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import DROPOUT, RMT_OPTIONS, close, ids, make_rmt, random_weights
@@ -273,6 +273,7 @@ def test_half_types_keep_their_positions():
     assert (half_state.memory - state.memory).norm() / state.memory.norm() < 0.05
 
 
+@pytest.mark.filterwarnings('ignore:.*should not be instantiated:DeprecationWarning')  # of the compiler's own
 @pytest.mark.parametrize('options', [{}, RMT_OPTIONS['xl mixed']], ids=['plain', 'xl mixed'])
 def test_compiles_without_a_graph_break(options):
     model, x = make_rmt(**options), ids(2, 6)
@@ -284,6 +285,9 @@ def test_compiles_without_a_graph_break(options):
     close(compiled_hidden, hidden)
     close(compiled_after.memory, after.memory)
     close(torch.compile(model, fullgraph=True, backend='aot_eager')(x)[0], model(x)[0])
+    wrapper = SegmentWrapper(model, segment_length=x.shape[1])
+    compiled = torch.compile(wrapper, fullgraph=True, backend='eager')
+    close(compiled(x).loss, wrapper(x).loss)
 
 
 def test_initial_weights():

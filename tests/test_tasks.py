@@ -312,3 +312,21 @@ def test_memory_noise_is_drawn_while_training_and_replayed():
     assert torch.equal(wrapper.loss(x[:, :7]).loss, wrapper.eval().loss(x[:, :7]).loss)
     with pytest.raises(ValueError, match='memory_noise is -1'):
         make_rmt(memory_noise=-1.0)
+
+
+@pytest.mark.parametrize(('pairs', 'values', 'segments'), [(1, 10, 3), (1, 10, 5), (2, 10, 6), (3, 4, 2), (1, 1, 4)])
+def test_what_values_without_their_keys_are_worth(pairs, values, segments):
+    """By all sequences of values where they are few, else by drawing many."""
+    task = AssociativeRetrieval(values=values, pairs_per_segment=pairs)
+    count = (segments - 1) * pairs
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(values, (200_000, count), generator=draw)
+    if values**count <= 100_000:
+        drawn = torch.cartesian_prod(*[torch.arange(values)] * count).view(-1, count)
+    counts = torch.nn.functional.one_hot(drawn, values).sum(1)
+    want = counts.amax(1).double().mean().item() / count
+    exact = values**count <= 100_000
+    assert task.without_keys(segments) == pytest.approx(want, abs=1e-12 if exact else 3e-3)
+    assert task.without_keys(2) >= task.without_keys(segments) >= task.without_memory
+    with pytest.raises(ValueError, match='rewritten=True: give 2 segments or more, and keys that differ'):
+        AssociativeRetrieval(rewritten=True).without_keys(3)
