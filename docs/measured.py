@@ -347,12 +347,12 @@ def speed_summary() -> str:
     rmt = [tokens['rmt', length] for length in (256, 1024)]
     lines = [
         ['training step, RMT with replay, segments of 256',
-         f'{four:.2f} ({one:.2f} than with its fastest options)'],
+         f'{four:.2f}; {one:.2f} against its fastest options'],
         ['training step, Infini, delta rule, segments of 512, 128, 32',
          ', '.join(f'{infini[length, "delta"]:.2f}' for length in (512, 128, 32))],
         ['new token, RMT, segments of 256, 1024',
-         f'{", ".join(str(row["times_faster_eager"]) for row in rmt)} '
-         f'({", ".join(str(row["times_faster_than_fastest_eager"]) for row in rmt)} than with its fastest options)'],
+         f'{", ".join(str(row["times_faster_eager"]) for row in rmt)}; '
+         f'{", ".join(str(row["times_faster_than_fastest_eager"]) for row in rmt)} against its fastest options'],
         ['new token, Infini, segments of 512; compiled',
          '; '.join(f'{tokens["infini", 512][f"times_faster_{how}"]}' for how in ('eager', 'compiled'))],
     ]  # fmt: skip
