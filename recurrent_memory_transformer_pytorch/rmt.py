@@ -98,7 +98,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
             read rows (as in the paper); 'sum', the sum of both; 'scaled', the sum with dim ** -0.5 times the memory. A
             memory comes from a norm, so it is far larger than embeddings, and what is written can hardly change it;
             scaled, it is as large as they are. Default: 'scaled', which learns text as well as 'learned' does and
-            copies as well as 'sum'.
+            copies lengths of the training as well as 'sum', but not longer ones.
         qk_norm: whether queries and keys go through an RMS norm with a learned gain. Default: False.
         tie_embeddings: whether the logits use the weight of the token embedding. Default: False.
         axial_mem_len: number of its last values to which each memory token attends before the memory goes into the read
