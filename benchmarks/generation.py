@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 SIZES: dict = dict(num_tokens=256, dim=256, depth=4, heads=4, dim_head=64)
 SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
@@ -224,8 +225,6 @@ def new_tokens(repetitions: int, ours: tuple[str, ...]) -> list[dict]:
 
 def curves(repetitions: int) -> None:
     """Measures the time per token at several positions, adds it to the existing JSON, and plots it."""
-    from benchmarks.interleave import write_results
-
     seconds: dict[str, dict[int, float]] = {}
     for model, length in (('rmt', 256), ('infini', 512)):
         for segments in POSITIONS[model]:
@@ -237,9 +236,16 @@ def curves(repetitions: int) -> None:
                 seconds.setdefault(label, {})[position] = taken
     one = statistics.median(seconds['rmt, eager'].values())
     relative = {label: {p: round(s / one, 2) for p, s in curve.items()} for label, curve in seconds.items()}
-    before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
-    write_results(__file__, {**before, 'time_by_position': relative})
+    add_results(time_by_position=relative)
     plot(relative)
+
+
+def add_results(**new: Any) -> None:
+    """Replaces a part of the existing JSON."""
+    from benchmarks.interleave import write_results
+
+    before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
+    write_results(__file__, {**before, **new})
 
 
 def plot(curves: dict[str, dict[int, float]]) -> None:
@@ -275,9 +281,6 @@ if __name__ == '__main__':
     if arguments.worker:
         worker(arguments.worker)
     elif arguments.tokens:
-        from benchmarks.interleave import write_results
-
-        before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
-        write_results(__file__, {**before, 'tokens': new_tokens(arguments.repetitions, ('eager', 'compiled'))})
+        add_results(tokens=new_tokens(arguments.repetitions, ('eager', 'compiled')))
     else:
         curves(arguments.repetitions) if arguments.curves else main(arguments.repetitions, arguments.quick)

@@ -111,9 +111,10 @@ def _made(cls: type[M], saved: dict[str, Any], arguments: dict[str, Any]) -> M:
             if twice is None or twice[1] not in saved or twice[1] in arguments:
                 raise
             fixed[twice[1]] = saved.pop(twice[1])
-    if other := [name for name, value in fixed.items() if plain_arguments(model).get(name) != value]:
-        name = other[0]
-        raise ValueError(f'it was saved with {name}={fixed[name]!r}, and now fixes {model.arguments.get(name)!r}')
+    now = plain_arguments(model)
+    for name, value in fixed.items():
+        if now.get(name) != value:
+            raise ValueError(f'it was saved with {name}={value!r}, and now fixes {now.get(name)!r}')
     return model
 
 
