@@ -296,24 +296,27 @@ def _write_deltanet(
         rearrange(F.pad(t, (0, 0, 0, chunks * size - n)), 's b g (c n) d -> (s c) b g n d', c=chunks)
         for t in (keys, values, strength)
     )
-    T = (beta * k) @ k.mT
-    decayed_k, k_to_end, G_n = k, k, None  # G_t k_t and (G_n / G_t) k_t, which are k_t if nothing decays
+    beta_k = beta * k
+    T = beta_k @ k.mT
+    decayed, k_to_end, G_n = beta_k, k, None  # beta_t G_t k_t and (G_n / G_t) k_t, with G = 1 if nothing decays
     if log_decay is not None:
         padded = F.pad(log_decay, (0, chunks * size - n))
         log_G = rearrange(padded, 's b g (c n) -> (s c) b g n', c=chunks).cumsum(-1)[..., None]
-        below_diagonal = (log_G - log_G.mT).masked_fill(torch.ones_like(T, dtype=torch.bool).triu(), 0)
-        T = T * below_diagonal.exp()
-        decayed_k, k_to_end = k * log_G.exp(), k * (log_G[..., -1:, :] - log_G).exp()
+        # these matrices are the largest here, so they are changed in place: log(G_t / G_i), of which only i < t is kept
+        above = T.new_full((size, size), float('-inf')).triu()
+        T = T * (log_G + (-log_G).mT).add_(above).exp_()
+        decayed, k_to_end = beta_k * log_G.exp(), k * (log_G[..., -1:, :] - log_G).exp()
         G_n = log_G[..., -1, 0].exp()
-    # u = u_v - u_k M. With unitriangular=True, only the part of T below the diagonal is used, as I + T needs
+    # u = u_v - u_k M. With unitriangular=True, only the part of T below the diagonal is used, as I + T needs. It is
+    # solved transposed, which is how the solver wants its matrices: it would copy others
     u = torch.linalg.solve_triangular(
-        T, torch.cat((beta * v, beta * decayed_k), dim=-1), upper=False, unitriangular=True
-    )
-    u_v, u_k = u.split((v.shape[-1], k.shape[-1]), dim=-1)
+        T.mT, torch.cat((beta * v, decayed), dim=-1).mT, upper=True, left=False, unitriangular=True
+    ).mT
+    to_write, to_erase = (k_to_end.mT @ u).split((v.shape[-1], k.shape[-1]), dim=-1)
     states = affine_scan(
-        k_to_end.mT @ u_v,
+        to_write,
         past.kv_mem,
-        erase=k_to_end.mT @ u_k,
+        erase=to_erase,
         decay=G_n,
         chain=chain,
         cuts=tuple(chunks * cut for cut in cuts),
