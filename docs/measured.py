@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.crossings import curve, lines_of, standard  # noqa: E402
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, stored  # noqa: E402
 from benchmarks.evidence.report import interval, score  # noqa: E402
-from benchmarks.evidence.rows import ROWS  # noqa: E402
+from benchmarks.evidence.rows import ROWS, TITLES, LanguageRow, TaskRow  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 from benchmarks.text import start_of  # noqa: E402
 
@@ -178,12 +178,20 @@ def retrofits() -> str:
 
 # what other options learn
 
-# the rows of experiments, by the end of their names
+# what the rows of experiments learn, and the unit of their scores
 LEARNED = {
-    'memorize': 'a fact, RMT: accuracy', 'passkey': 'a fact, Infini: accuracy', 'copy': 'a copy, RMT: accuracy',
-    'pairs': 'pairs: accuracy', 'pairs_m2': 'pairs, two memory tokens, RMT: accuracy',
-    'rmt_bytes_16_300': 'text, RMT: bits per byte', 'infini_bytes_16_300': 'text, Infini: bits per byte',
+    'memorize': ('a fact', 'accuracy'), 'passkey': ('a fact', 'accuracy'), 'copy': ('a copy', 'accuracy'),
+    'reverse': ('a copy, backwards', 'accuracy'), 'pairs': ('pairs', 'accuracy'),
+    'rmt_bytes_16_300': ('text', 'bits per byte'), 'infini_bytes_16_300': ('text', 'bits per byte'),
 }  # fmt: skip
+
+
+def learned(row: TaskRow | LanguageRow) -> str:
+    """Returns what a row of an experiment learns, by which model, with how many memory tokens if its name says so."""
+    name, _, tokens = row.name.partition('_m')
+    what, unit = LEARNED[name]
+    more = f', {tokens} memory tokens' if tokens else ''
+    return f'{what}, {TITLES[row.model]}{more}: {unit}'
 
 
 def compared(*names: str) -> str:
@@ -202,7 +210,7 @@ def compared(*names: str) -> str:
                 for arm in experiment.arms
             }
             other = [cells.get(arm, '') for arm in arms[1:]]
-            lines.append([LEARNED[row.name], f'{mean(default):.3f}', *other])
+            lines.append([learned(row), f'{mean(default):.3f}', *other])
     return table(' | '.join(['learned', *arms]), lines) if lines else 'not measured'
 
 
@@ -210,7 +218,10 @@ NUMBERS |= {
     'depths': partial(compared, 'backprop_bytes', 'backprop'),
     'axial': partial(compared, 'axial'),
     'write_inits': partial(compared, 'write_init'),
+    'memory_masks': partial(compared, 'memory_mask'),
     'rules': partial(compared, 'rules'),
+    'gates': partial(compared, 'gate'),
+    'enhanced': partial(compared, 'enhanced'),
 }
 
 
@@ -256,8 +267,7 @@ def compile_gain() -> str:
 
 @number
 def speed_generation() -> str:
-    names = {'rmt': 'RMT', 'infini': 'Infini'}
-    lines = [[f'{names[row["model"]]}, {row["segment_length"]}', *(row[f'{what}_{how}'] for what in
+    lines = [[f'{TITLES[row["model"]]}, {row["segment_length"]}', *(row[f'{what}_{how}'] for what in
               ('times_faster', 'times_faster_than_fastest', 'batch') for how in ('eager', 'compiled'))]
              for row in read('generation')['tokens']]  # fmt: skip
     return table(
