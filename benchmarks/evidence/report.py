@@ -374,6 +374,9 @@ def arm_table(row: TaskRow | LanguageRow, runs: dict[str, list[dict[str, Any]]])
         stages = ' to '.join(map(str, dict.fromkeys((row.stages[0], row.stages[-1]))))
         about = f'{type(task).__name__}, {row.steps:,} steps, a curriculum of {stages} segments of '
         about += f'{task.segment_length} tokens; accuracy at so many segments, without memory {task.without_memory:.3f}'
+        if isinstance(task, AssociativeRetrieval):
+            alone = ', '.join(f'{task.without_keys(int(column)):.3f}' for column in columns)
+            about += f', by values without their keys {alone}'
         head = [*(f'{int(column):,}' for column in columns), 'mean (worst)']
     else:
         about = f'{row.steps:,} steps, segments of {row.segment_length}, {row.segments} a step; '
