@@ -29,8 +29,8 @@ from segment_recurrence_pytorch.layers import HeadNorm, attend, no_autocast, out
 from segment_recurrence_pytorch.state import copied
 
 PUBLISHED_NORM_EPS = 1e-12  # practically 0, as in the published package, whose checkpoints can be loaded
-# Initial value of the gates, with which the local attention has a share of sigmoid(3) = 0.95. From equal shares (0) text
-# is modelled worse; from 6 and from the published 10 no fact is learned either (python -m benchmarks.evidence gate)
+# Initial value of the gates, with which the local attention has a share of sigmoid(3) = 0.95. From equal shares (0)
+# text is modelled worse; from 6, and from the published 10, no fact is learned either: benchmarks.evidence, `gate`
 GATE_START = 3.0
 # initial bias of the decay: a token keeps sigmoid(8) = 0.9997 of the memory, so 512 tokens keep 0.84
 DECAY_BIAS = 8.0

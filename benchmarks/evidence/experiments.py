@@ -68,7 +68,7 @@ class Experiment:
         return [f'{name} {count} runs' for name, count in missing.items() if count]
 
 
-FIELDS = ('gate_lr', 'wrapper_options', 'extra', 'steps')
+FIELDS = ('gate_lr', 'wrapper_options', 'extra')
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
@@ -186,13 +186,6 @@ _experiments = [
         question='Do the extras of the published RMT package pay?',
         rows=[RMT_BYTES, MEMORIZE],
         arms={'none': {}} | {extra: {'extra': extra} for extra in EXTRAS},
-    ),
-    # with earlier initial weights, 127 steps with streams took as long as 300 without, over five seeds
-    Experiment(
-        name='extras_time',
-        question='What is better at equal steps and slower: is it better at equal time?',
-        rows=[RMT_BYTES],
-        arms={'none': {}, '4 streams, 127 steps': {'extra': '4 streams', 'steps': 127}},
     ),
 ]  # fmt: skip
 EXPERIMENTS = {experiment.name: experiment for experiment in _experiments}
