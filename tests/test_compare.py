@@ -44,13 +44,15 @@ def test_runs_that_have_ended_are_compared_without_training(at_work, monkeypatch
 def test_in_what_else_runs_differ_is_said(at_work):
     shutil.copytree('runs/rmt', 'runs/other')
     about = json.loads(Path('runs/other/run.json').read_text())
+    one = about['run']['precision']  # of a new run it is bfloat16 where the CPU has it
+    other = next(each for each in train_enwik8.PRECISIONS if each != one)
     about['sha256'] = 'x'
-    about['run'] |= {'seed': 7, 'precision': 'bfloat16'}
+    about['run'] |= {'seed': 7, 'precision': other}
     about['sizes']['dim'], about['training']['lr'] = 8, 1
     Path('runs/other/run.json').write_text(json.dumps(about))
     said = table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
     assert said.splitlines()[3:] == [
-        'They also differ in corpus and --seed (0, 7) and --precision (float32, bfloat16) and the sizes of the model '
+        f'They also differ in corpus and --seed (0, 7) and --precision ({one}, {other}) and the sizes of the model '
         'and how they were trained.'
     ]
     about['run']['model'] = 'infini'
