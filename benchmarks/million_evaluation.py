@@ -75,6 +75,28 @@ def products_seconds(evaluate: Callable[[int], object], segments: int) -> float:
     return cpu_seconds(again) * segments / short
 
 
+def times(row: TaskRow, segments: int, quick: bool) -> dict[str, float]:
+    """Returns the CPU seconds of an evaluation, by the names that stand above.
+
+    Args:
+        row: the row, whose task and model are taken.
+        segments: number of segments of each sequence.
+        quick: whether nothing is compiled.
+    """
+    task, wrapper = row.task(), row.wrapper()
+
+    def evaluate(segments: int) -> float:
+        return accuracy(wrapper, task, segments, batch_size=SEQUENCES, generator=torch.Generator().manual_seed(0))
+
+    evaluate(SHORT)
+    found = {'products': products_seconds(evaluate, segments), 'eager': cpu_seconds(lambda: evaluate(segments))}
+    if not quick:
+        with reading_by(wrapper.model, compiled_advance(wrapper.model)):
+            evaluate(SHORT), evaluate(segments % SHORT + SHORT)  # each shape is compiled once
+            found['compiled'] = cpu_seconds(lambda: evaluate(segments))
+    return {name: round(seconds, 1) for name, seconds in found.items()}
+
+
 def main(quick: bool) -> None:
     """Times both models and writes the JSON.
 
@@ -83,25 +105,13 @@ def main(quick: bool) -> None:
     """
     segments = MILLION // 100 if quick else MILLION
     torch.set_num_threads(1)
-    found: dict[str, dict[str, float]] = {'eager': {}, 'compiled': {}, 'products': {}}
+    found = {}
     for name in ('rmt_memorize', 'infini_passkey'):
         row = ROWS[name]
         assert isinstance(row, TaskRow)
-        task, wrapper = row.task(), row.wrapper()
-
-        def evaluate(segments: int) -> float:
-            return accuracy(wrapper, task, segments, batch_size=SEQUENCES, generator=torch.Generator().manual_seed(0))  # noqa: B023
-
-        evaluate(SHORT)
-        found['products'][row.model] = round(products_seconds(evaluate, segments), 1)
-        found['eager'][row.model] = round(cpu_seconds(lambda: evaluate(segments)), 1)
-        if not quick:
-            with reading_by(wrapper.model, compiled_advance(wrapper.model)):
-                evaluate(SHORT), evaluate(segments % SHORT + SHORT)  # each shape is compiled once
-                found['compiled'][row.model] = round(cpu_seconds(lambda: evaluate(segments)), 1)
-        tokens = segments * task.segment_length
-        times = ', '.join(f'{how} {of[row.model]}' for how, of in found.items() if row.model in of)
-        print(f'{name}: {SEQUENCES} sequences of {tokens:,} tokens, CPU seconds: {times}', flush=True)
+        found[row.model] = times(row, segments, quick)
+        tokens = segments * row.task().segment_length
+        print(f'{name}: {SEQUENCES} sequences of {tokens:,} tokens, CPU seconds: {found[row.model]}', flush=True)
     write_results(__file__, {'sequences': SEQUENCES, 'segments': segments, 'threads': 1, 'cpu_seconds': found}, quick)
 
 

@@ -178,18 +178,14 @@ def retrofits() -> str:
 
 # what other options learn
 
-# what the rows of experiments learn, and the unit of their scores
-LEARNED = {
-    'memorize': ('a fact', 'accuracy'), 'passkey': ('a fact', 'accuracy'), 'copy': ('a copy', 'accuracy'),
-    'reverse': ('a copy, backwards', 'accuracy'), 'pairs': ('pairs', 'accuracy'),
-    'rmt_bytes_16_300': ('text', 'bits per byte'), 'infini_bytes_16_300': ('text', 'bits per byte'),
-}  # fmt: skip
+LEARNED = {'memorize': 'a fact', 'passkey': 'a fact', 'copy': 'a copy', 'reverse': 'a copy, backwards',
+           'pairs': 'pairs'}  # fmt: skip
 
 
 def learned(row: TaskRow | LanguageRow) -> str:
     """Returns what a row of an experiment learns, by which model, with how many memory tokens if its name says so."""
     name, _, tokens = row.name.partition('_m')
-    what, unit = LEARNED[name]
+    what, unit = ('text', 'bits per byte') if isinstance(row, LanguageRow) else (LEARNED[name], 'accuracy')
     more = f', {tokens} memory tokens' if tokens else ''
     return f'{what}, {TITLES[row.model]}{more}: {unit}'
 

@@ -312,11 +312,12 @@ def _write_deltanet(
     u = torch.linalg.solve_triangular(
         T.mT, torch.cat((beta * v, decayed), dim=-1).mT, upper=True, left=False, unitriangular=True
     ).mT
-    to_write, to_erase = (k_to_end.mT @ u).split((v.shape[-1], k.shape[-1]), dim=-1)
+    u_v, u_k = u.split((v.shape[-1], k.shape[-1]), dim=-1)
+    # two products: what is erased is kept for backward, and with one product it would keep what is written, too
     states = affine_scan(
-        to_write,
+        k_to_end.mT @ u_v,
         past.kv_mem,
-        erase=to_erase,
+        erase=k_to_end.mT @ u_k,
         decay=G_n,
         chain=chain,
         cuts=tuple(chunks * cut for cut in cuts),
