@@ -488,10 +488,12 @@ class Segments:
         cached: the tokens of the segment before the present ones. Only for a single segment. Default: None.
         write_scale: how many times each segment is written, (s, b). Default: None, once.
         ranks: chain and cuts, see `memory.affine_scan`, if the segments are spread over ranks. Default: None.
+        closes: whether the tokens are written into the memories. If not, there is a single segment, which stays open.
+            Default: True.
 
     Attributes:
         writes: what the tokens write.
-        after: the memories after the last segment, (b, g, ...).
+        after: the memories after the last segment, (b, g, ...). Those that entered, if the segment stays open.
     """
 
     after: Memories
@@ -509,6 +511,7 @@ class Segments:
         cached: CachedKV | None = None,
         write_scale: Tensor | None = None,
         ranks: dict[str, Any] | None = None,
+        closes: bool = True,
     ):
         self.past = past
         self.rotations = rotations
@@ -519,6 +522,7 @@ class Segments:
         self.cached = cached
         self.write_scale = write_scale
         self.ranks = ranks or {}
+        self.closes = closes
 
     def attend(
         self, attention: InfiniAttention, heads: Tensor, strength: Tensor | None, log_decay: Tensor | None
@@ -527,7 +531,10 @@ class Segments:
         query, k, v = attention.split(heads)
         writes = Writes(k, v, strength, log_decay, self.mask, self.write_scale)
         self.writes = writes if self.cached is None else self.cached.followed_by(writes)
-        entering, self.after = attention.fastweight_mem.write(self.writes, self.past, **self.ranks)
+        if self.closes:
+            entering, self.after = attention.fastweight_mem.write(self.writes, self.past, **self.ranks)
+        else:
+            entering, self.after = Memories(*(part[None] for part in self.past)), self.past
         if query is None:
             return None
         local = self._local(attention, query, self.writes.keys, self.writes.values)

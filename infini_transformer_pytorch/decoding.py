@@ -55,7 +55,7 @@ class MemoryCache(SegmentCache):
         nothing = torch.zeros(batch, 0, model.dim, dtype=model.dtype, device=model.device)
         with torch.no_grad():
             per_token = [layer.strength_and_decay(nothing) for layer in model.memory_layers]
-            self.recallable = [Recallable(*map(torch.clone, each)) for each in self._recallable(model)]
+            self.recallable = self._recallable(model)
         self.strength, self.log_decay = (
             [None if part is None else part.new_zeros(batch, g, slots) for part in parts]
             for parts in zip(*per_token, strict=True)
@@ -63,9 +63,17 @@ class MemoryCache(SegmentCache):
 
     def enter(self, model: GatedMemories) -> None:
         """See `OpenSegment.enter`. It prepares the memories from which the layers recall."""
+        if not self.static:
+            self.recallable = self._recallable(model)
+            return
         for old, new in zip(self.recallable, self._recallable(model), strict=True):
             for old_part, new_part in zip(old, new, strict=True):
                 old_part.copy_(new_part)
+
+    def make_static(self) -> None:
+        """See `OpenSegment.make_static`. The memories to recall from may be those of the state, which has its own."""
+        self.recallable = [Recallable(*map(torch.clone, each)) for each in self.recallable]
+        super().make_static()
 
     def _recallable(self, model: GatedMemories) -> list[Recallable]:
         """Returns, for each layer, the memories from which it recalls."""

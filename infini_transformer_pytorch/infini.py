@@ -34,7 +34,6 @@ from infini_transformer_pytorch.attention import (
 from infini_transformer_pytorch.decoding import InfiniCache
 from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
 from segment_recurrence_pytorch.checks import (
-    check_faults,
     check_finite,
     check_input,
     check_like,
@@ -46,10 +45,10 @@ from segment_recurrence_pytorch.layers import (
     Blocks,
     ResidualBlock,
     SegmentTransformer,
-    has_dropout,
+    may_draw_random,
     rotations_between,
 )
-from segment_recurrence_pytorch.model import SegmentModel, own_class, whole, with_own_rate
+from segment_recurrence_pytorch.model import SegmentModel, whole, with_own_rate
 from segment_recurrence_pytorch.state import State, copied, detach
 
 CPU_ROWS = 2048  # on a CPU, so many tokens (of all rows together) at once are fastest: benchmarks/infini_training.py
@@ -131,7 +130,16 @@ class GatedMemories(SegmentModel):
         """Returns the share that the memory has in the output of each head, 1 - sigmoid(gate), (layers, heads).
 
         If the parameters are sharded, all ranks have to make the call.
+
+        Raises:
+            ValueError: if a layer computes its gates in another way (`LayerMemory.gates`): a head has no share then.
         """
+        for index, layer in enumerate(self.memory_layers):
+            if type(layer).gates is not LayerMemory.gates:
+                raise ValueError(
+                    f'{type(layer).__name__}, the memory of layer {index}, computes its gates from the tokens, so its '
+                    'heads have no share of their own: record what its method `gates` returns'
+                )
         gates = [whole(gate).sigmoid() for name, gate in self.named_parameters() if name.endswith('.head_gates')]
         return 1 - torch.stack(gates)
 
@@ -297,8 +305,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
 
     @property
     def draws_random(self) -> bool:
-        """See `SegmentModel.draws_random`. What a subclass overrides may draw random numbers."""
-        return own_class(self) is not InfiniTransformer or has_dropout(self)
+        """See `SegmentModel.draws_random` and `layers.may_draw_random`."""
+        return may_draw_random(self, InfiniTransformer)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -338,13 +346,12 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         Raises:
             ValueError: if an argument does not fit the model or another argument.
         """
-        x, state, mask = check_input(self, x, past_memories, mask=mask)
+        further = [] if cached_kv is None or x.ndim < 2 else self._cache_faults(cached_kv, x, mask)
+        x, state, mask = check_input(self, x, past_memories, mask=mask, further=further)
         if not x.shape[1]:
             raise ValueError('x holds no token: give at least one, or use the wrapper, which takes any number')
-        if cached_kv is not None:
-            self._check_cache(cached_kv, x, mask)
         state = self.initial_state(x.shape[0]) if state is None else state
-        hidden, after, writes = self._read(x, state, x.shape[1], mask, cached=cached_kv)
+        hidden, after, writes = self._read(x, state, x.shape[1], mask, cached=cached_kv, closes=return_new_memories)
         logits = self.to_logits(hidden)
         if return_new_memories:
             return TransformerReturn(logits, None, detach(after) if detach_memories else after)
@@ -473,12 +480,13 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         cached: list[CachedKV] | None = None,
         scale: Tensor | None = None,
         ranks: dict[str, Any] | None = None,
+        closes: bool = True,
     ) -> tuple[Any, tuple[Memories, ...], list[Writes]]:
         """Runs the layers over tokens (b, n), in segments of `length` tokens.
 
         Returns:
-            The hidden states (b, n, dim), or None if need_hidden is False, the memories after the last segment, and
-            what the tokens write in each layer.
+            The hidden states (b, n, dim), or None if need_hidden is False, the memories after the last segment, or
+            those before it if it stays open (closes=False), and what the tokens write in each layer.
         """
         batch, n = tokens.shape[:2]
         segments = -(-n // length)
@@ -499,7 +507,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
                 attn_mask = (key_mask.flatten(0, 1)[:, None, None] & torch.ones_like(itself).tril()) | itself
         rotations = self.rotations(length if cached is None else length + cached[0].kv.shape[3], x)
         # both values of need_hidden must draw the same random numbers: if any are drawn, nothing is skipped
-        skip = not need_hidden and not (self.training and self.draws_random)
+        skip = not need_hidden and not self.draws_random
         last = len(self.layers) - 1
         after, written = [], []
         for index, (block, past) in enumerate(zip(self.layers, state, strict=True)):
@@ -513,6 +521,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
                 cached=None if cached is None else cached[index],
                 write_scale=scale,
                 ranks=ranks,
+                closes=closes,
             )
             x = block(x, Surroundings(segments_of_layer.attend, need_output=index < last or not skip))
             after.append(segments_of_layer.after)
@@ -548,29 +557,34 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         negative = [(f'{name} holds negative numbers', (value < 0).any()) for name, value in values.items()]
         return super().per_segment_faults(values) + negative
 
-    def _check_cache(self, cached_kv: list[CachedKV], x: Tensor, mask: Tensor | None) -> None:
-        """Raises ValueError if a cache does not fit the model and the batch."""
+    def _cache_faults(self, cached_kv: list[CachedKV], x: Tensor, mask: Tensor | None) -> list[tuple[str, Tensor]]:
+        """Returns the checks of the values of a cache, as `state_faults` does for a state. Raises ValueError if it does
+        not fit the model and the batch."""
         if mask is not None:
             raise ValueError(f'mask with cached_kv: {VALID_ONLY}')
         if not isinstance(cached_kv, (list, tuple)):
             raise ValueError(f'cached_kv is a {type(cached_kv).__name__}: give the list that a call returned')
         if len(cached_kv) != len(self.layers):
             raise ValueError(f'cached_kv has {len(cached_kv)} entries: give one a layer, {len(self.layers)}')
+        faults = []
         for layer, cached in enumerate(cached_kv):
             if not isinstance(cached, CachedKV):
                 raise ValueError(f'cached_kv of layer {layer} is a {type(cached).__name__}: give what a call returned')
             if not isinstance(cached.kv, Tensor) or cached.kv.ndim != 5 or not cached.kv.is_floating_point():
                 found = cached.kv.dtype if isinstance(cached.kv, Tensor) else type(cached.kv).__name__
                 raise ValueError(f'cached_kv of layer {layer}: kv is {found}: give what a call returned')
-            if cached.mask is not None and not cached.mask.all():
-                raise ValueError(f'cached_kv comes from a call with padded rows: {VALID_ONLY}')
+            if cached.mask is not None:
+                faults.append((f'cached_kv comes from a call with padded rows: {VALID_ONLY}', ~cached.mask.all()))
         n = cached_kv[0].kv.shape[3]
-        faults = []
+        nothing = torch.empty(x.shape[0], 0, self.dim, dtype=self.dtype, device=self.device)
         for layer, (cached, block) in enumerate(zip(cached_kv, self.layers, strict=True)):
             kv = torch.empty((), dtype=cached.kv.dtype, device=self.device)
             kv = kv.expand(2, x.shape[0], self.kv_heads, n, self.dim_head)
-            # what this layer computes for as many tokens, to compare shapes and dtypes
-            strength, log_decay = block.attn.strength_and_decay(kv.new_zeros(x.shape[0], n, self.dim, dtype=self.dtype))
+            with torch.no_grad():  # what this layer computes for no token, to compare shapes and dtypes
+                strength, log_decay = (
+                    None if part is None else part.new_zeros(()).expand(*part.shape[:-1], n)
+                    for part in block.attn.strength_and_decay(nothing)
+                )
             wanted = {'kv': kv, 'strength': strength, 'log_decay': log_decay}
             for part, want in wanted.items():
                 have, name = getattr(cached, part), f'cached_kv of layer {layer}: {part}'
@@ -585,4 +599,4 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
                     faults.append((f'{name} holds numbers outside [0, 1]', ((have < 0) | (have > 1)).any()))
                 elif part == 'log_decay':
                     faults.append((f'{name} holds numbers above 0', (have > 0).any()))
-        check_faults(faults)
+        return faults

@@ -54,10 +54,6 @@ class InfiniTransformerWrapper(SegmentWrapper):
         process_group: Any = None,
         check_values: bool = True,
     ):
-        if not model.parallel_segments and segments_per_pass is not None:
-            raise ValueError(
-                f"segments_per_pass={segments_per_pass}: a model with mem_read_from='above' reads one segment at a time"
-            )
         super().__init__(
             model,
             segment_length=segment_length,

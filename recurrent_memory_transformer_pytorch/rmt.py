@@ -49,11 +49,10 @@ from segment_recurrence_pytorch.layers import (
     Blocks,
     ResidualBlock,
     SegmentTransformer,
-    has_dropout,
     init_linear,
+    may_draw_random,
 )
 from segment_recurrence_pytorch.loss import IGNORE, hidden_nll, mean_loss, valid_targets
-from segment_recurrence_pytorch.model import own_class
 from segment_recurrence_pytorch.state import copied, where_rows
 
 
@@ -255,13 +254,12 @@ class RecurrentMemoryTransformer(SegmentTransformer):
     @property
     def draws_random(self) -> bool:
         """See `SegmentModel.draws_random`."""
-        return self.memory_noise > 0 or self.blocks_draw_random
+        return (self.training and self.memory_noise > 0) or self.blocks_draw_random
 
     @property
     def blocks_draw_random(self) -> bool:
-        """Whether a block may draw random numbers in training mode: it has dropout, or a subclass may have changed
-        it."""
-        return own_class(self) is not RecurrentMemoryTransformer or has_dropout(self)
+        """Whether a block may draw random numbers now. See `layers.may_draw_random`."""
+        return may_draw_random(self, RecurrentMemoryTransformer)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. Weight decay applies to the matrices of the blocks and of axial attention."""
@@ -367,7 +365,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
         # In the last layer, the outputs of the read rows are never used, and those of the text rows are only
         # used as hidden states. If blocks draw random numbers, the text rows are always computed, since both values of
         # need_hidden must draw the same ones.
-        skip_text = not need_hidden and not (self.training and self.blocks_draw_random)
+        skip_text = not need_hidden and not self.blocks_draw_random
         last = len(self.layers) - 1
         kept = []
         for index, (block, layer_xl) in enumerate(zip(self.layers, self.xl_of_layers(xl), strict=True)):

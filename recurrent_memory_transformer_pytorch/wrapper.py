@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
-from segment_recurrence_pytorch.checks import check_count, check_finite, typed
+from segment_recurrence_pytorch.checks import check_count, check_finite, is_number, typed
 from segment_recurrence_pytorch.generation import new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
@@ -113,6 +113,7 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
         check_finite(mrbp_loss_weight=mrbp_loss_weight)
+        check_count('truncate_at_step', truncate_at_step)
         if memory_replay_backprop:
             backward_fn = backward_fn or Tensor.backward
             loss, _, state = self.loss(
@@ -131,7 +132,6 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         if return_loss or labels is not None:
             loss, _, state = self.loss(x, memories, labels=labels, mask=mask, backprop_segments=truncate_at_step)
             return loss, self.model.as_memories(state)
-        check_count('truncate_at_step', truncate_at_step)
         logits, state = self.logits(x, memories, mask=mask, backprop_segments=truncate_at_step)
         return logits, self.model.as_memories(state)
 
@@ -168,8 +168,8 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         if filter_thres is None and not has_filter(options):
             filter_thres = 0.9
         if filter_thres is not None:
-            if not 0 <= filter_thres <= 1:
-                raise ValueError(f'filter_thres is {filter_thres}: give a share in [0, 1]')
+            if not (is_number(filter_thres) and 0 <= filter_thres <= 1):
+                raise ValueError(f'filter_thres is {filter_thres!r}: give a share in [0, 1]')
             if options.get('filter_fn') is not None:
                 raise ValueError(f'filter_thres={filter_thres} and filter_fn: give one of them')
             options['filter_fn'] = partial(top_k, thres=filter_thres)

@@ -338,7 +338,7 @@ def _check_values(
         flags.append(_outside(x, model.num_tokens))
     if labels is not None and labels.numel():
         not_counted = [IGNORE] if ignore_index in (None, IGNORE) else [ignore_index, IGNORE]
-        counted = labels
+        counted = labels if valid is None else labels.masked_fill(~valid, 0)
         for value in not_counted:
             counted = counted.masked_fill(labels == value, 0)
         message = f'a label is outside [0, {model.num_tokens}) and none of {not_counted}, which are not counted'

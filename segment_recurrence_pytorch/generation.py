@@ -351,7 +351,11 @@ def read_segments(
     rest, left_counts = lengths - whole * segment_length, [(count - 1) % segment_length + 1 for count in counts]
     place = (whole * segment_length)[:, None] + torch.arange(max(left_counts), device=tokens.device)
     left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
-    state = initial_state(model, len(tokens)) if state is None else copied(detach(state))
+    if state is None:
+        state = initial_state(model, len(tokens))
+    elif not longest:  # no segment was read: it is the caller's
+        state = copied(state)
+    state = detach(state)
     left = left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0)
     return Cursor(state, left, rest), left_counts
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from segment_recurrence_pytorch.checks import can_hold_ids
 from segment_recurrence_pytorch.data import Piece, segments_as_rows
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.state import State, detach
@@ -52,8 +53,8 @@ class Graphed:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             if key not in self.graphs:
-                self.graphs[key] = None
                 found = self.function(*arguments)
+                self.graphs[key] = None  # only now: if it failed, the next call runs as it is written, too
             else:
                 if self.graphs[key] is None:
                     self.graphs[key] = self._record(leaves, tree)
@@ -116,8 +117,9 @@ class TrainingStep:
         """Makes one step. See `SegmentWrapper.loss`.
 
         Args:
-            x: ids (b, n) on any device. If there are no labels, one more column, which is only a target. `IGNORE` is
-                padding, as `data.Streams` has it at the end of a document.
+            x: ids (b, n) on any device. `IGNORE` is padding, as `data.Streams` has it at the end of a document. If
+                there are no labels, one more column, which is only a target; the wrapper's `ignore_index` is padding
+                then, too.
             state: the state that the last call returned. Default: None, new texts start.
             labels: targets (b, n). Default: None, the next tokens.
             starts: (b,) bool, True where a new text starts in a row. Default: None, nowhere.
@@ -125,12 +127,17 @@ class TrainingStep:
 
         Returns:
             The loss before the step, and the state after it, both detached. On a GPU the next call overwrites both.
+
+        Raises:
+            ValueError: if an argument does not fit, as far as it can be seen without waiting for a GPU.
         """
+        if not can_hold_ids(x.dtype):
+            raise ValueError(f'x is {x.dtype}: give token ids')
         device = self.wrapper.model.device
+        x, labels = x.long(), None if labels is None else labels.long()  # smaller types cannot hold IGNORE
         more = {name: values.to(device, non_blocking=True) for name, values in (per_segment or {}).items()}
         if self.graphed is not None:
             if labels is None:  # ids that mean padding then, as for the wrapper
-                x = x.long()
                 x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
                 labels, x = x[:, 1:], x[:, :-1]
             tensors = [None if t is None else t.to(device, non_blocking=True) for t in (x, labels, starts)]
@@ -139,8 +146,11 @@ class TrainingStep:
         else:
             if starts is not None:
                 state = self.wrapper.reset(state, starts)
-            given = {'labels': None if labels is None else labels.to(device), 'per_segment': more}
-            found = self._made(x.to(device), state, given)
+            x = x.to(device)
+            if labels is None:
+                found = self._made(x, state, {'per_segment': more})
+            else:
+                found = self._masked(x, labels.to(device), state, more)
         self.done += 1
         return found
 
@@ -166,6 +176,9 @@ class TrainingStep:
         # a graph has one way: rows are set back in every step, and padding is a mask, whether there is any or not
         if state is not None and starts is not None:
             state = self.wrapper.model.reset(state, starts)
+        return self._masked(x, labels, state, more)
+
+    def _masked(self, x: Tensor, labels: Tensor, state: State, more: dict[str, Tensor]) -> tuple[Tensor, State]:
         mask = x != IGNORE
         given = {'labels': labels.masked_fill(~mask, IGNORE), 'mask': mask, 'per_segment': more}
         return self._made(x.masked_fill(~mask, 0), state, given)

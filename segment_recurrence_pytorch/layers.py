@@ -27,10 +27,13 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from segment_recurrence_pytorch.checks import check_positive, is_number
-from segment_recurrence_pytorch.model import SegmentModel, with_own_rate
+from segment_recurrence_pytorch.model import SegmentModel, own_class, with_own_rate
 
 BACKENDS = ('auto', 'sdpa', 'flash2', 'naive')
 HALF_TYPES = (torch.float16, torch.bfloat16)
+# modules of PyTorch that draw no random numbers, but for the dropout that they say
+PLAIN = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm, nn.ModuleList, nn.Sequential, nn.Identity, nn.Dropout,
+         nn.SiLU, nn.GELU)  # fmt: skip
 
 
 class AttentionCall(NamedTuple):
@@ -428,14 +431,39 @@ else:
     Blocks = nn.ModuleList
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Returns whether a module of a model has dropout now, whoever gave it to the module, and when.
+def may_draw_random(model: nn.Module, own: type) -> bool:
+    """Returns whether a model may draw random numbers in the mode in which its modules are, training or evaluation.
+
+    The modules of this library and those of `PLAIN` draw none, but for their dropout. Any other module may draw some,
+    and so may a subclass, a module with a hook, and one whose `forward` was replaced, whoever did that, and when.
 
     Args:
         model: the model.
+        own: the class of the library of which it is a model.
     """
-    rates = (getattr(module, name, 0) for module in model.modules() for name in ('p', 'dropout'))
-    return any(is_number(rate) and rate > 0 for rate in rates)
+    packages = {each.__module__.partition('.')[0] for each in (own, SegmentModel)}
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        has = vars(module)
+        modules += [part for part in has['_modules'].values() if part is not None]
+        if not has['training']:
+            continue
+        if any(name in has and is_number(has[name]) and has[name] > 0 for name in ('p', 'dropout')):
+            return True
+        has_hooks = has['_forward_hooks'] or has['_forward_pre_hooks']
+        if 'forward' in has or (has_hooks and type(module) is own_class(module)):  # a sharded module has hooks of FSDP2
+            return True
+        if module is model:
+            if own_class(model) is not own:
+                return True
+        elif not _is_one_of(packages, type(module)) and not _is_one_of(packages, own_class(module)):
+            return True
+    return False
+
+
+def _is_one_of(packages: set[str], cls: type) -> bool:
+    return cls in PLAIN or cls.__module__.partition('.')[0] in packages
 
 
 def outputs_from(linear: nn.Linear, x: Tensor, first: int) -> Tensor:

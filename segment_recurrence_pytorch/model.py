@@ -273,11 +273,11 @@ class SegmentModel(nn.Module, ABC):
 
     @property
     def draws_random(self) -> bool:
-        """Whether `advance` may draw random numbers in training mode. Replay and recomputing then keep the random state
-        of each window.
+        """Whether `advance` may draw random numbers as the model is now. Replay and recomputing then keep the random
+        state of each window.
 
-        The default is True, which is always right. A class that draws none may return False, which saves that work; a
-        subclass of it that does draw some has to return True again.
+        The default is True, which is always right. A class that draws none, or none in evaluation mode, may return
+        False then, which saves that work; a subclass of it that does draw some has to return True again.
         """
         return True
 

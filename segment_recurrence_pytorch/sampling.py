@@ -166,6 +166,7 @@ def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
         thres: a kept token is at least thres times as likely as the most likely one, in [0, 1]. Default: 0.1.
     """
     _check_share(thres)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
 
@@ -176,8 +177,8 @@ def _check_share(thres: float) -> None:
 
 
 def _keep_largest(logits: Tensor, k: int) -> Tensor:
-    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < smallest, float('-inf'))
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return torch.full_like(logits, float('-inf')).scatter(-1, ids, values)  # exactly k, also of equal logits
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

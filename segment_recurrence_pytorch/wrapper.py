@@ -186,8 +186,11 @@ class SegmentWrapper(nn.Module):
             raise ValueError("backward=True needs a scalar: reduction='mean' or 'sum'")
         if backward and not torch.is_grad_enabled():
             raise ValueError('backward=True inside torch.no_grad() or inference_mode(): leave one of them out')
-        if backward and not (x.requires_grad or any(p.requires_grad for p in self.model.parameters())):
-            raise ValueError('backward=True, but every parameter is frozen: unfreeze one, or leave backward out')
+        if backward and not self._can_learn(x, per_segment):
+            constant = ', and a state that is given is a constant here: recompute=True trains it' * (state is not None)
+            raise ValueError(
+                f'backward=True, but every parameter is frozen{constant}. Unfreeze one, or leave backward out'
+            )
         check_call(self, backward=backward, mean=reduction == 'mean')
         further = []
         if per_segment and x.ndim > 1:
@@ -451,6 +454,11 @@ class SegmentWrapper(nn.Module):
             counts=counts,
         )
 
+    def _can_learn(self, x: Tensor, per_segment: dict | None) -> bool:
+        """Returns whether anything that replay can send a gradient to wants one."""
+        tensors = [x, *self.model.parameters(), *(per_segment or {}).values()]
+        return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
     def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> tuple[Cursor, list[int]]:
         """Returns the cursor of a prompt and a state, which are checked, and its lengths as numbers."""
         if not self.model.causal:
@@ -461,8 +469,8 @@ class SegmentWrapper(nn.Module):
         return Cursor(state, tokens, cursor.lengths), counts
 
     def _length(self, segment_length: int | None) -> int:
-        """Returns the segment length of one call: the given one, or the wrapper's."""
-        return self.segment_length if segment_length is None else _checked_length(self.model, segment_length)
+        """Returns the segment length of one call: the given one, or the wrapper's, which may have been set anew."""
+        return _checked_length(self.model, self.segment_length if segment_length is None else segment_length)
 
     @property
     def _padding_ids(self) -> tuple[int, ...]:
@@ -558,8 +566,9 @@ def same_option(old_name: str, old: int | None, backprop_segments: int | None) -
         backprop_segments: the value given by the name backprop_segments, or None.
 
     Raises:
-        ValueError: if both are given and differ.
+        ValueError: if both are given and differ, or if the value is no number of segments.
     """
+    check_count(old_name, old)
     if old is not None and backprop_segments is not None and old != backprop_segments:
         raise ValueError(f'{old_name}={old} and backprop_segments={backprop_segments} mean the same: give one')
     return backprop_segments if old is None else old

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import SegmentWrapper, loss
 from segment_recurrence_pytorch.backprop import plan_windows
-from segment_recurrence_pytorch.layers import has_dropout
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import (
     DROPOUT,
@@ -75,9 +74,9 @@ def run(model, way, x, mask, k=None, segments_per_pass=None):
 def test_replay_and_recomputing_are_one_graph(make, ragged):
     """With dropout at the same number of segments a pass, without it at any."""
     model, (x, mask) = make(), batch(ragged)
-    exact = None if has_dropout(model) else run(model, 'full', x, mask, segments_per_pass=1)
+    exact = None if model.draws_random else run(model, 'full', x, mask, segments_per_pass=1)
     for segments_per_pass in (1, 2, 9):
-        if has_dropout(model) and segments_per_pass > 1 and not model.parallel_segments:
+        if model.draws_random and segments_per_pass > 1 and not model.parallel_segments:
             continue  # one segment after the other: nothing else to compare with
         loss, state, want, drawn = exact or run(model, 'full', x, mask, segments_per_pass=segments_per_pass)
         for way in ('full', 'recompute', 'replay'):
@@ -115,17 +114,63 @@ def dropout_later(name):
     return change
 
 
+class DropPath(torch.nn.Module):
+    """Leaves out what another module adds, at random: a module that the library does not know."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        out = self.module(*args, **kwargs)
+        return out * torch.rand(()) if self.training else out
+
+
+def drop_path_later(model):
+    model.layers[-1].ff = DropPath(model.layers[-1].ff)
+    return model
+
+
+def noise_by_a_hook(model):
+    model.layers[-1].ff.register_forward_hook(
+        lambda module, inputs, out: out * torch.rand(()) if module.training else out
+    )
+    return model
+
+
+def another_forward(model):
+    ff = model.layers[-1].ff
+    plain = ff.forward
+    ff.forward = lambda x: plain(x) * torch.rand(()) if ff.training else plain(x)
+    return model
+
+
+def random_activation(model):
+    model.layers[-1].ff = torch.nn.Sequential(model.layers[-1].ff, torch.nn.RReLU())
+    return model
+
+
+CHANGES = {
+    'subclass': with_random_blocks,
+    'feed-forward later': dropout_later('feed-forward'),
+    'attention later': dropout_later('attention'),
+    'an unknown module': drop_path_later,
+    'a hook': noise_by_a_hook,
+    'another forward': another_forward,
+    'a random activation': random_activation,
+}
+
+
+@pytest.mark.parametrize('part', ['all', 'last block'])
 @pytest.mark.parametrize('make', [make_rmt, make_infini], ids=['rmt', 'infini'])
-@pytest.mark.parametrize(
-    'change',
-    [with_random_blocks, dropout_later('feed-forward'), dropout_later('attention')],
-    ids=['subclass', 'feed-forward later', 'attention later'],
-)
-def test_dropout_that_no_argument_told_of_is_replayed_too(make, change):
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_random_numbers_that_no_argument_told_of_are_replayed_too(make, change, part):
+    """Also where only a part of the model is in training mode."""
     model, (x, mask) = change(make()), batch(True)
     loss, _, want, drawn = run(model, 'full', x, mask, segments_per_pass=1)
     assert loss != run(model.eval(), 'full', x, mask, segments_per_pass=1)[0]
-    model.train()
+    (model if part == 'all' else model.layers[-1]).train()
+    loss, _, want, drawn = run(model, 'full', x, mask, segments_per_pass=1)
     for way in ('recompute', 'replay'):
         other, _, have, other_drawn = run(model, way, x, mask, segments_per_pass=1)
         close(other, loss)
@@ -396,7 +441,7 @@ def test_replay_under_autocast_is_one_graph_under_autocast():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'truncate_at_step': 0}, 'backprop_segments is 0'),
+        ({'truncate_at_step': 0}, 'truncate_at_step is 0'),
         ({'backprop_segments': 0}, 'backprop_segments is 0'),
         ({'backprop_segments': 2, 'truncate_at_step': 3}, 'mean the same'),
         ({'segments_per_pass': 0}, 'segments_per_pass is 0'),
@@ -419,5 +464,6 @@ def test_published_truncation():
         else:
             wrapper(x, return_loss=True, truncate_at_step=2)[0].backward()
         same_gradients(gradients(model), want)
-    with pytest.raises(ValueError, match='backprop_segments is 0'):
-        RecurrentMemoryTransformerWrapper(model)(x, return_loss=True, truncate_at_step=0)
+    for call in ({}, {'return_loss': True}, {'memory_replay_backprop': True}):
+        with pytest.raises(ValueError, match='truncate_at_step is 0'):
+            RecurrentMemoryTransformerWrapper(model)(x, truncate_at_step=0, **call)

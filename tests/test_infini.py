@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from infini_transformer_pytorch import (
+    FastweightMemory,
     InfiniTransformer,
     InfiniTransformerWrapper,
     Memories,
     TransformerReturn,
     infini,
 )
+from infini_transformer_pytorch.attention import InfiniAttention
 from segment_recurrence_pytorch import SegmentWrapper, backprop, record_attention
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import INFINI_OPTIONS, close, ids, long_unless, make_infini
@@ -248,8 +250,7 @@ def test_reading_from_above_has_an_effect_and_selects_the_segment_loop():
         logits.append(InfiniTransformerWrapper(model, LENGTH).logits(x)[0])
     close(logits[0][:, :LENGTH], logits[1][:, :LENGTH])
     assert not torch.allclose(logits[0][:, LENGTH:], logits[1][:, LENGTH:])
-    with pytest.raises(ValueError, match='one segment at a time'):
-        InfiniTransformerWrapper(model, LENGTH, segments_per_pass=2)
+    close(InfiniTransformerWrapper(model, LENGTH, segments_per_pass=2).logits(x)[0], logits[1])
     with pytest.raises(ValueError, match='one segment at a time'):
         model.advance(x, segment_length=LENGTH)
 
@@ -597,3 +598,47 @@ def test_a_projection_that_was_adapted_is_used_for_the_state_too(adapt):
 def test_a_published_checkpoint_takes_no_option_that_its_package_lacks(option):
     with pytest.raises(ValueError, match=f'{next(iter(option))} is True, but that package has False'):
         InfiniTransformer.from_peer_state_dict({}, **option)
+
+
+def test_an_open_segment_is_not_written(monkeypatch):
+    """Token by token, the segment would else be written again for every one of them."""
+    model, x = make_infini(), ids(2, 9)
+    whole, _, written = model(x, return_new_memories=True)
+    open_logits, cache, _ = model(x[:, :5])
+    writes = []
+    write = FastweightMemory.write
+    monkeypatch.setattr(FastweightMemory, 'write', lambda *args, **more: writes.append(1) or write(*args, **more))
+    close(model(x)[0], whole)
+    middle, cache, memories = model(x[:, 5:8], cached_kv=cache)
+    assert not writes
+    assert memories is None
+    last, _, memories = model(x[:, 8:], cached_kv=cache, return_new_memories=True)
+    assert len(writes) == len(model.layers)
+    close(torch.cat((open_logits, middle, last), dim=1), whole)
+    for have, want in zip(leaves(memories), leaves(written), strict=True):
+        close(have, want)
+
+
+def test_a_call_with_a_cache_looks_at_values_once(monkeypatch):
+    model, x = make_infini(memory_rule='deltanet', memory_decay=True), ids(2, 9)
+    _, cache, _ = model(x[:, :5])
+    looks, read = [], []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: looks.append(1) or to_list(self))
+    for layer in model.memory_layers:
+        layer.to_decay.register_forward_hook(lambda module, inputs, out: read.append(inputs[0].shape[-2]))
+    model(x[:, 5:6], cached_kv=cache)
+    assert len(looks) == 1
+    assert sum(read) == len(model.layers)  # the new token alone
+
+
+def test_shares_of_gates_that_tokens_decide_are_refused():
+    class Gated(InfiniAttention):
+        def gates(self, x):
+            return x.mean(-1)[..., None, :]
+
+    model = make_infini()
+    assert model.memory_shares().shape == (2, 2)
+    model.layers[1].attn.__class__ = Gated
+    with pytest.raises(ValueError, match='Gated, the memory of layer 1, computes its gates from the tokens'):
+        model.memory_shares()

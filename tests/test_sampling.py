@@ -124,3 +124,21 @@ def test_a_filter_may_work_in_place_and_forbid_tokens():
 
     for options in ({'temperature': 0}, {}):
         assert not (wrapper.generate_tokens(prompt, 40, filter_fn=forbid, **options) == forbidden).any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_equal_logits_do_not_make_more_candidates(dtype):
+    """Logits of half types are often equal."""
+    logits = torch.randn(50, 256).to(dtype)
+    logits[0] = 0.0
+    kept = top_k(logits, 0.97)
+    assert kept.isfinite().sum(-1).tolist() == [8] * 50
+    assert (kept.sort(-1, descending=True).values[:, :8] == logits.sort(-1, descending=True).values[:, :8]).all()
+    drawn = {int(Sampler(top_k=1)(torch.zeros(1, 10))[0]) for _ in range(40)}
+    assert len(drawn) == 1
+
+
+def test_filters_of_half_types_compute_in_float32():
+    logits = torch.randn(200, 256).bfloat16()
+    for function in (top_p, min_p):
+        assert torch.equal(function(logits), function(logits.float()))

@@ -1,12 +1,14 @@
 """`TrainingStep`: on a CPU the step that one would write, on a GPU the same as a CUDA graph."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.data import Piece
-from segment_recurrence_pytorch.graphs import TrainingStep
+from segment_recurrence_pytorch.graphs import Graphed, TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.training import train_loss, warmup_cosine
 from tests.conftest import ids, make_infini, make_rmt, same_gradients
@@ -142,3 +144,53 @@ def test_the_learning_rate_is_never_above_its_peak(warmup):
     assert min(factors) > 0
     assert max(factors) <= 1
     assert factors[-1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize('make', [make_rmt, make_infini])
+def test_small_types_and_padding_are_those_of_the_wrapper(make):
+    """With labels, too, and in the function that is recorded on a GPU. uint8 holds byte 156, but no -100."""
+    torch.manual_seed(3)
+    wrapper = SegmentWrapper(make(num_tokens=256), segment_length=6)
+    x, labels = torch.randint(256, (2, 18)), torch.randint(256, (2, 18))
+    x[0, 3] = labels[1, 4] = 156
+    mask = torch.arange(18) < torch.tensor([[18], [13]])
+    for given, more in ((x.to(torch.uint8), {}), (x.masked_fill(~mask, IGNORE), {'mask': mask})):
+        wanted = wrapper.loss(x, labels=labels, **more).loss.item()
+        for captured in (False, True):
+            step = TrainingStep(
+                wrapper, wrapper.model.param_groups(1e-9, 0.0), betas=(0.9, 0.95), schedule=lambda _: 0.0
+            )
+            if captured:
+                step.graphed = step._captured
+            found, _ = step(given, labels=labels.to(torch.uint8))
+            assert found.item() == pytest.approx(wanted, abs=1e-12)
+    with pytest.raises(ValueError, match='give token ids'):
+        step(torch.randn(2, 18, 16), labels=labels)
+
+
+def test_a_first_call_that_fails_is_no_warm_up(monkeypatch):
+    """A graph may only be recorded after a call that has made what the later ones reuse."""
+    calls = []
+
+    def function(x):
+        calls.append('run')
+        if len(calls) == 1:
+            raise MemoryError
+        return x
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, 'Stream', Stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', Stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: None)
+    graphed = Graphed(function)
+    monkeypatch.setattr(graphed, '_record', lambda leaves, tree: calls.append('recorded') or 1 / 0)
+    with pytest.raises(MemoryError):
+        graphed(torch.zeros(2))
+    graphed(torch.zeros(2))
+    with pytest.raises(ZeroDivisionError):
+        graphed(torch.zeros(2))
+    assert calls == ['run', 'run', 'recorded']

@@ -244,7 +244,7 @@ def test_a_refused_call_changes_nothing(call, message):
 def test_backward_without_anything_to_train_is_refused(make):
     wrapper, x = SegmentWrapper(make(), segment_length=6), ids(2, 15)
     wrapper.requires_grad_(False)
-    with pytest.raises(ValueError, match='backward=True, but every parameter is frozen: unfreeze one, or leave'):
+    with pytest.raises(ValueError, match=r'backward=True, but every parameter is frozen\. Unfreeze one, or leave'):
         wrapper.loss(x, backward=True)
     assert not wrapper.loss(x).loss.requires_grad
     # embeddings that somebody trains are something to train
@@ -254,6 +254,12 @@ def test_backward_without_anything_to_train_is_refused(make):
     wrapper.loss(embeddings, labels=labels, backward=True)
     close(embeddings.grad, expected)
     assert all(parameter.grad is None for parameter in wrapper.parameters())
+    # a state is a constant in replay: the message says what trains it
+    state = map_state(lambda leaf: leaf.detach().requires_grad_(), wrapper.model.initial_state(2))
+    with pytest.raises(ValueError, match='a state that is given is a constant here: recompute=True trains it'):
+        wrapper.loss(x, state, backward=True)
+    SegmentWrapper(wrapper.model, segment_length=6, recompute=True).loss(x, state).loss.backward()
+    assert any(leaf.grad.any() for leaf in leaves(state))
 
 
 def test_what_is_trained_without_an_influence_gets_zeros():
@@ -435,3 +441,35 @@ def test_a_wrong_name_of_a_choice_is_a_value_error():
 def test_an_unknown_option_of_generation_is_named_with_those_that_exist():
     with pytest.raises(TypeError, match=r"no option 'eos_token': its options are state, .*eos_token_id, .*top_p"):
         SegmentWrapper(make_rmt()).generate_tokens(ids(1, 4), 2, eos_token=3)
+
+
+def test_a_scale_of_segments_can_be_trained_with_a_frozen_model():
+    wrapper, x = SegmentWrapper(make_infini(memory_rule='linear'), segment_length=6), ids(2, 15)
+    wrapper.requires_grad_(False)
+    scale = torch.rand(2, 3, requires_grad=True)
+    wrapper.loss(x, per_segment={'write_scale': scale}).loss.backward()
+    expected, scale.grad = scale.grad, None
+    wrapper.loss(x, per_segment={'write_scale': scale}, backward=True)
+    assert expected.any()
+    close(scale.grad, expected)
+
+
+@BOTH
+def test_the_segment_length_of_a_wrapper_can_be_set_anew(make):
+    wrapper, x = SegmentWrapper(make(), segment_length=6), ids(2, 15)
+    wrapper.segment_length = 4
+    close(wrapper.loss(x).loss, wrapper.loss(x, segment_length=4).loss)
+    wrapper.segment_length = 0
+    for call in (wrapper.loss, wrapper.logits, wrapper.read, lambda x: wrapper.generate_tokens(x, 3)):
+        with pytest.raises(ValueError, match='segment_length is 0'):
+            call(x)
+
+
+@BOTH
+def test_what_labels_say_at_padded_positions_has_no_effect(make):
+    wrapper, x, labels = SegmentWrapper(make(), segment_length=6), ids(2, 15), ids(2, 15)
+    mask = torch.arange(15) < torch.tensor([[15], [11]])
+    wanted = wrapper.loss(x, labels=labels, mask=mask).loss
+    close(wrapper.loss(x, labels=labels.masked_fill(~mask, 9999), mask=mask).loss, wanted)
+    with pytest.raises(ValueError, match=r'a label is outside \[0, 20\)'):
+        wrapper.loss(x, labels=labels.masked_fill(mask, 9999), mask=mask)
