@@ -122,7 +122,7 @@ def idea(theme: str) -> Figure:
     draw.axes.plot([0.5, 34.9], [12.9, 12.9], color=draw.colors['line'], linewidth=1)
 
     draw.text(0.5, 11.9, 'Infini-Transformer', ha='left', fontsize=13, weight='bold')
-    words = 'The state is a matrix in every head of every layer. A layer recalls from it, then adds its segment.'
+    words = 'The state is a matrix in every head of every layer. A layer recalls from it, then writes its segment.'
     draw.text(0.5, 10.8, words, ha='left', color='faint')
     for number, x in enumerate(starts):
         y = 2.1

@@ -34,6 +34,7 @@ from benchmarks.evidence.report import interval, score  # noqa: E402
 from benchmarks.evidence.rows import ROWS, TITLES, LanguageRow, TaskRow  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 from benchmarks.text import start_of  # noqa: E402
+from segment_recurrence_pytorch.tasks import AssociativeRetrieval  # noqa: E402
 
 MARK = re.compile(r'(<!--=(\w+)-->)(.*?)(<!--/-->)', re.DOTALL)
 NUMBERS: dict[str, Callable[[], str]] = {}
@@ -190,9 +191,33 @@ def learned(row: TaskRow | LanguageRow) -> str:
     return f'{what}, {TITLES[row.model]}{more}: {unit}'
 
 
+# how a table names the arms of an experiment whose own names are short
+SHOWN = {
+    'gate': {'3': 'gate 3, rate 3', **{name: f'gate {name}' for name in ('0', '6', '10')},
+             **{f'3, {times} times': f'rate {times}' for times in (1, 10, 30)}},
+    'backprop': {'all': 'all segments', **{number: f'blocks of {number}' for number in ('1', '2', '4')}},
+    'write_init': {name: f"`'{name}'`" for name in ('scaled', 'learned', 'sum', 'previous')},
+    'memory_mask': {name: f"`'{name}'`" for name in ('block', 'causal', 'mixed')},
+    'axial': {'the last 8 memories': '8', 'the last one (control)': '1 (control)', 'off': '`axial_mem_len=0`'},
+    'enhanced': {'same layer': 'neither', 'talking heads': "`'talking_heads'`", 'kv projection': "`'kv_proj'`",
+                 'layer above': "`'above'`"},
+}  # fmt: skip
+SHOWN['backprop_bytes'] = SHOWN['backprop']
+
+
+def guessing(row: TaskRow | LanguageRow) -> str:
+    """Returns the accuracy on the task of a row without a memory, and on pairs that of values without their keys."""
+    if isinstance(row, LanguageRow):
+        return ''
+    task = row.task()
+    if isinstance(task, AssociativeRetrieval):
+        return f'{mean(task.without_keys(length) for length in row.lengths):.3f}'
+    return f'{task.without_memory:.3f}'
+
+
 def compared(*names: str) -> str:
-    """Returns a table of experiments with the same arms: the mean score of the default, and the difference of each
-    other arm to it, for each row of which all runs are there."""
+    """Returns a table of experiments with the same arms: the score without a memory, the mean score of the default, and
+    the difference of each other arm to it, for each row of which all runs are there."""
     lines, arms = [], list(EXPERIMENTS[names[0]].arms)
     for name in names:
         experiment = EXPERIMENTS[name]
@@ -206,8 +231,10 @@ def compared(*names: str) -> str:
                 for arm in experiment.arms
             }
             other = [cells.get(arm, '') for arm in arms[1:]]
-            lines.append([learned(row), f'{mean(default):.3f}', *other])
-    return table(' | '.join(['learned', *arms]), lines) if lines else 'not measured'
+            lines.append([learned(row), guessing(row), f'{mean(default):.3f}', *other])
+    default, *rest = [SHOWN.get(names[0], {}).get(arm, arm) for arm in arms]
+    heads = ['task', 'guessing', f'{default}: score', *(f'{arm}: change' for arm in rest)]
+    return table(' | '.join(heads), lines) if lines else 'not measured'
 
 
 NUMBERS |= {
@@ -219,6 +246,19 @@ NUMBERS |= {
     'gates': partial(compared, 'gate'),
     'enhanced': partial(compared, 'enhanced'),
 }
+
+
+@number
+def strength_far() -> str:
+    """What a learned strength keeps of a fact in the longest texts, with the linear rule."""
+    experiment = EXPERIMENTS['rules']
+    (row,) = [row for row in experiment.rows if row.name == 'passkey']
+    runs, length = stored(experiment.file(RESULTS / 'evidence', row)), max(row.lengths)
+    found = [
+        short(mean(run['curve'][str(length)] for run in runs if run['arm'] == arm))
+        for arm in ('linear, strength', 'linear')
+    ]
+    return f'{found[0]} with it and {found[1]} without it, after {length * row.task().segment_length:,} tokens'
 
 
 # how fast it is
@@ -349,20 +389,18 @@ def speed_summary() -> str:
     training = read('rmt_training')['times_ours']
     infini = {(row['segment_length'], row['rule']): row['times_faster'] for row in read('infini_training')['rows']}
     tokens = {(row['model'], row['segment_length']): row for row in read('generation')['tokens']}
-    one, four = training['published, 1 stream, use_flash_attn'], training['published, 4 streams (its default)']
+    one, four = 'published, 1 stream, use_flash_attn', 'published, 4 streams (its default)'
     rmt = [tokens['rmt', length] for length in (256, 1024)]
     lines = [
-        ['training step, RMT with replay, segments of 256',
-         f'{four:.2f}; {one:.2f} against its fastest options'],
-        ['training step, Infini, delta rule, segments of 512, 128, 32',
-         ', '.join(f'{infini[length, "delta"]:.2f}' for length in (512, 128, 32))],
-        ['new token, RMT, segments of 256, 1024',
-         f'{", ".join(str(row["times_faster_eager"]) for row in rmt)}; '
-         f'{", ".join(str(row["times_faster_than_fastest_eager"]) for row in rmt)} against its fastest options'],
-        ['new token, Infini, segments of 512; compiled',
-         '; '.join(f'{tokens["infini", 512][f"times_faster_{how}"]}' for how in ('eager', 'compiled'))],
+        ['training step, RMT with replay', 256, f'{training[four]:.2f}', f'{training[one]:.2f}'],
+        ['training step, Infini, delta rule', '512, 128, 32',
+         ', '.join(f'{infini[length, "delta"]:.2f}' for length in (512, 128, 32)), ''],
+        ['new token, RMT', '256, 1024', *(', '.join(str(row[f'times_faster{than}_eager']) for row in rmt)
+                                          for than in ('', '_than_fastest'))],
+        *([f'new token, Infini{", ours compiled" * (how == "compiled")}', 512,
+           tokens['infini', 512][f'times_faster_{how}'], ''] for how in ('eager', 'compiled')),
     ]  # fmt: skip
-    return table('what | times faster', lines)
+    return table('what | segment | than its defaults | than its fastest options', lines)
 
 
 def crossing(model: str, question: str = 'training') -> str:
@@ -464,6 +502,11 @@ def text_xl() -> str:
 @number
 def text_rmt() -> str:
     return text_gain('rmt')
+
+
+@number
+def text_both() -> str:
+    return text_gain('rmt_xl')
 
 
 # on a GPU
