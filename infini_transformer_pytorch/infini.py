@@ -199,6 +199,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         ValueError: if a value is outside its range, or if options contradict each other.
     """
 
+    free_arguments = frozenset({'attn_dropout', 'ff_dropout'})
+
     @typed
     def __init__(
         self,

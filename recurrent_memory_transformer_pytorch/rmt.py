@@ -110,6 +110,7 @@ class RecurrentMemoryTransformer(SegmentTransformer):
     """
 
     parallel_segments = False
+    free_arguments = frozenset({'attn_dropout', 'ff_dropout', 'memory_noise', 'use_flash_attn'})
 
     @typed
     def __init__(

@@ -319,6 +319,36 @@ def sequence_nll(
     return torch.stack([_zero_loss(model), *losses]).sum(), state
 
 
+def sequence_hidden(
+    model: SegmentModel, batch: Batch, windows: list[Window], state: State, *, recompute: bool = False
+) -> tuple[Tensor, State]:
+    """Returns the hidden states of all windows (b, n, dim), and the state after the last one.
+
+    Args:
+        model: the model.
+        batch: the tensors of the call.
+        windows: what `plan_windows` returned.
+        state: the state before the first window, or None.
+        recompute: see `sequence_nll`. Default: False.
+    """
+    hiddens = []
+    for window in windows:
+        if window.truncate:
+            state = detach(state)
+        tokens, _, mask, _ = batch.columns(window)
+        arguments = (model, tokens, state, mask, window.segment_length)
+        if recompute and torch.is_grad_enabled():
+            read = checkpoint(read_window, *arguments, use_reentrant=False, preserve_rng_state=model.draws_random)
+        else:
+            read = read_window(*arguments)
+        hidden, state = read
+        hiddens.append(hidden)
+    if hiddens:
+        return torch.cat(hiddens, dim=1), state
+    nothing = torch.zeros(len(batch.tokens), 0, model.dim, dtype=model.dtype, device=batch.tokens.device)
+    return nothing, own_state(model, batch, state)
+
+
 def own_state(model: SegmentModel, batch: Batch, state: State) -> State:
     """Returns the state after a call that reads nothing. It shares memory with no other tensor.
 

@@ -147,9 +147,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         path: the file.
 
     Raises:
-        ValueError: if the file is damaged, or was made by a model of another class, with other arguments or of other
-            shapes, if it holds only trained weights and the model's other weights are not those that stood beside them,
-            or if the parameters are sharded. The model then keeps the weights that it had.
+        ValueError: if the file is damaged, or was made by a model of another class, of other shapes or with other
+            arguments (but for `SegmentModel.free_arguments`), if it holds only trained weights and the model's other
+            weights are not those that stood beside them, or if the parameters are sharded. The model then keeps the
+            weights that it had.
     """
     if _mesh_of(model) is not None:
         raise ValueError('the parameters of the model are sharded: load the weights first, then call `shard`')
@@ -245,8 +246,8 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
         model: the model that will go on from the cursor.
 
     Raises:
-        ValueError: if the file is damaged, or was made by a model of another class, with other arguments or with other
-            weights.
+        ValueError: if the file is damaged, or was made by a model of another class, with other arguments (but for
+            `SegmentModel.free_arguments`) or with other weights.
     """
     _check_model(model)
     try:
@@ -279,8 +280,8 @@ def check_made_by(path: str | Path, saved: Any, now: dict[str, Any], model: Segm
         path: the file.
         saved: what the file says of the model that made it: its class and its arguments.
         now: the class and the arguments of the present model.
-        model: the present model, which converts the arguments of files of earlier versions (`as_arguments`). Default:
-            None, they are compared as they are.
+        model: the present model, which converts the arguments of files of earlier versions (`as_arguments`), and says
+            which of them may differ (`free_arguments`). Default: None, they are compared as they are.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get('arguments'), dict) or 'class' not in saved:
         raise ValueError(f'{path} does not say which model made it: its fingerprint is {str(saved)[:80]}')
@@ -288,7 +289,8 @@ def check_made_by(path: str | Path, saved: Any, now: dict[str, Any], model: Segm
         raise ValueError(f'{path} was made by a {saved["class"]}, not {now["class"]}: load it into such a model')
     theirs = saved['arguments'] if model is None else model.as_arguments(saved['arguments'])
     theirs, ours = _entries(theirs), _entries(now['arguments'])
-    for name in sorted(set(theirs) | set(ours)):
+    free = frozenset() if model is None else model.free_arguments
+    for name in sorted((set(theirs) | set(ours)) - free):
         have, want = theirs.get(name), ours.get(name)
         if have != want:
             raise ValueError(f'{path} was made with {name}={have!r}, this model has {want!r}')

@@ -91,7 +91,10 @@ def from_pretrained(
     try:
         load_model(model, str(weights), device=str(model.device))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{weights} does not hold the weights of this {cls.__name__}: {error}') from error
+        raise ValueError(
+            f'{weights} does not hold the weights of this {cls.__name__}. If the model was changed after it was made, '
+            f'make and change a new one in the same way, and load the file with `checkpoint.load_weights`. {error}'
+        ) from error
     return model.eval()
 
 

@@ -121,7 +121,9 @@ class SegmentModel(nn.Module, ABC):
         mesh: the ranks over which `distributed.shard` has spread the parameters. Default: None.
         arguments: the arguments of the constructors of the class and of its base classes, with defaults filled in. The
             base class records them, in the form that `recorded_argument` returns. A saved cursor or a file of weights
-            can only be loaded into a model with the same arguments.
+            can only be loaded into a model with the same arguments, but for `free_arguments`.
+        free_arguments: names of arguments that change neither the shapes of the weights nor what the model computes in
+            evaluation mode, such as dropout. Default: none.
         can_export: whether `export.export_segment` can make a graph of `advance`. Default: True.
         fingerprint_values: how many values of each weight the fingerprint looks at. They are evenly spaced. Default:
             None, all values.
@@ -137,6 +139,7 @@ class SegmentModel(nn.Module, ABC):
     mesh: DeviceMesh | None = None
     can_export: bool = True
     fingerprint_values: int | None = None
+    free_arguments: frozenset[str] = frozenset()
     arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

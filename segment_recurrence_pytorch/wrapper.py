@@ -17,11 +17,10 @@ from segment_recurrence_pytorch.backprop import (
     Batch,
     Window,
     fill_gradients,
-    own_state,
     plan_windows,
-    read_window,
     replay,
     segments_at_once,
+    sequence_hidden,
     sequence_nll,
     touch_parameters,
     window_of_rank,
@@ -31,6 +30,7 @@ from segment_recurrence_pytorch.checks import (
     check_count,
     check_has_weights,
     check_input,
+    check_sizes,
     is_whole,
     outside_inference,
     typed,
@@ -40,7 +40,7 @@ from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, a
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, copied, detach
+from segment_recurrence_pytorch.state import State, copied
 
 
 class LossReturn(NamedTuple):
@@ -96,7 +96,7 @@ class SegmentWrapper(nn.Module):
     @typed
     def __init__(
         self,
-        model: SegmentModel,
+        model: Any,
         *,
         segment_length: int | None = None,
         segments_per_pass: int | None = None,
@@ -108,11 +108,17 @@ class SegmentWrapper(nn.Module):
         check_values: bool = True,
     ):
         super().__init__()
+        if not isinstance(model, SegmentModel):
+            raise ValueError(
+                f'the model is a {type(model).__name__}: give a SegmentModel. Where another module holds it, give the '
+                'one inside, as in `averaged.module` or `peft_model.base_model.model`'
+            )
+        check_sizes(model)
         check_batch_first(model)
         segment_length = _checked_length(model, model.max_segment_length if segment_length is None else segment_length)
         check_count('segments_per_pass', segments_per_pass)
         check_count('backprop_segments', backprop_segments)
-        self.model = model
+        self.model: SegmentModel = model
         self.segment_length = segment_length
         self.segments_per_pass = segments_per_pass
         self.backprop_segments = backprop_segments
@@ -232,7 +238,7 @@ class SegmentWrapper(nn.Module):
         backprop_segments: int | None = None,
         segment_length: int | None = None,
     ) -> tuple[Tensor, Any]:
-        """Computes the logits of all positions.
+        """Computes the logits of all positions. With recompute=True, `backward` computes each window again.
 
         Args:
             x: token ids (b, n) or embeddings (b, n, dim).
@@ -247,21 +253,44 @@ class SegmentWrapper(nn.Module):
         Raises:
             ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
         """
+        hidden, state = self.hidden(
+            x, state, mask=mask, backprop_segments=backprop_segments, segment_length=segment_length
+        )
+        return self.model.to_logits(hidden), state
+
+    @typed
+    def hidden(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        backprop_segments: int | None = None,
+        segment_length: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Computes the hidden states of all positions, from which `model.to_logits` makes logits: for a head of your
+        own, or to look into a model.
+
+        Args:
+            x: see `logits`.
+            state: see `logits`. Default: None.
+            mask: see `logits`. Default: None.
+            backprop_segments: see `logits`. Default: None.
+            segment_length: see `logits`. Default: None.
+
+        Returns:
+            The hidden states (b, n, dim), and the state after the last segment.
+
+        Raises:
+            ValueError: if an argument does not fit the model or another argument. Nothing has been changed then.
+        """
         check_count('backprop_segments', backprop_segments)
         x, state, mask = self._checked(x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
         check_same_reads(self.model, windows)
-        if not windows:
-            nothing = x.new_zeros(x.shape[0], 0, self.model.num_tokens, dtype=self.model.dtype)
-            return nothing, own_state(self.model, batch, state)
-        logits = []
-        for window in windows:
-            tokens, _, window_mask, _ = batch.columns(window)
-            state = detach(state) if window.truncate else state
-            hidden, state = read_window(self.model, tokens, state, window_mask, window.segment_length)
-            logits.append(self.model.to_logits(hidden))
-        return torch.cat(logits, dim=1), self._shared(state)
+        hidden, state = sequence_hidden(self.model, batch, windows, state, recompute=self.recompute)
+        return hidden, self._shared(state)
 
     @typed
     def reset(self, state: Any, rows: Tensor) -> Any:

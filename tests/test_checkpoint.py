@@ -487,3 +487,25 @@ def test_a_file_system_that_cannot_sync_folders_is_no_obstacle(tmp_path, monkeyp
     monkeypatch.setattr(os, 'fsync', cannot)
     save_training_state({'step': 3}, tmp_path / 'file')
     assert load_training_state(tmp_path / 'file') == {'step': 3}
+
+
+@pytest.mark.parametrize(
+    ('make', 'changed'),
+    [
+        (make_rmt, dict(ff_dropout=0.1, attn_dropout=0.2, memory_noise=0.3, use_flash_attn=True)),
+        (make_infini, dict(ff_dropout=0.1, attn_dropout=0.2)),
+    ],
+)
+def test_arguments_that_change_no_result_may_differ(make, changed, tmp_path):
+    """A model is trained on with dropout; a cursor is made on a GPU, and read on a CPU."""
+    model, x = make(), ids(2, 9)
+    wrapper = SegmentWrapper(model, segment_length=6)
+    save_weights(model, tmp_path / 'weights.safetensors')
+    save_cursor(wrapper.read(x), tmp_path / 'cursor.safetensors', model)
+    other = type(model)(**{**model.arguments, **changed}).double()
+    assert set(changed) == other.free_arguments
+    load_weights(other, tmp_path / 'weights.safetensors')
+    cursor = load_cursor(tmp_path / 'cursor.safetensors', other)
+    wanted = wrapper.generate_tokens(x, 8, temperature=0)
+    found = SegmentWrapper(other, segment_length=6).generate_tokens(None, 8, state=cursor, temperature=0)
+    assert torch.equal(found, wanted)

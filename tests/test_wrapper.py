@@ -473,3 +473,56 @@ def test_what_labels_say_at_padded_positions_has_no_effect(make):
     close(wrapper.loss(x, labels=labels.masked_fill(~mask, 9999), mask=mask).loss, wanted)
     with pytest.raises(ValueError, match=r'a label is outside \[0, 20\)'):
         wrapper.loss(x, labels=labels.masked_fill(mask, 9999), mask=mask)
+
+
+@BOTH
+def test_hidden_states_are_those_of_the_segments(make):
+    wrapper, x = SegmentWrapper(make(), segment_length=6), ids(2, 15)
+    mask = torch.arange(15) < torch.tensor([[15], [11]])
+    hidden, state = wrapper.hidden(x, mask=mask)
+    want, pieces = None, []
+    for piece, valid in zip(x.split(6, dim=1), mask.split(6, dim=1), strict=True):
+        one, want = wrapper.model.advance(piece, want, segment_length=6, mask=valid)
+        pieces.append(one)
+    close(hidden[mask], torch.cat(pieces, dim=1)[mask])
+    for have, expected in zip(leaves(state), leaves(want), strict=True):
+        close(have, expected)
+    close(wrapper.logits(x, mask=mask)[0], wrapper.model.to_logits(hidden))
+    nothing, state = wrapper.hidden(x[:, :0])
+    assert nothing.shape == (2, 0, 16)
+    assert wrapper.logits(x[:, :0])[0].shape == (2, 0, 20)
+
+
+@BOTH
+@pytest.mark.parametrize('backprop_segments', [None, 2])
+def test_logits_are_recomputed_if_the_wrapper_says_so(make, backprop_segments):
+    """For a loss of one's own: the gradients of one graph, with dropout too, and nothing kept but borders."""
+    model, x = make(ff_dropout=0.2), ids(2, 30)
+    found, kept = [], []
+    for recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(5)
+        wrapper = SegmentWrapper(
+            model, segment_length=6, segments_per_pass=1, recompute=recompute, backprop_segments=backprop_segments
+        )
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            hidden, _ = wrapper.hidden(x)
+        kept.append(sum(saved))
+        model.to_logits(hidden).square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        if gradient is not None:
+            close(found[1][name], gradient)
+    assert kept[1] < kept[0] / 20
+
+
+def test_what_is_no_model_is_refused_with_the_way_out():
+    averaged = torch.optim.swa_utils.AveragedModel(make_rmt())
+    with pytest.raises(ValueError, match=r'is a AveragedModel: give a SegmentModel.*averaged\.module'):
+        SegmentWrapper(averaged)
+    SegmentWrapper(averaged.module)
+    model = make_rmt()
+    del model.dim
+    with pytest.raises(ValueError, match=r'RecurrentMemoryTransformer\.dim is None: a model sets num_tokens and dim'):
+        SegmentWrapper(model)
