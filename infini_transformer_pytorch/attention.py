@@ -174,8 +174,8 @@ class FastweightMemory(nn.Module):
             weights: 1 - strength, (b, g, n, 1): the share of each token that is not written. It is the published form
                 of `strength`. Default: None.
             strength: the share of each token that is written, in [0, 1], (b, g, n). Default: None, 1.
-            log_decay: the logarithm of the decay of each token, at most 0, (b, g, n). Default: None, 0: the whole
-                memory is kept.
+            log_decay: the logarithm of the decay of each token, finite and at most 0, (b, g, n). Default: None, 0: the
+                whole memory is kept.
             mask: (b, n) bool, True = valid. Padded tokens write nothing. Default: None, all positions are valid.
 
         Raises:

@@ -174,8 +174,8 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         attn_dropout: probability that a weight of the local attention is dropped during training. Default: 0.
         ff_mult: the feed-forward has int(dim * ff_mult * 2 / 3) inner features. Default: 4.
         ff_dropout: probability that an inner feature of the feed-forward is dropped during training. Default: 0.
-        use_mem_delta_rule: the published option: True is memory_rule='delta', False is memory_rule='linear'.
-            Default: None, memory_rule decides.
+        use_mem_delta_rule: the published option: True is memory_rule='delta', False is memory_rule='linear' unless
+            memory_rule names another one. Default: None, memory_rule decides.
         memory_rule: how the memory is written: 'linear' (equation 4), 'delta' (equation 5), or 'deltanet' (token after
             token, without a normaliser, and always with a learned strength). See `memory`. Default: None, 'deltanet'
             unless use_mem_delta_rule is given.

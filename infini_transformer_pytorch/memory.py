@@ -88,7 +88,7 @@ class Writes(NamedTuple):
         keys: keys before rotation, (s, b, g, n, d).
         values: (s, b, g, n, e).
         strength: beta of each token, in [0, 1], (s, b, g, n). Default: None, 1 for all tokens.
-        log_decay: log gamma of each token, at most 0, (s, b, g, n). Default: None, 0 for all tokens.
+        log_decay: log gamma of each token, finite and at most 0, (s, b, g, n). Default: None, 0 for all tokens.
         mask: (s, b, n) bool, True = valid. Default: None, all positions are valid.
         scale: how many times each segment is written, (s, b). Not for deltanet and not together with decay.
             Default: None, once.
@@ -193,7 +193,8 @@ def chosen_rule(
     Args:
         memory_rule: a name in `MEMORY_RULES`, or None.
         memory_decay: whether the memory decays, or None.
-        use_mem_delta_rule: the published option: True is 'delta', False is 'linear', None is not given.
+        use_mem_delta_rule: the published option: True is 'delta', False is 'linear' unless memory_rule names another
+            rule, None is not given.
 
     Raises:
         ValueError: if the rule is unknown, or if the options contradict each other.

@@ -320,3 +320,36 @@ def test_dropout_is_drawn_with_and_without_hidden_states():
         states.append((model.advance(x, need_hidden=need_hidden)[1].memory, torch.rand(1)))
     close(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
+
+
+def test_second_derivatives_and_functional_gradients():
+    """As docs/research.md says: with the naive backend, and `torch.func.grad` with any."""
+    model, x = make_rmt(attn_dropout=0.0), ids(2, 9)
+    weights = dict(model.named_parameters())
+    wrapper = SegmentWrapper(model, segment_length=5)
+    gradients = torch.autograd.grad(wrapper.loss(x).loss, list(weights.values()))
+
+    def functional(parameters):
+        return torch.func.functional_call(wrapper, {f'model.{n}': p for n, p in parameters.items()}, (x,)).loss
+
+    found = torch.func.grad(functional)({name: weight.detach() for name, weight in weights.items()})
+    for name, gradient in zip(weights, gradients, strict=True):
+        close(found[name], gradient)
+
+    model.attention_backend = 'naive'
+    step = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    first = torch.autograd.grad(wrapper.loss(x).loss, list(weights.values()), create_graph=True)
+    along = sum((g * s).sum() for g, s in zip(first, step.values(), strict=True))
+    second = torch.autograd.grad(along, list(weights.values()), allow_unused=True)
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight += sign * 1e-5 * step[name]
+        moved.append(torch.autograd.grad(wrapper.loss(x).loss, list(weights.values())))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight -= sign * 1e-5 * step[name]
+    for have, plus, minus in zip(second, *moved, strict=True):
+        want = (plus - minus) / 2e-5
+        close(torch.zeros_like(want) if have is None else have, want, 1e-6)
