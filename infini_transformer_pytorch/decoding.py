@@ -70,6 +70,10 @@ class MemoryCache(SegmentCache):
             for old_part, new_part in zip(old, new, strict=True):
                 old_part.copy_(new_part)
 
+    def _close_some(self, model: GatedMemories, rows: Tensor, count: int) -> None:
+        super()._close_some(model, rows, count)
+        self.recallable = self._recallable(model)
+
     def make_static(self) -> None:
         """See `OpenSegment.make_static`. The memories to recall from may be those of the state, which has its own."""
         self.recallable = [Recallable(*map(torch.clone, each)) for each in self.recallable]
@@ -133,6 +137,8 @@ class InfiniCache(MemoryCache):
         state: the memories that enter the segment.
         segment_length: the largest number of tokens that the segment can hold.
     """
+
+    per_row = 'positions', 'prefix_valid', 'written', 'strength', 'log_decay'
 
     def __init__(self, model: InfiniTransformer, state: tuple[Memories, ...], segment_length: int):
         super().__init__(model, state, segment_length)

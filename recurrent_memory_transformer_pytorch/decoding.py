@@ -42,6 +42,7 @@ class RMTCache(SegmentCache):
     """
 
     state: RMTState
+    per_row = 'positions', 'prefix_valid', 'keys', 'values', 'raw_keys'
 
     def __init__(self, model: RecurrentMemoryTransformer, state: RMTState, segment_length: int):
         self.xl_mem_len = model.xl_mem_len

@@ -16,6 +16,7 @@ head.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,10 +57,14 @@ class OpenSegment(ABC):
         aligned: number of tokens in the open segment, if it is the same in every row. None if rows are not aligned.
         positions: number of tokens in the open segment of each row, (b,). It is only kept while rows are not aligned.
         static: whether all shapes and addresses stay as they are, which compiled steps need.
+        per_row: names of the attributes that closing a segment reads or changes and that hold something of each row:
+            (b, ...) tensors or trees of them. A class that names them can close some rows without computing the others.
+            A subclass does not inherit it, since it may have more. Default: none.
     """
 
     aligned: int | None = 0
     static = False
+    per_row: tuple[str, ...] = ()
 
     def __init__(self, state: State, *, batch: int, length: int, device: torch.device):
         self.state = state
@@ -93,7 +98,7 @@ class OpenSegment(ABC):
         return hidden
 
     @torch.no_grad()
-    def close(self, model: Any, rows: Tensor | None = None) -> None:
+    def close(self, model: Any, rows: Tensor | None = None, count: int | None = None) -> None:
         """Closes the open segments of some rows: their state moves to the next border, and a new segment opens.
 
         A row whose open segment holds no token stays as it is.
@@ -101,9 +106,14 @@ class OpenSegment(ABC):
         Args:
             model: the model that opened the segment.
             rows: (b,) bool, True for the rows to close. Default: None, all rows.
+            count: number of these rows, if the host knows it. Only they are computed then, if the class allows it
+                (`per_row`). Default: None, all rows are computed.
         """
         if rows is not None:
             self.make_ragged()
+            if count is not None and count < self.batch and not self.static and 'per_row' in vars(type(self)):
+                self._close_some(model, rows, count)
+                return
         if self.aligned == 0:
             return
         if self.aligned is None:
@@ -114,6 +124,20 @@ class OpenSegment(ABC):
         else:
             self.positions.masked_fill_(rows, 0)
         self.enter(model)
+
+    def _close_some(self, model: Any, rows: Tensor, count: int) -> None:
+        """Closes `count` rows, as an open segment of these rows alone."""
+        index = rows.long().argsort(descending=True, stable=True)[:count]  # in their order, without asking the device
+        some = copy.copy(self)
+        some.batch, some.state = count, map_state(lambda part: part[index], self.state)
+        for name in self.per_row:
+            setattr(some, name, map_state(lambda part: part[index], getattr(self, name)))
+        some.close(model)
+        for name in self.per_row:
+            for own, new in zip(leaves(getattr(self, name)), leaves(getattr(some, name)), strict=True):
+                own.index_copy_(0, index, new)
+        place = (rows.long().cumsum(0) - 1).clamp_min(0)
+        self.set_state(model.where(rows, map_state(lambda part: part[place], some.state), self.state))
 
     @abstractmethod
     def read(self, model: Any, tokens: Tensor, slots: Slots, lengths: Tensor | None) -> Tensor:
@@ -216,6 +240,8 @@ class RereadSegment(OpenSegment):
         state: the state at the border where the segment begins.
         segment_length: the largest number of tokens that the segment can hold.
     """
+
+    per_row = 'positions', 'tokens'
 
     def __init__(self, model: SegmentModel, state: State, segment_length: int):
         batch = leaves(state)[0].shape[0]

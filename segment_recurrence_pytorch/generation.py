@@ -246,7 +246,10 @@ class Stream:
         full = [count == self.segment_length for count in self._in_cache]
         if any(full):
             rows = self._column == self.segment_length
-            self._close(self.model, self._cache, None if all(full) and not self._cache.static else rows)
+            if self._cache.static:  # shapes stay: all rows are computed
+                self._close(self.model, self._cache, rows, None)
+            else:
+                self._close(self.model, self._cache, None if all(full) else rows, sum(full))
             if self.eos is not None:
                 self._state = self.model.where(self._done, self._state, self._cache.state_now())
             self._column.masked_fill_(rows, 0)
@@ -525,8 +528,8 @@ def _step(model: SegmentModel, cache: OpenSegment, tokens: Tensor) -> Tensor:
     return model.to_logits(cache.extend(model, tokens)[:, -1])
 
 
-def _close(model: SegmentModel, cache: OpenSegment, rows: Tensor | None) -> None:
-    cache.close(model, rows)
+def _close(model: SegmentModel, cache: OpenSegment, rows: Tensor | None, count: int | None) -> None:
+    cache.close(model, rows, count)
 
 
 class _Compiled:

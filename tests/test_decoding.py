@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from infini_transformer_pytorch import FastweightMemory
 from segment_recurrence_pytorch import SegmentWrapper, record_attention
+from segment_recurrence_pytorch.cache import RereadSegment
 from segment_recurrence_pytorch.generation import _compiled
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import close, ids, long_unless
 from tests.generating import ALL, LENGTH, MANY, SOME, recorded, wrapped
 from tests.reference import generate_by_rereading
+from tests.test_contract import SegmentGRU
 
 
 @pytest.fixture
@@ -114,6 +117,37 @@ def test_any_steps_through_the_cache_are_advance(case):
     untouched.close(model)
     for have, want in zip(leaves(untouched.state_now()), leaves(before), strict=True):
         assert torch.equal(have, want)  # a segment without a token does not happen
+
+
+@pytest.mark.parametrize('case', ['rmt, plain', 'rmt, xl long', 'infini, deltanet, decay, gqa', 'reread'])
+def test_rows_that_close_are_computed_alone(case, monkeypatch):
+    """Not the whole batch for each of them."""
+    wrapper = SegmentWrapper(SegmentGRU(20, 16).double(), segment_length=LENGTH) if case == 'reread' else wrapped(case)
+    model, sizes = wrapper.model, []
+
+    def noting(owner, name, rows_of):
+        method = getattr(owner, name)
+
+        def noted(*args, **more):
+            sizes.append(rows_of(*args))
+            return method(*args, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    cursor = wrapper.read([ids(n) for n in (1, 2, 3, 4)])
+    if case == 'reread':
+        noting(RereadSegment, 'state_after', lambda segment, *_: len(segment.tokens))
+    elif case.startswith('rmt'):
+        noting(model, 'write_rows', len)
+        noting(model, 'read_rows', len)
+    else:
+        noting(FastweightMemory, 'write', lambda memory, writes, *_: writes.keys.shape[1])
+    stream = wrapper.stream(state=cursor)
+    sizes.clear()  # of the first segments
+    for _ in range(2 * LENGTH + 1):
+        next(stream)
+    assert sizes
+    assert set(sizes) == {1}
 
 
 @MANY
