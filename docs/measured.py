@@ -398,7 +398,8 @@ def speed_summary() -> str:
         ['new token, RMT', '256, 1024', *(', '.join(str(row[f'times_faster{than}_eager']) for row in rmt)
                                           for than in ('', '_than_fastest'))],
         *([f'new token, Infini{", ours compiled" * (how == "compiled")}', 512,
-           tokens['infini', 512][f'times_faster_{how}'], ''] for how in ('eager', 'compiled')),
+           *(tokens['infini', 512][f'times_faster{than}_{how}'] for than in ('', '_than_fastest'))]
+          for how in ('eager', 'compiled')),
     ]  # fmt: skip
     return table('what | segment | than its defaults | than its fastest options', lines)
 
@@ -411,7 +412,7 @@ def crossing(model: str, question: str = 'training') -> str:
     if found is None:
         return 'no length that was measured'
     if found['from_the_first_length_on']:
-        return f'at most {found["tokens"]:,} tokens'
+        return f'{found["tokens"]:,} tokens or fewer'
     return f'about {round(found["tokens"], -2):,} tokens'  # between lengths that are far apart
 
 
