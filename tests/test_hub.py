@@ -16,6 +16,7 @@ from torch import nn
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel
+from segment_recurrence_pytorch.checkpoint import load_weights
 from tests import script
 from tests.conftest import DROPOUT, ids, make_infini, make_rmt
 
@@ -311,3 +312,32 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     (folder / 'config.json').unlink()
     with pytest.raises(ValueError, match=r'it/config\.json cannot be read: No such file'):
         RecurrentMemoryTransformer.from_pretrained(folder)
+
+
+def test_a_model_that_was_changed_after_it_was_made(tmp_path):
+    """Its folder cannot be loaded by arguments alone, and the message says what loads it."""
+
+    def changed():
+        model = make_infini()
+        model.layers[0].ff = nn.Sequential(model.layers[0].ff, nn.Linear(16, 16).double())
+        return model
+
+    model, x = changed(), ids(1, 5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'changed after it was made.*load_weights'):
+        InfiniTransformer.from_pretrained(tmp_path)
+    again = changed()
+    load_weights(again, tmp_path / 'model.safetensors')
+    assert torch.equal(logits(again.eval(), x), logits(model.eval(), x))
+
+
+def test_a_folder_with_longer_segments(tmp_path):
+    """As docs/research.md says: without a table of positions."""
+    model, x = make_rmt(abs_pos_emb=False, rotary_pos_emb=True), ids(1, 5)
+    model.save_pretrained(tmp_path)
+    longer = RecurrentMemoryTransformer.from_pretrained(tmp_path, seq_len=64)
+    assert longer.max_segment_length == 64
+    assert torch.equal(logits(longer, x), logits(model.eval(), x))
+    make_rmt().save_pretrained(tmp_path / 'table')
+    with pytest.raises(ValueError, match='pos_emb'):
+        RecurrentMemoryTransformer.from_pretrained(tmp_path / 'table', seq_len=64)
