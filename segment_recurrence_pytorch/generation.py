@@ -12,6 +12,7 @@ Letters: b rows of the batch, n tokens.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -95,9 +96,9 @@ class Cursor(NamedTuple):
 class Stream:
     """An iterator over new tokens (b,), one for each row. `SegmentWrapper.stream` makes it.
 
-    A row is finished when eos_token_id was drawn in it. The stream then returns eos_token_id for this row again and
-    again, and the cursor of the row does not move any more. The model is in evaluation mode only while a token is
-    computed.
+    A row is finished when one of eos_token_id was drawn in it. The stream then returns the first of them for this row
+    again and again, and the cursor of the row does not move any more. The model is in evaluation mode only while a
+    token is computed.
 
     Three counters tell where a row stands. Here the row has the text 'c a t _ s a', the segments have 4 tokens, and the
     token 'a' was just drawn:
@@ -122,7 +123,7 @@ class Stream:
         segment_length: number of tokens of a segment.
         sampler: chooses the new tokens.
         max_new_tokens: number of new tokens of each row. Default: None, the stream has no end.
-        eos_token_id: see `SegmentWrapper.stream`. Default: None, no row ends.
+        eos_token_id: the tokens that end a row. Default: None, no row ends.
         compile: see `SegmentWrapper.stream`. Default: False.
         check_every: number of tokens between two looks at the values: whether logits are NaN, and whether all rows have
             ended. A look waits for the device. Default: 1.
@@ -139,7 +140,7 @@ class Stream:
         segment_length: int,
         sampler: Sampler,
         max_new_tokens: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: tuple[int, ...] | None = None,
         compile: bool = False,
         check_every: int = 1,
         segments_per_pass: int | None = None,
@@ -241,6 +242,11 @@ class Stream:
         """Which rows are finished, (b,) bool."""
         return self._done.clone()
 
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Returns which tokens end a row, a bool tensor of their shape. Only for a stream with eos_token_id."""
+        assert self.eos is not None
+        return functools.reduce(torch.logical_or, [tokens == eos for eos in self.eos])
+
     def _next_logits(self) -> Tensor:
         """Closes the segments that are full, reads the newest token of each row, and returns the logits after it."""
         full = [count == self.segment_length for count in self._in_cache]
@@ -263,7 +269,7 @@ class Stream:
     def _take(self, token: Tensor) -> None:
         """Appends the drawn tokens (b,) to the cursor, except in rows that were finished before."""
         if self.eos is not None:
-            token = token.masked_fill(self._done, self.eos)
+            token = token.masked_fill(self._done, self.eos[0])
             self._put(token, ~self._done)
         else:
             self._tokens.scatter_(1, self._column[:, None], token[:, None])
@@ -272,7 +278,7 @@ class Stream:
             self._seen.scatter_(1, token[:, None], True)
         self._newest = token
         if self.eos is not None:
-            self._done = self._done | (token == self.eos)
+            self._done = self._done | self.is_end(token)
 
     def _put(self, token: Tensor, rows: Tensor) -> None:
         """Writes tokens (b,) into the current column of the cursor, in the rows where `rows` (b,) is True."""
@@ -293,7 +299,7 @@ class Stream:
         if not self._unchecked:
             return
         bad_and_done = [~largest.isfinite() for largest in self._unchecked]
-        bad_and_done.append(self._done if token is None or self.eos is None else self._done | (token == self.eos))
+        bad_and_done.append(self._done if token is None or self.eos is None else self._done | self.is_end(token))
         *bad, done = torch.stack(bad_and_done).tolist()
         self._ended = all(done)
         first, self._checked = self._checked, self._checked + len(bad)

@@ -345,7 +345,8 @@ class SegmentWrapper(nn.Module):
 
         Returns:
             The new tokens (b, n), and the cursor if return_cursor is True. n is max_new_tokens, or less if every row
-            has ended with eos_token_id. A row that ends before others is filled up with eos_token_id.
+            has ended with eos_token_id. A row that ends before others is filled up with eos_token_id, the first one of
+            a list.
 
         Raises:
             ValueError: if an argument does not fit, or if logits are NaN or infinite. The message then tells the
@@ -359,7 +360,7 @@ class SegmentWrapper(nn.Module):
             tokens = list(tqdm(stream.unguarded(), total=max_new_tokens, disable=hidden, unit='token'))
         new = torch.stack(tokens, dim=1) if tokens else stream.cursor.tokens[:, :0]
         if stream.eos is not None:  # a GPU is checked now and then: cut what came after the end of all rows
-            running = ((new == stream.eos).cumsum(dim=1) == 0).any(dim=0)
+            running = (stream.is_end(new).cumsum(dim=1) == 0).any(dim=0)
             new = new[:, : int(running.sum()) + 1]
         return (new, stream.cursor) if return_cursor else new
 
@@ -386,7 +387,8 @@ class SegmentWrapper(nn.Module):
             batch_size: number of rows that begin with start_token. It is given instead of a prompt or a cursor.
                 Default: None.
             start_token: id of the first token of these rows. Default: 0.
-            eos_token_id: a row ends when this token is drawn. Default: None, no row ends.
+            eos_token_id: a row ends when this token is drawn, or one of these, if it is a list. Default: None, no row
+                ends.
             temperature: see `sampling.Sampler`. Default: 1.
             top_k: see `sampling.Sampler`. Default: None.
             top_p: see `sampling.Sampler`. Default: None.
@@ -438,7 +440,7 @@ class SegmentWrapper(nn.Module):
         batch_size: int | None = None,
         start_token: int | None = None,
         segment_length: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | tuple[int, ...] | None = None,
         compile: bool = False,
         **sampling: Any,
     ) -> Stream:
@@ -455,7 +457,12 @@ class SegmentWrapper(nn.Module):
         sampler = Sampler(**sampling)
         if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
             raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
-        for name, token in (('eos_token_id', eos_token_id), ('start_token', start_token)):
+        if eos_token_id is not None:
+            eos_token_id = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
+            if not eos_token_id:
+                raise ValueError('eos_token_id is an empty list: give token ids, or None')
+        given = [('eos_token_id', token) for token in eos_token_id or ()] + [('start_token', start_token)]
+        for name, token in given:
             if token is not None and not (is_whole(token) and 0 <= token < self.model.num_tokens):
                 raise ValueError(f'{name} is {token!r}: give a token id in [0, {self.model.num_tokens})')
         if not isinstance(compile, bool):

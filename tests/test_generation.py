@@ -68,19 +68,21 @@ def test_a_fork_goes_on_as_its_row_would(case):
 
 
 @SOME
-@pytest.mark.parametrize('ragged', [False, True])
-def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged):
+@pytest.mark.parametrize(('ragged', 'several'), [(False, False), (True, False), (True, True)])
+def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged, several):
     wrapper = wrapped(case)
     prompts = [ids(n) for n in ((3, 9, 8) if ragged else (3, 3, 3))]
     free, _ = wrapper.generate_tokens(prompts, 40, temperature=0, return_cursor=True)
-    # a token that comes early in one row
-    eos = int(free[0, 3])
-    ends = [(row == eos).nonzero()[0].item() if (row == eos).any() else 39 for row in free]
-    new, cursor = wrapper.generate_tokens(prompts, 40, temperature=0, eos_token_id=eos, return_cursor=True)
+    # a token that comes early in one row, or one of two tokens
+    eos = [int(free[0, 3]), int(free[1, 5])][: 1 + several]
+    last = torch.isin(free, torch.tensor(eos))
+    ends = [row.nonzero()[0].item() if row.any() else 39 for row in last]
+    given = eos if several else eos[0]
+    new, cursor = wrapper.generate_tokens(prompts, 40, temperature=0, eos_token_id=given, return_cursor=True)
     assert new.shape[1] == max(ends) + 1
     for row, end in enumerate(ends):
         assert torch.equal(new[row, : end + 1], free[row, : end + 1])
-        assert (new[row, end + 1 :] == eos).all()
+        assert (new[row, end + 1 :] == eos[0]).all()
         # as if the row had been alone, and had stopped there
         _, alone = wrapper.generate_tokens(prompts[row][None], end + 1, temperature=0, return_cursor=True)
         question = ids(1, 2)
@@ -90,14 +92,14 @@ def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged):
         )
     late = Stream(
         wrapper.model, wrapper.read(prompts), segment_length=LENGTH, sampler=Sampler(temperature=0),
-        max_new_tokens=40, eos_token_id=eos, check_every=7,
+        max_new_tokens=40, eos_token_id=tuple(eos), check_every=7,
     )  # fmt: skip
     tokens = torch.stack(list(late), 1)
     assert torch.equal(tokens[:, : new.shape[1]], new)
     assert torch.equal(late.cursor.tokens, cursor.tokens)
     question = ids(3, 2)
     close(recorded(wrapper, question, 9, state=late.cursor)[1], recorded(wrapper, question, 9, state=cursor)[1])
-    assert late.finished.tolist() == [bool((row == eos).any()) for row in free]
+    assert late.finished.tolist() == last.any(1).tolist()
 
 
 def test_a_stream_yields_what_generate_returns_and_can_be_left_at_any_time():

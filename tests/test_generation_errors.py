@@ -59,6 +59,8 @@ def bad_calls():
     yield dict(prompt=prompt, eos_token_id=1.5), r'eos_token_id is 1\.5: give a token id in \[0, 20\)'
     yield dict(prompt=prompt, eos_token_id=True), r'eos_token_id is True: give a token id in \[0, 20\)'
     yield dict(prompt=prompt, eos_token_id=-1), r'eos_token_id is -1: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, eos_token_id=[3, 20]), r'eos_token_id is 20: give a token id in \[0, 20\)'
+    yield dict(prompt=prompt, eos_token_id=[]), 'eos_token_id is an empty list'
     yield dict(prompt=prompt, start_token=3), 'start_token=3 begins new rows: give batch_size, and no prompt'
     yield dict(prompt=None, state=cursor, start_token=3), 'start_token=3 begins new rows: .* no prompt or cursor'
     yield dict(prompt=None, state=cursor, batch_size=2), 'batch_size=2 begins new rows .* give no prompt or cursor'
