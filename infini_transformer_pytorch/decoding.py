@@ -71,6 +71,7 @@ class MemoryCache(SegmentCache):
                 old_part.copy_(new_part)
 
     def _close_some(self, model: GatedMemories, rows: Tensor, count: int) -> None:
+        """See `OpenSegment._close_some`. The memories to recall from are those of the new state."""
         super()._close_some(model, rows, count)
         self.recallable = self._recallable(model)
 

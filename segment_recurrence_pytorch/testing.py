@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch.checks import check_batch_first
+from segment_recurrence_pytorch.checks import check_batch_first, check_sizes
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, leaves, map_state
@@ -43,6 +43,7 @@ def check_model(model: SegmentModel, *, segment_length: int | None = None, seed:
     with evaluating(model):
         with torch.no_grad():
             for rule in (
+                trial.sizes_are_said,
                 trial.state_has_the_batch_first,
                 trial.shapes_are_right,
                 trial.initial_state_is_the_same_for_all_rows,
@@ -115,6 +116,13 @@ class _Trial:
         rows = leaves(want)[0].shape[0]
         tokens = self.ids(rows, self.length)
         self.same(self.advance(tokens, have)[0], self.advance(tokens, want)[0], rule)
+
+    def sizes_are_said(self) -> None:
+        """The model says the size of its vocabulary, and the features of a token."""
+        try:
+            check_sizes(self.model)
+        except ValueError as error:
+            raise AssertionError(str(error)) from error
 
     def state_has_the_batch_first(self) -> None:
         """The first dimension of every tensor is the batch."""

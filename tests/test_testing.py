@@ -321,3 +321,11 @@ def test_the_length_of_the_trials_is_one_that_the_model_can_read():
     check_model(random_weights(Short(20, 16).double()))
     with pytest.raises(AssertionError, match='the model has no parameters, which tell its device and dtype'):
         check_model(WithoutParameters(20, 16))
+
+
+@pytest.mark.parametrize('name', ['num_tokens', 'dim'])
+def test_a_model_without_a_size_is_told_of_it(name):
+    model = random_weights(SegmentGRU(20, 16).double())
+    delattr(model, name)
+    with pytest.raises(AssertionError, match=rf'SegmentGRU\.{name} is None: a model sets num_tokens and dim'):
+        check_model(model)
