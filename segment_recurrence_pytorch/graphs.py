@@ -131,8 +131,9 @@ class TrainingStep:
         Raises:
             ValueError: if an argument does not fit, as far as it can be seen without waiting for a GPU.
         """
-        if not can_hold_ids(x.dtype):
-            raise ValueError(f'x is {x.dtype}: give token ids')
+        for name, ids in (('x', x), ('labels', labels)):
+            if ids is not None and not can_hold_ids(ids.dtype):
+                raise ValueError(f'{name} is {ids.dtype}: give token ids')
         device = self.wrapper.model.device
         x, labels = x.long(), None if labels is None else labels.long()  # smaller types cannot hold IGNORE
         more = {name: values.to(device, non_blocking=True) for name, values in (per_segment or {}).items()}
