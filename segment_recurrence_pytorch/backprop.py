@@ -308,11 +308,8 @@ def sequence_nll(
     for window in windows:
         if window.truncate:
             state = detach(state)
-        arguments = (model, batch.columns(window), state, window.segment_length, per_token)
-        if recompute and torch.is_grad_enabled():
-            loss, state = checkpoint(window_nll, *arguments, use_reentrant=False, preserve_rng_state=model.draws_random)
-        else:
-            loss, state = window_nll(*arguments)
+        part = batch.columns(window)
+        loss, state = _kept_or_not(recompute, window_nll, model, part, state, window.segment_length, per_token)
         losses.append(loss)
     if per_token:
         return torch.cat(losses, dim=1), state
@@ -336,17 +333,20 @@ def sequence_hidden(
         if window.truncate:
             state = detach(state)
         tokens, _, mask, _ = batch.columns(window)
-        arguments = (model, tokens, state, mask, window.segment_length)
-        if recompute and torch.is_grad_enabled():
-            read = checkpoint(read_window, *arguments, use_reentrant=False, preserve_rng_state=model.draws_random)
-        else:
-            read = read_window(*arguments)
-        hidden, state = read
+        hidden, state = _kept_or_not(recompute, read_window, model, tokens, state, mask, window.segment_length)
         hiddens.append(hidden)
     if hiddens:
         return torch.cat(hiddens, dim=1), state
     nothing = torch.zeros(len(batch.tokens), 0, model.dim, dtype=model.dtype, device=batch.tokens.device)
     return nothing, own_state(model, batch, state)
+
+
+def _kept_or_not(recompute: bool, function: Callable[..., Any], model: SegmentModel, *arguments: Any) -> Any:
+    """Calls a function of a model and of what belongs to a window. With `recompute`, its activations are not kept."""
+    if recompute and torch.is_grad_enabled():
+        random = model.draws_random
+        return checkpoint(function, model, *arguments, use_reentrant=False, preserve_rng_state=random)
+    return function(model, *arguments)
 
 
 def own_state(model: SegmentModel, batch: Batch, state: State) -> State:

@@ -164,7 +164,7 @@ def test_small_types_and_padding_are_those_of_the_wrapper(make):
                 step.graphed = step._captured
             found, _ = step(given, labels=labels.to(torch.uint8))
             assert found.item() == pytest.approx(wanted, abs=1e-12)
-    with pytest.raises(ValueError, match=r'x is torch\.float64: give token ids'):
+    with pytest.raises(ValueError, match=r'x is torch\.float.*: give token ids'):
         step(torch.randn(2, 18, 16), labels=labels)
     with pytest.raises(ValueError, match=r'labels is torch\.float64: give token ids'):
         step(x, labels=labels.double())
