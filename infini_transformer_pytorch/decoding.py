@@ -73,7 +73,7 @@ class MemoryCache(SegmentCache):
     def _close_some(self, model: GatedMemories, rows: Tensor, count: int) -> None:
         """See `OpenSegment._close_some`. The memories to recall from are those of the new state."""
         super()._close_some(model, rows, count)
-        self.recallable = self._recallable(model)
+        self.enter(model)
 
     def make_static(self) -> None:
         """See `OpenSegment.make_static`. The memories to recall from may be those of the state, which has its own."""

@@ -173,16 +173,13 @@ def check_state_like(have: Any, want: Any, name: str = 'state', shorter_along: i
         check_state_like(have_parts[part], each, inner, axes.get(part))
 
 
-def check_sizes(model: SegmentModel) -> None:
-    """Raises ValueError unless the model says its two sizes."""
+def check_form(model: SegmentModel) -> None:
+    """Raises ValueError unless the model says its two sizes, and the first dimension of every tensor of its states is
+    the batch."""
     for name in ('num_tokens', 'dim'):
         size: Any = getattr(model, name, None)
         if not is_whole(size) or size < 1:
             raise ValueError(f'{type(model).__name__}.{name} is {size!r}: a model sets num_tokens and dim, from 1 on')
-
-
-def check_batch_first(model: SegmentModel) -> None:
-    """Raises ValueError unless the first dimension of every tensor of the model's states is the batch."""
     for rows in (2, 3):
         parts = tree_flatten_with_path(model.initial_state(rows))[0]
         if not any(isinstance(leaf, Tensor) for _, leaf in parts):

@@ -442,28 +442,23 @@ def may_draw_random(model: nn.Module, own: type) -> bool:
         own: the class of the library of which it is a model.
     """
     packages = {each.__module__.partition('.')[0] for each in (own, SegmentModel)}
+    class_of = type if own_class(model) is type(model) else own_class  # FSDP2 makes a subclass for a sharded module
     modules = [model]
     while modules:
         module = modules.pop()
-        has = vars(module)
+        has, cls = vars(module), class_of(module)
         modules += [part for part in has['_modules'].values() if part is not None]
         if not has['training']:
             continue
         if any(name in has and is_number(has[name]) and has[name] > 0 for name in ('p', 'dropout')):
             return True
         has_hooks = has['_forward_hooks'] or has['_forward_pre_hooks']
-        if 'forward' in has or (has_hooks and type(module) is own_class(module)):  # a sharded module has hooks of FSDP2
+        if 'forward' in has or (has_hooks and cls is type(module)):  # a sharded module has hooks of FSDP2
             return True
-        if module is model:
-            if own_class(model) is not own:
-                return True
-        elif not _is_one_of(packages, type(module)) and not _is_one_of(packages, own_class(module)):
+        is_known = cls is own if module is model else cls in PLAIN or cls.__module__.partition('.')[0] in packages
+        if not is_known:
             return True
     return False
-
-
-def _is_one_of(packages: set[str], cls: type) -> bool:
-    return cls in PLAIN or cls.__module__.partition('.')[0] in packages
 
 
 def outputs_from(linear: nn.Linear, x: Tensor, first: int) -> Tensor:

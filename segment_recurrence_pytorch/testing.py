@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch.checks import check_batch_first, check_sizes
+from segment_recurrence_pytorch.checks import check_form
 from segment_recurrence_pytorch.generation import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, leaves, map_state
@@ -43,8 +43,7 @@ def check_model(model: SegmentModel, *, segment_length: int | None = None, seed:
     with evaluating(model):
         with torch.no_grad():
             for rule in (
-                trial.sizes_are_said,
-                trial.state_has_the_batch_first,
+                trial.sizes_are_said_and_states_have_the_batch_first,
                 trial.shapes_are_right,
                 trial.initial_state_is_the_same_for_all_rows,
                 trial.state_is_a_value,
@@ -117,17 +116,10 @@ class _Trial:
         tokens = self.ids(rows, self.length)
         self.same(self.advance(tokens, have)[0], self.advance(tokens, want)[0], rule)
 
-    def sizes_are_said(self) -> None:
-        """The model says the size of its vocabulary, and the features of a token."""
+    def sizes_are_said_and_states_have_the_batch_first(self) -> None:
+        """The model says num_tokens and dim, and the first dimension of every tensor of a state is the batch."""
         try:
-            check_sizes(self.model)
-        except ValueError as error:
-            raise AssertionError(str(error)) from error
-
-    def state_has_the_batch_first(self) -> None:
-        """The first dimension of every tensor is the batch."""
-        try:
-            check_batch_first(self.model)
+            check_form(self.model)
         except ValueError as error:
             raise AssertionError(str(error)) from error
 

@@ -26,11 +26,10 @@ from segment_recurrence_pytorch.backprop import (
     window_of_rank,
 )
 from segment_recurrence_pytorch.checks import (
-    check_batch_first,
     check_count,
+    check_form,
     check_has_weights,
     check_input,
-    check_sizes,
     is_whole,
     outside_inference,
     typed,
@@ -113,8 +112,7 @@ class SegmentWrapper(nn.Module):
                 f'the model is a {type(model).__name__}: give a SegmentModel. Where another module holds it, give the '
                 'one inside, as in `averaged.module` or `peft_model.base_model.model`'
             )
-        check_sizes(model)
-        check_batch_first(model)
+        check_form(model)
         segment_length = _checked_length(model, model.max_segment_length if segment_length is None else segment_length)
         check_count('segments_per_pass', segments_per_pass)
         check_count('backprop_segments', backprop_segments)

@@ -324,7 +324,7 @@ def test_dropout_is_drawn_with_and_without_hidden_states():
 
 def test_second_derivatives_and_functional_gradients():
     """As docs/research.md says: with the naive backend, and `torch.func.grad` with any."""
-    model, x = make_rmt(attn_dropout=0.0), ids(2, 9)
+    model, x = make_rmt(), ids(2, 9)
     weights = dict(model.named_parameters())
     wrapper = SegmentWrapper(model, segment_length=5)
     gradients = torch.autograd.grad(wrapper.loss(x).loss, list(weights.values()))
