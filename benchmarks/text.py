@@ -34,7 +34,7 @@ from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.data import Piece, Streams, python_source
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine

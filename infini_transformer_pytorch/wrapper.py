@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from infini_transformer_pytorch.infini import InfiniTransformer
 from segment_recurrence_pytorch.checks import check_count, check_finite, is_whole, typed
-from segment_recurrence_pytorch.generation import Cursor, new_token_count
+from segment_recurrence_pytorch.cursor import Cursor
+from segment_recurrence_pytorch.generation import GenerationOptions, new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_p
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
@@ -136,7 +138,9 @@ class InfiniTransformerWrapper(SegmentWrapper):
         filter_kwargs: dict | None = None,
         exclude_prompt: bool = True,
         past_memories: Any = None,
-        **options: Any,
+        return_cursor: bool = False,
+        progress: bool | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Any:
         """Generates new tokens after a prompt.
 
@@ -153,7 +157,9 @@ class InfiniTransformerWrapper(SegmentWrapper):
             exclude_prompt: whether only the new tokens are returned. If False, the prompt (b, n) stands in front of
                 them. Default: True.
             past_memories: the memories that a call returned, or a `Cursor`. Default: None, new texts start.
-            options: the other arguments of `SegmentWrapper.generate_tokens`.
+            return_cursor: see `SegmentWrapper.generate_tokens`. Default: False.
+            progress: see `SegmentWrapper.generate_tokens`. Default: None.
+            options: the other arguments of `SegmentWrapper.stream`.
 
         Returns:
             The new tokens (b, seq_len - n), and the cursor if return_cursor is True.
@@ -163,7 +169,8 @@ class InfiniTransformerWrapper(SegmentWrapper):
         """
         if prompt is None and not isinstance(past_memories, Cursor):
             check_count('batch_size', batch_size)
-            start = options.pop('start_token', 0)
+            given = options.pop('start_token', None)
+            start = 0 if given is None else given
             if not (is_whole(start) and 0 <= start < self.model.num_tokens):
                 raise ValueError(f'start_token is {start!r}: give a token id in [0, {self.model.num_tokens})')
             prompt = torch.full((batch_size or 1, 1), start, device=self.model.device)
@@ -174,11 +181,19 @@ class InfiniTransformerWrapper(SegmentWrapper):
         if filter_fn is None and not has_filter(options):
             filter_fn = top_p
         if filter_fn is not None:
-            options['filter_fn'] = partial(filter_fn, **(filter_kwargs or {}))
+            filter_fn = partial(filter_fn, **(filter_kwargs or {}))
         elif filter_kwargs:
             raise ValueError(f'filter_kwargs={filter_kwargs} are of filter_fn: give it too, or leave them out')
         count = new_token_count('seq_len', seq_len, max_new_tokens, prompt)
-        out = self.generate_tokens(prompt, count, state=past_memories, **options)
+        out = self.generate_tokens(
+            prompt,
+            count,
+            state=past_memories,
+            filter_fn=filter_fn,
+            return_cursor=return_cursor,
+            progress=progress,
+            **options,
+        )
         if exclude_prompt:
             return out
         new, *cursor = (out,) if isinstance(out, Tensor) else out

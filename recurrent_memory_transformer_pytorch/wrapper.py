@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from recurrent_memory_transformer_pytorch.rmt import RecurrentMemoryTransformer
 from segment_recurrence_pytorch.checks import check_count, check_finite, is_number, typed
-from segment_recurrence_pytorch.generation import new_token_count
+from segment_recurrence_pytorch.generation import StreamOptions, new_token_count
 from segment_recurrence_pytorch.sampling import has_filter, top_k
 from segment_recurrence_pytorch.wrapper import SegmentWrapper, same_option
 
@@ -144,7 +145,9 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
         max_new_tokens: int | None = None,
         memories: Any = None,
         filter_thres: int | float | None = None,
-        **options: Any,
+        return_cursor: bool = False,
+        progress: bool | None = None,
+        **options: Unpack[StreamOptions],
     ) -> Any:
         """Generates new tokens after a prompt.
 
@@ -157,7 +160,9 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
             memories: the memories that a call returned, or a `Cursor`. Default: None, new texts start.
             filter_thres: the next token is drawn from the ceil((1 - filter_thres) * num_tokens) most likely ones, in
                 [0, 1]. Default: None, 0.9 unless top_k, top_p, min_p or filter_fn is given.
-            options: the other arguments of `SegmentWrapper.generate_tokens`.
+            return_cursor: see `SegmentWrapper.generate_tokens`. Default: False.
+            progress: see `SegmentWrapper.generate_tokens`. Default: None.
+            options: the other arguments of `SegmentWrapper.stream`.
 
         Returns:
             The new tokens (b, length - n), and the cursor if return_cursor is True.
@@ -174,7 +179,9 @@ class RecurrentMemoryTransformerWrapper(SegmentWrapper):
                 raise ValueError(f'filter_thres={filter_thres} and filter_fn: give one of them')
             options['filter_fn'] = partial(top_k, thres=filter_thres)
         count = new_token_count('length', length, max_new_tokens, prime)
-        return self.generate_tokens(prime, count, state=memories, **options)
+        return self.generate_tokens(
+            prime, count, state=memories, return_cursor=return_cursor, progress=progress, **options
+        )
 
     @typed
     def reset(self, state: Any, rows: Tensor) -> Any:

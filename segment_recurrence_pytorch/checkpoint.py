@@ -22,7 +22,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.checks import check_faults, check_has_weights
-from segment_recurrence_pytorch.generation import Cursor
+from segment_recurrence_pytorch.cursor import Cursor
 from segment_recurrence_pytorch.model import SegmentModel, class_name, digest_of_weights, plain_arguments, whole
 from segment_recurrence_pytorch.state import from_list, leaves, to_list
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.checks import check_has_weights, check_whole
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, from_list, leaves, to_list
 

@@ -13,84 +13,49 @@ Letters: b rows of the batch, n tokens.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
-from segment_recurrence_pytorch.backprop import (
-    initial_state,
-    plan_windows,
-    read_window,
-    read_windows,
-    segments_at_once,
-    window_of_rank,
-)
 from segment_recurrence_pytorch.cache import OpenSegment
-from segment_recurrence_pytorch.checks import can_hold_ids, check_whole, is_whole
-from segment_recurrence_pytorch.distributed import check_same_reads
+from segment_recurrence_pytorch.checks import is_whole
+from segment_recurrence_pytorch.cursor import Cursor, as_cursor, read_segments
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.sampling import Sampler
-from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
+from segment_recurrence_pytorch.sampling import FilterFn, Sampler
+from segment_recurrence_pytorch.state import leaves, map_state
 
 CHECK_EVERY = 32  # tokens between two looks at the values on a GPU
 IDLE_CACHES = 2  # of compiled streams of one shape, which wait for the next stream
 
 
-class Cursor(NamedTuple):
-    """A place in the text of each row, from which the model can go on. To go on, it reads at most one segment again.
+class GenerationOptions(TypedDict, total=False):
+    """Options of generation and their types, for editors and type checkers. `SegmentWrapper.stream` explains them."""
 
-    Attributes:
-        state: the state at the last border that each row has passed. None means the initial state.
-        tokens: ids of the tokens after that border, (b, n). Each row starts at column 0. The state does not contain
-            these tokens: they are read, or read again, when the cursor is continued. The newest token is one of them.
-        lengths: number of these tokens in each row, (b,). The columns after them mean nothing.
-    """
+    prompt_lengths: Any
+    start_token: int | None
+    segment_length: int | None
+    eos_token_id: int | list[int] | tuple[int, ...] | None
+    compile: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    generator: torch.Generator | None
 
-    state: State
-    tokens: Tensor
-    lengths: Tensor
 
-    def fork(self, copies: int) -> Cursor:
-        """Returns a cursor with `copies` copies of each row, to continue one text in several ways. The copies of a row
-        stand one after the other: two rows with two copies each are 0, 0, 1, 1.
+class StreamOptions(GenerationOptions, total=False):
+    """All options of `SegmentWrapper.stream`."""
 
-        Args:
-            copies: number of copies of each row.
-
-        Raises:
-            ValueError: if copies is not a whole number of at least 1.
-        """
-        check_whole(copies=copies)
-        return map_state(lambda t: t.repeat_interleave(copies, dim=0), self)
-
-    def rows(self, index: Tensor) -> Cursor:
-        """Returns a cursor with some of the rows.
-
-        Args:
-            index: row numbers (k,), or a bool tensor (b,), True for the rows to take.
-
-        Raises:
-            ValueError: if the index has another form, or names rows that the cursor does not have.
-        """
-        count = len(self.tokens)
-        if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point() or index.is_complex():
-            found = tuple(index.shape) if isinstance(index, Tensor) else repr(index)
-            raise ValueError(f'rows of a cursor: the index is {found}: give row numbers (k,), or bool (batch,)')
-        if index.dtype == torch.bool and len(index) != count:
-            raise ValueError(f'rows of a cursor: the index has {len(index)} bools, the cursor {count} rows')
-        if index.dtype != torch.bool and not ((index >= 0) & (index < count)).all():
-            raise ValueError(f'rows of a cursor: the index is {index.tolist()}: give row numbers in [0, {count})')
-        index = index if index.dtype == torch.bool else index.long()
-        return map_state(lambda t: t[index], self)
+    batch_size: int | None
+    filter_fn: FilterFn | None
 
 
 class Stream:
@@ -313,119 +278,81 @@ class Stream:
                 )
 
 
-def read_segments(
+def open_stream(
     model: SegmentModel,
-    cursor: Cursor,
-    segment_length: int,
-    segments_per_pass: int | None = None,
+    prompt: Any,
+    max_new_tokens: int | None,
+    state: Any,
     *,
-    counts: list[int],
-) -> tuple[Cursor, list[int]]:
-    """Reads whole segments of the tokens of a cursor. The last 1 to segment_length tokens of each row stay unread.
+    segment_length: int,
+    segments_per_pass: int | None,
+    check_values: bool,
+    prompt_lengths: Any = None,
+    batch_size: int | None = None,
+    start_token: int | None = None,
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None,
+    compile: bool = False,
+    **sampling: Any,
+) -> Stream:
+    """Returns a stream after everything is checked.
 
     Args:
         model: the model.
-        cursor: a cursor with at least one token in every row.
-        segment_length: number of tokens of a segment.
-        segments_per_pass: number of segments of a window. Default: None, the number that `backprop.segments_at_once`
-            returns.
-        counts: the lengths of the cursor, as numbers: the device need not be waited for.
-
-    Returns:
-        The new cursor: the state at the last border of each row, the ids of the unread tokens (b, n), and their number
-        in each row (b,). And these numbers as a list.
-    """
-    state, tokens, lengths = cursor
-    whole = (lengths - 1) // segment_length
-    shortest, longest = (end(count - 1 for count in counts) // segment_length * segment_length for end in (min, max))
-    further = torch.arange(shortest, longest, device=tokens.device) < (whole * segment_length)[:, None]
-    # the part that all rows have needs no mask
-    parts: list[tuple[Tensor, Tensor | None]] = [(tokens[:, :shortest], None), (tokens[:, shortest:longest], further)]
-    if model.chain is not None:  # each rank reads its segments at once, and the last one has the state after them
-        window = window_of_rank(longest, segment_length, model.chain)
-        at = slice(window.start, window.stop)
-        every = None if shortest == longest else F.pad(further, (shortest, 0), value=True)[:, at]
-        _, state = read_window(model, tokens[:, at], state, every, segment_length, need_hidden=False)
-        state, parts = model.chain.last(state), []
-    if model.mesh is not None:
-        at_once = segments_per_pass or segments_at_once(model, segment_length, len(tokens))
-        plans = (plan_windows(part.shape[1], segment_length, segments_per_pass=at_once) for part, _ in parts)
-        check_same_reads(model, [window for plan in plans for window in plan])
-    for part, mask in parts:
-        windows = read_windows(
-            model, part, state, segment_length, mask=mask, need_hidden=False, segments_per_pass=segments_per_pass
-        )
-        for _, _, after in windows:
-            state = after
-    rest, left_counts = lengths - whole * segment_length, [(count - 1) % segment_length + 1 for count in counts]
-    place = (whole * segment_length)[:, None] + torch.arange(max(left_counts), device=tokens.device)
-    left = tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
-    if state is None:
-        state = initial_state(model, len(tokens))
-    elif not longest:  # no segment was read: it is the caller's
-        state = copied(state)
-    state = detach(state)
-    left = left.masked_fill(torch.arange(left.shape[1], device=left.device) >= rest[:, None], 0)
-    return Cursor(state, left, rest), left_counts
-
-
-def as_cursor(prompt: Any, prompt_lengths: Any, state: Any, device: torch.device) -> tuple[Cursor, list[int]]:
-    """Returns the cursor of a state and a prompt, and its lengths as numbers. If a cursor is given as state, the prompt
-    follows the tokens of that cursor.
-
-    Args:
-        prompt: token ids (b, n), or a list of b tensors (n_i,), or None.
-        prompt_lengths: number of tokens of each row in a prompt (b, n), (b,). None: all n tokens.
+        prompt: see `SegmentWrapper.stream`, as all arguments that are not explained here.
+        max_new_tokens: number of new tokens of each row. None: the stream has no end.
         state: a state, a `Cursor`, or None.
-        device: the device of the result.
+        segment_length: number of tokens of a segment.
+        segments_per_pass: see `SegmentWrapper`.
+        check_values: see `SegmentWrapper`.
+        sampling: the arguments of `sampling.Sampler`.
 
     Raises:
-        ValueError: if an argument does not fit, or if a row would have no token.
+        TypeError: if there is no option of a name.
+        ValueError: if an argument does not fit.
     """
-    rows: list[Tensor] | None = None
-    if prompt is None and prompt_lengths is not None:
-        raise ValueError('prompt_lengths without a prompt: leave one out, or give the other')
-    if isinstance(prompt, Tensor):
-        if prompt.ndim != 2 or not can_hold_ids(prompt.dtype):
-            raise ValueError(
-                f'the prompt is {prompt.dtype} of shape {tuple(prompt.shape)}: give token ids (batch, length), or a '
-                'list of rows (length,)'
-            )
-        if prompt_lengths is not None and isinstance(state, Cursor):
-            prompt_lengths, state = _fetched_together(prompt_lengths, state)
-        counts = (
-            [prompt.shape[1]] * len(prompt)
-            if prompt_lengths is None
-            else _counts(prompt_lengths, prompt, 'prompt_lengths')
-        )
-        rows = [row[:count] for row, count in zip(_moved(prompt, device), counts, strict=True)]
-    elif prompt is not None:
-        if not isinstance(prompt, (list, tuple)):
-            raise ValueError(
-                f'the prompt is a {type(prompt).__name__}: give a tensor (batch, length), or a list of rows'
-            )
-        if prompt_lengths is not None:
-            raise ValueError('prompt_lengths says how long the rows of one tensor are: leave it out for a list')
-        for row in prompt:
-            if not isinstance(row, Tensor) or row.ndim != 1 or not can_hold_ids(row.dtype):
-                raise ValueError('the prompt is a list: give one tensor of token ids (length,) a row')
-        rows = [_moved(row, device) for row in prompt]
-    if isinstance(state, Cursor):
-        if not isinstance(state.tokens, Tensor) or state.tokens.ndim != 2 or not can_hold_ids(state.tokens.dtype):
-            raise ValueError('the cursor holds no token ids (batch, length): give what a call returned')
-        counts = _counts(state.lengths, state.tokens, 'the lengths of the cursor')
-        before = [row[:count] for row, count in zip(_moved(state.tokens, device), counts, strict=True)]
-        if rows is not None and len(rows) != len(before):
-            raise ValueError(f'{len(rows)} prompts for a cursor of {len(before)} rows: `cursor.fork` copies its rows')
-        rows = before if rows is None else [torch.cat(pair) for pair in zip(before, rows, strict=True)]
-        state = state.state
-    if not rows or not all(map(len, rows)):
+    if model.mesh is not None:
         raise ValueError(
-            'the prompt is empty: give at least one token in every row, a Cursor as the state, or batch_size= to begin '
-            'with start_token'
+            'the parameters of the model are sharded, and generation needs all of them: call it inside '
+            '`with segment_recurrence_pytorch.distributed.gathered(wrapper.model):`'
         )
-    counts = [len(row) for row in rows]
-    return Cursor(state, pad_sequence(rows, batch_first=True), torch.tensor(counts, device=device)), counts
+    for name in sampling:
+        if name not in StreamOptions.__annotations__:
+            known = ', '.join(['state', *StreamOptions.__annotations__])
+            raise TypeError(f'generation has no option {name!r}: its options are {known}')
+    sampler = Sampler(**sampling)
+    if sampler.generator is not None and sampler.generator.device.type != model.device.type:
+        raise ValueError(f'generator is on {sampler.generator.device}, the model on {model.device}')
+    if eos_token_id is not None:
+        eos_token_id = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
+        if not eos_token_id:
+            raise ValueError('eos_token_id is an empty list: give token ids, or None')
+    given = [('eos_token_id', token) for token in eos_token_id or ()] + [('start_token', start_token)]
+    for name, token in given:
+        if token is not None and not (is_whole(token) and 0 <= token < model.num_tokens):
+            raise ValueError(f'{name} is {token!r}: give a token id in [0, {model.num_tokens})')
+    if not isinstance(compile, bool):
+        raise ValueError(f'compile is {compile!r}: give True or False')
+    if batch_size is None and start_token is not None:
+        raise ValueError(f'start_token={start_token} begins new rows: give batch_size, and no prompt or cursor')
+    if batch_size is not None:
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f'batch_size is {batch_size!r}: give a whole number of rows from 1 on')
+        if prompt is not None or isinstance(state, Cursor):
+            raise ValueError(f'batch_size={batch_size} begins new rows with start_token: give no prompt or cursor')
+        prompt = torch.full((batch_size, 1), start_token or 0, device=model.device)
+    cursor, counts = as_cursor(model, prompt, prompt_lengths, state, check_values=check_values)
+    return Stream(
+        model,
+        cursor,
+        segment_length=segment_length,
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        compile=compile,
+        check_every=1 if model.device.type == 'cpu' else CHECK_EVERY,
+        segments_per_pass=segments_per_pass,
+        counts=counts,
+    )
 
 
 def new_token_count(name: str, length: int | None, max_new_tokens: int | None, prompt: Any) -> int:
@@ -455,71 +382,6 @@ def new_token_count(name: str, length: int | None, max_new_tokens: int | None, p
     if length < prompt.shape[-1]:
         raise ValueError(f'{name} is {length}, and the prompt has {prompt.shape[-1]} tokens, which it counts, too')
     return length - prompt.shape[-1]
-
-
-_evaluations: dict[
-    nn.Module, int
-] = {}  # modules that were in training mode, and the number of `evaluating` blocks that they are in
-_evaluations_lock = threading.Lock()
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode inside the `with` block.
-
-    Afterwards every submodule is in the mode in which it was before. Blocks may overlap, also in several threads: the
-    modes come back when the last of them ends.
-
-    Args:
-        module: the module.
-    """
-    with _evaluations_lock:
-        held = [each for each in module.modules() if each.training or each in _evaluations]
-        for each in held:
-            _evaluations[each] = _evaluations.get(each, 0) + 1
-            each.training = False
-    try:
-        yield
-    finally:
-        with _evaluations_lock:
-            for each in held:
-                _evaluations[each] -= 1
-                if not _evaluations[each]:
-                    del _evaluations[each]
-                    each.training = True
-
-
-def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """Returns token ids on a device, as int64, so that those of several rows can stand in one tensor.
-
-    Raises:
-        ValueError: if they are on the meta device and so have no values.
-    """
-    if tokens.is_meta:
-        raise ValueError('the prompt or cursor is on the meta device, where it has no values: give token ids')
-    return tokens.to(device, torch.long)
-
-
-def _fetched_together(prompt_lengths: Any, cursor: Cursor) -> tuple[Any, Cursor]:
-    """Returns the lengths of a prompt, and a cursor. If both have lengths on a device, they are fetched to the CPU at
-    once."""
-    both = [prompt_lengths, cursor.lengths]
-    if all(isinstance(each, Tensor) and each.ndim == 1 and can_hold_ids(each.dtype) and each.is_cuda for each in both):
-        first, second = torch.cat(both).cpu().split([len(each) for each in both])
-        return first, cursor._replace(lengths=second)
-    return prompt_lengths, cursor
-
-
-def _counts(lengths: Any, tokens: Tensor, name: str) -> list[int]:
-    rows, width = tokens.shape
-    try:
-        counts = torch.as_tensor(lengths).tolist()
-    except (RuntimeError, TypeError, ValueError):
-        counts = lengths
-    fits = isinstance(counts, list) and len(counts) == rows
-    if not fits or not all(is_whole(count) and 0 <= count <= width for count in counts):
-        raise ValueError(f'{name} is {counts!r}: give {rows} whole numbers from 0 to {width}')
-    return counts
 
 
 def _occurrences(cursor: Cursor, num_tokens: int) -> Tensor:

@@ -5,7 +5,7 @@ Letters: b rows of the batch, v tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil, inf
 from typing import Any
 
@@ -116,7 +116,7 @@ class Sampler:
         return _draw(logits, self.generator), largest
 
 
-def has_filter(options: dict[str, Any]) -> bool:
+def has_filter(options: Mapping[str, Any]) -> bool:
     """Returns whether the options of a call restrict which tokens can be drawn. A published default filter is then not
     used.
 

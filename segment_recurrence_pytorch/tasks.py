@@ -24,7 +24,7 @@ from torch import Tensor
 
 from segment_recurrence_pytorch.backprop import read_windows
 from segment_recurrence_pytorch.checks import check_finite, check_has_weights, check_whole, is_number, is_whole
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 

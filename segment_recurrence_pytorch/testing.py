@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segment_recurrence_pytorch.checks import check_form
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, leaves, map_state
 from segment_recurrence_pytorch.wrapper import SegmentWrapper

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed_state
 
 from segment_recurrence_pytorch.data import Piece, Streams, segments_as_rows
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import LossReturn, SegmentWrapper
 

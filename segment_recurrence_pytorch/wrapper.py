@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from segment_recurrence_pytorch.backprop import (
     Batch,
@@ -34,11 +35,12 @@ from segment_recurrence_pytorch.checks import (
     outside_inference,
     typed,
 )
+from segment_recurrence_pytorch.cursor import Cursor, as_cursor, no_cursor, read_segments
 from segment_recurrence_pytorch.distributed import check_call, check_same_reads, ranks_of, sum_over_ranks
-from segment_recurrence_pytorch.generation import CHECK_EVERY, Cursor, Stream, as_cursor, evaluating, read_segments
+from segment_recurrence_pytorch.evaluating import evaluating
+from segment_recurrence_pytorch.generation import Stream, StreamOptions, open_stream
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
 from segment_recurrence_pytorch.model import SegmentModel
-from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import State, copied
 
 
@@ -316,7 +318,7 @@ class SegmentWrapper(nn.Module):
             raise ValueError(f'rows is on {rows.device}, the model on {self.model.device}: move one of them')
         if state is None:
             return None
-        state, rows = outside_inference((self.model.as_state(_no_cursor(state), rows.shape[0]), rows))
+        state, rows = outside_inference((self.model.as_state(no_cursor(state), rows.shape[0]), rows))
         self.model.check_state(state, rows.shape[0])
         if (self.check_values or rows.device.type == 'cpu') and not rows.any():
             return copied(state)
@@ -328,15 +330,17 @@ class SegmentWrapper(nn.Module):
         prompt: Any,
         max_new_tokens: int,
         *,
+        state: Any = None,
         return_cursor: bool = False,
         progress: bool | None = None,
-        **options: Any,
+        **options: Unpack[StreamOptions],
     ) -> Any:
         """Generates new tokens after a prompt.
 
         Args:
             prompt: see `stream`.
             max_new_tokens: number of new tokens of each row.
+            state: see `stream`. Default: None, new texts start.
             return_cursor: whether to return also the `Cursor` from which generation can go on. Default: False.
             progress: whether to show a progress bar. Default: None, only on a terminal.
             options: the other arguments of `stream`.
@@ -352,7 +356,7 @@ class SegmentWrapper(nn.Module):
         """
         if not is_whole(max_new_tokens) or max_new_tokens < 0:
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more')
-        stream = self._open_stream(prompt, max_new_tokens, **options)
+        stream = self._open_stream(prompt, max_new_tokens, state, **options)
         hidden = None if progress is None else not progress  # None: tqdm hides the bar where there is no terminal
         with stream.guarded():
             tokens = list(tqdm(stream.unguarded(), total=max_new_tokens, disable=hidden, unit='token'))
@@ -363,7 +367,14 @@ class SegmentWrapper(nn.Module):
         return (new, stream.cursor) if return_cursor else new
 
     @typed
-    def stream(self, prompt: Any = None, *, max_new_tokens: int | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        state: Any = None,
+        **options: Unpack[StreamOptions],
+    ) -> Stream:
         """Returns an iterator over new tokens (b,), one for each row. Its `cursor` tells at any time where each row
         stands.
 
@@ -405,7 +416,7 @@ class SegmentWrapper(nn.Module):
         """
         if max_new_tokens is not None and (not is_whole(max_new_tokens) or max_new_tokens < 0):
             raise ValueError(f'max_new_tokens is {max_new_tokens}: give 0 or more, or None for an endless stream')
-        return self._open_stream(prompt, max_new_tokens, **options)
+        return self._open_stream(prompt, max_new_tokens, state, **options)
 
     @typed
     def read(
@@ -424,83 +435,28 @@ class SegmentWrapper(nn.Module):
             ValueError: if an argument does not fit.
         """
         length = self._length(segment_length)
-        cursor, counts = self._checked_cursor(prompt, prompt_lengths, state)
+        cursor, counts = as_cursor(self.model, prompt, prompt_lengths, state, check_values=self.check_values)
         with evaluating(self.model), torch.no_grad():
             return read_segments(self.model, cursor, length, self.segments_per_pass, counts=counts)[0]
 
     def _open_stream(
-        self,
-        prompt: Any,
-        max_new_tokens: int | None,
-        *,
-        state: Any = None,
-        prompt_lengths: Any = None,
-        batch_size: int | None = None,
-        start_token: int | None = None,
-        segment_length: int | None = None,
-        eos_token_id: int | list[int] | tuple[int, ...] | None = None,
-        compile: bool = False,
-        **sampling: Any,
+        self, prompt: Any, max_new_tokens: int | None, state: Any, segment_length: int | None = None, **options: Any
     ) -> Stream:
-        if self.model.mesh is not None:
-            raise ValueError(
-                'the parameters of the model are sharded, and generation needs all of them: call it inside '
-                '`with segment_recurrence_pytorch.distributed.gathered(wrapper.model):`'
-            )
-        _, _, *own, _ = inspect.signature(self._open_stream).parameters  # without prompt, max_new_tokens and sampling
-        known = [*own, *inspect.signature(Sampler).parameters]
-        for name in sampling:
-            if name not in known:
-                raise TypeError(f'generation has no option {name!r}: its options are {", ".join(known)}')
-        sampler = Sampler(**sampling)
-        if sampler.generator is not None and sampler.generator.device.type != self.model.device.type:
-            raise ValueError(f'generator is on {sampler.generator.device}, the model on {self.model.device}')
-        if eos_token_id is not None:
-            eos_token_id = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
-            if not eos_token_id:
-                raise ValueError('eos_token_id is an empty list: give token ids, or None')
-        given = [('eos_token_id', token) for token in eos_token_id or ()] + [('start_token', start_token)]
-        for name, token in given:
-            if token is not None and not (is_whole(token) and 0 <= token < self.model.num_tokens):
-                raise ValueError(f'{name} is {token!r}: give a token id in [0, {self.model.num_tokens})')
-        if not isinstance(compile, bool):
-            raise ValueError(f'compile is {compile!r}: give True or False')
-        length = self._length(segment_length)
-        if batch_size is None and start_token is not None:
-            raise ValueError(f'start_token={start_token} begins new rows: give batch_size, and no prompt or cursor')
-        if batch_size is not None:
-            if not is_whole(batch_size) or batch_size < 1:
-                raise ValueError(f'batch_size is {batch_size!r}: give a whole number of rows from 1 on')
-            if prompt is not None or isinstance(state, Cursor):
-                raise ValueError(f'batch_size={batch_size} begins new rows with start_token: give no prompt or cursor')
-            prompt = torch.full((batch_size, 1), start_token or 0, device=self.model.device)
-        cursor, counts = self._checked_cursor(prompt, prompt_lengths, state)
-        return Stream(
+        return open_stream(
             self.model,
-            cursor,
-            segment_length=length,
-            sampler=sampler,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id,
-            compile=compile,
-            check_every=1 if self.model.device.type == 'cpu' else CHECK_EVERY,
+            prompt,
+            max_new_tokens,
+            state,
+            segment_length=self._length(segment_length),
             segments_per_pass=self.segments_per_pass,
-            counts=counts,
+            check_values=self.check_values,
+            **options,
         )
 
     def _can_learn(self, x: Tensor, per_segment: dict | None) -> bool:
         """Returns whether anything that replay can send a gradient to wants one."""
         tensors = [x, *self.model.parameters(), *(per_segment or {}).values()]
         return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-
-    def _checked_cursor(self, prompt: Any, prompt_lengths: Any, state: Any) -> tuple[Cursor, list[int]]:
-        """Returns the cursor of a prompt and a state, which are checked, and its lengths as numbers."""
-        if not self.model.causal:
-            raise ValueError('a model with causal=False cannot generate: its positions see later tokens')
-        check_has_weights(self.model)
-        cursor, counts = as_cursor(prompt, prompt_lengths, state, self.model.device)
-        tokens, state, _ = check_input(self.model, cursor.tokens, cursor.state, check_values=self.check_values)
-        return Cursor(state, tokens, cursor.lengths), counts
 
     def _length(self, segment_length: int | None) -> int:
         """Returns the segment length of one call: the given one, or the wrapper's, which may have been set anew."""
@@ -512,7 +468,7 @@ class SegmentWrapper(nn.Module):
 
     def _checked(self, x: Tensor, state: State, **more: Any) -> tuple[Tensor, State, Tensor | None]:
         """Returns x, the state and the mask as `check_input` does. Its further arguments are `more`."""
-        return check_input(self.model, x, _no_cursor(state), check_values=self.check_values, **more)
+        return check_input(self.model, x, no_cursor(state), check_values=self.check_values, **more)
 
     def _batch(
         self,
@@ -606,16 +562,6 @@ def same_option(old_name: str, old: int | None, backprop_segments: int | None) -
     if old is not None and backprop_segments is not None and old != backprop_segments:
         raise ValueError(f'{old_name}={old} and backprop_segments={backprop_segments} mean the same: give one')
     return backprop_segments if old is None else old
-
-
-def _no_cursor(state: Any) -> Any:
-    """Returns a state. Raises ValueError for a cursor, whose last tokens are not in its state yet."""
-    if isinstance(state, Cursor):
-        raise ValueError(
-            'the state is a Cursor: give it to generate_tokens, stream or read. Its state alone, cursor.state, is the '
-            'one at the last border, before cursor.tokens'
-        )
-    return state
 
 
 def _checked_length(model: SegmentModel, length: int | None) -> int:

@@ -9,7 +9,8 @@ import torch._dynamo.testing
 
 from segment_recurrence_pytorch import Cursor, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import load_cursor, save_cursor
-from segment_recurrence_pytorch.generation import Stream, evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
+from segment_recurrence_pytorch.generation import Stream
 from segment_recurrence_pytorch.sampling import Sampler
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import DROPOUT, close, ids, make_rmt

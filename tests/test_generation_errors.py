@@ -1,5 +1,6 @@
 """What generation refuses, and that nothing is changed by it."""
 
+import inspect
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch._dynamo.testing
 from infini_transformer_pytorch import InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 from segment_recurrence_pytorch import Cursor, SegmentWrapper
-from segment_recurrence_pytorch.generation import Stream
+from segment_recurrence_pytorch.generation import Stream, StreamOptions, open_stream
 from segment_recurrence_pytorch.sampling import Sampler, min_p, top_k, top_p
 from segment_recurrence_pytorch.state import leaves
 from tests.conftest import DROPOUT, ids, make_infini, make_rmt
@@ -248,3 +249,13 @@ def test_an_exception_in_a_callback_changes_nothing():
     assert wrapper.model.layers[0].ff.training
     assert not wrapper.model.layers[1].ff.training
     assert all(torch.equal(a, b) for a, b in zip(leaves(cursor), before, strict=True))
+
+
+def test_editors_know_every_option_of_generation():
+    taken = {*inspect.signature(open_stream).parameters, *inspect.signature(Sampler).parameters, 'segment_length'}
+    of_the_wrapper = {'model', 'segments_per_pass', 'check_values', 'sampling'}
+    given_by_name = {'prompt', 'max_new_tokens', 'state'}
+    assert set(StreamOptions.__annotations__) == taken - of_the_wrapper - given_by_name
+    assert SegmentWrapper.stream.__doc__ is not None
+    for name in StreamOptions.__annotations__:
+        assert f' {name}: ' in SegmentWrapper.stream.__doc__, name

@@ -20,7 +20,7 @@ from torch import Tensor
 from examples.associative_rmt import AssociativeRMT
 from segment_recurrence_pytorch import Cursor, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import load_cursor, save_cursor
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.state import detach, leaves, map_state
 from tests.conftest import close, make_infini, make_rmt, random_weights, same_gradients
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import SegmentCache, Slots
 from segment_recurrence_pytorch.checks import check_count, check_has_weights, needs_extra
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import leaves, map_state
 

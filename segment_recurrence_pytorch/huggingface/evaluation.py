@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from segment_recurrence_pytorch.checks import check_whole, needs_extra
-from segment_recurrence_pytorch.generation import evaluating
+from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 try:
