@@ -15,6 +15,8 @@ from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, Experiment, stor
 from benchmarks.evidence.extras import EXTRAS
 from benchmarks.evidence.report import arm_table, interval, load, report
 from benchmarks.evidence.rows import ROWS, LanguageRow
+from benchmarks.evidence.summary import longest_gain, not_reached
+from benchmarks.evidence.tables import prose
 from recurrent_memory_transformer_pytorch.attention import Layout, SegmentRows, Surroundings
 from segment_recurrence_pytorch.tasks import Memorize
 from tests.conftest import close, make_rmt, random_weights
@@ -207,3 +209,40 @@ def test_a_null_key_is_a_key_in_front_that_all_rows_see():
         weights = (q[:, :, row, None] @ keys[:, :, :seen].mT / 8**0.5).softmax(-1)
         expected = attn.to_out((weights @ values[:, :, :seen]).transpose(1, 2).flatten(-2))
         close(out[:, row : row + 1], expected)
+
+
+def test_the_more_steps_the_more_a_memory_saves_and_the_longer_the_segments_the_less():
+    """A sentence of the page, which the tables below it have to bear out."""
+    gains = {}
+    for row in ROWS.values():
+        if isinstance(row, LanguageRow) and (found := load(evidence.RESULTS, row.name)):
+            gains[row.model, row.steps, row.segment_length] = sum(run['gain'] for run in found) / len(found)
+    assert 'The more steps, the more a memory saves; the longer the segments, the less.' in ' '.join(prose('text').split())
+    for (model, steps, length), gain in gains.items():
+        assert gain > gains.get((model, 800, length), 0) or steps == 800
+        assert all(
+            gain < more for (m, s, shorter), more in gains.items() if (m, s) == (model, steps) and shorter < length
+        )
+
+
+def test_what_was_not_reached_stands_on_the_first_screen():
+    """Copies at 6 segments miss a target, the paper's 9 segments and its 6: one line says all of it."""
+    runs = [{'seed': 0, 'curve': {'3': 1.0, '6': 0.5, '9': 0.25}}]
+    found = {name: runs if name == 'rmt_copy' else [] for name in ROWS}
+    assert not_reached(found) == [
+        'RMT copies a source twice: 0.500 (0.500) at 48 tokens, asked for at least 0.85 (missed); 0.500 (0.500) at 6 '
+        'segments, published 1.00; 0.250 (0.250) at 9 segments, published 1.00'
+    ]
+    runs[0]['curve'] = {'3': 1.0, '6': 1.0, '9': 0.996}
+    assert not_reached(found) == []
+
+
+def test_the_longest_segments_with_a_gain_need_all_seeds():
+    def runs(*gains):
+        return [{'gain': gain} for gain in gains]
+
+    found = {name: [] for name in ROWS} | {'rmt_bytes_16': runs(0.1, 0.11, 0.1, 0.12, 0.1)}
+    found |= {'rmt_bytes_64': runs(0.1, 0.11, 0.1, 0.12), 'infini_bytes_16': runs(0.1, -0.1, 0.1, -0.1, 0.0)}
+    assert longest_gain(found) == 'The longest segments at which a gain is told from 0 by five seeds: 16 bytes for RMT.'
+    found['infini_bytes_128_3000'] = runs(0.1, 0.11, 0.1, 0.12, 0.1)
+    assert longest_gain(found).endswith(': 16 bytes for RMT; 128 bytes for Infini, the longest that was tried.')

@@ -11,10 +11,9 @@ from typing import Any
 from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import CHECKS, MILLION, ROWS, TITLES, LanguageRow, TaskRow
-from benchmarks.intervals import bounds
+from benchmarks.evidence.summary import about_runs, gains_on_text, summary
+from benchmarks.evidence.tables import asked_gain, asked_of, interval, mean_and_worst, prose, table, targets
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval
-
-PROSE = Path(__file__).parents[1] / 'results' / 'evidence' / 'prose'
 
 
 def report(folder: Path, page: Path) -> None:
@@ -26,7 +25,10 @@ def report(folder: Path, page: Path) -> None:
     """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [prose('introduction'), overview(results), *start_section(folder.parent / 'search', results)]
+    texts = text_runs(folder.parent / 'text')
+    parts = [prose('introduction'), *summary(results, texts), prose('reading')]
+    head = ['claim', 'at', 'measured (worst seed)', 'asked for', 'seeds']
+    parts += ['## Every target\n', table(head, targets(results)), *start_section(folder.parent / 'search', results)]
     for name, row in ROWS.items():
         if not results[name]:
             continue
@@ -40,7 +42,7 @@ def report(folder: Path, page: Path) -> None:
             parts.append(language_table(row, results[name]))
         if remark := prose(f'remarks/{name}'):
             parts.append(remark)
-    parts += text_section(folder.parent / 'text', page.parent)
+    parts += text_section(texts, page.parent)
     parts += million_section(folder.parent / 'million_evaluation.json')
     if retrofits := retrofit_section(folder.parent / 'retrofit'):
         parts.append(retrofits)
@@ -59,12 +61,6 @@ def report(folder: Path, page: Path) -> None:
     print(f'wrote {page}')
 
 
-def prose(name: str) -> str:
-    """Returns a text of the page by its name. It is empty if there is no such text."""
-    path = PROSE / f'{name}.md'
-    return path.read_text() if path.exists() else ''
-
-
 def load(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the results of a row, in the order of their seeds.
 
@@ -74,81 +70,6 @@ def load(folder: Path, name: str) -> list[dict[str, Any]]:
     """
     found = [json.loads(path.read_text()) for path in folder.glob(f'{name}-*.json')]
     return sorted((result for result in found if result['row'] == name), key=lambda result: result['seed'])
-
-
-def overview(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns a table with a line for each target: what was asked for, and what was measured.
-
-    Args:
-        results: the results of each row, by its name.
-    """
-    lines = []
-    for name, found in results.items():
-        row = ROWS[name]
-        if not found:
-            continue
-        if isinstance(row, LanguageRow):
-            gains = [result['gain'] for result in found]
-            cells = [row.claim, '', f'{interval(gains)} bits per byte ({min(gains):+.3f})', asked_gain(row, gains)]
-            lines.append([*cells, f'{len(found)}'])
-            continue
-        for length in [*row.targets, *row.limits]:
-            if str(length) not in found[0]['curve']:
-                continue
-            shares = [result['curve'][str(length)] for result in found]
-            tokens = f'{length * row.task().segment_length:,} tokens'
-            cells = [tokens, mean_and_worst(row, length, shares), asked_of(row, length, mean(shares)), f'{len(found)}']
-            lines.append([row.claim, *cells])
-    return table(['claim', 'at', 'measured (worst seed)', 'asked for', 'seeds'], lines)
-
-
-def mean_and_worst(row: TaskRow, length: int, shares: list[float]) -> str:
-    """Returns the mean over the seeds with the worst seed in brackets. If a row asks for a low accuracy, the worst is
-    the highest.
-
-    Args:
-        row: the row.
-        length: number of segments.
-        shares: the accuracy on each seed.
-    """
-    return f'{mean(shares):.3f} ({(max if length in row.limits else min)(shares):.3f})'
-
-
-def asked_gain(row: LanguageRow, gains: list[float]) -> str:
-    """Returns the target of a byte row, with a note if it is missed or if the seeds cannot decide it.
-
-    Args:
-        row: the row.
-        gains: the gain over the twin on each seed, in bits per byte.
-    """
-    text = asked(mean(gains), at_least=row.target)
-    return f'{text} (undecided)' if len(gains) > 1 and bounds(gains)[0] < row.target <= mean(gains) else text
-
-
-def asked_of(row: TaskRow, length: int, share: float) -> str:
-    """Returns the target of a row at a length, with a note if it is missed.
-
-    Args:
-        row: the row.
-        length: number of segments.
-        share: the accuracy.
-    """
-    return asked(share, at_least=row.targets.get(length), at_most=row.limits.get(length))
-
-
-def asked(value: float, at_least: float | None = None, at_most: float | None = None) -> str:
-    """Returns a target as text, with a note if it is missed. The text is empty if there is no target.
-
-    Args:
-        value: the measured value.
-        at_least: the lowest value that is asked for. Default: None.
-        at_most: the highest value that is asked for. Default: None.
-    """
-    if at_least is not None:
-        return f'at least {at_least:.2f}{" (missed)" if value < at_least else ""}'
-    if at_most is not None:
-        return f'at most {at_most:.2f}{" (missed)" if value > at_most else ""}'
-    return ''
 
 
 def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
@@ -162,6 +83,8 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
         cells += [mean_and_worst(row, int(length), shares), f'{task.without_memory:.3f}']
         if isinstance(task, AssociativeRetrieval):
             cells.append(f'{task.without_keys(int(length)):.3f}')
+        if row.paper:
+            cells.append(f'{row.paper[int(length)]:.2f}' if int(length) in row.paper else '')
         lines.append([*cells, asked_of(row, int(length), mean(shares))])
     machines = dict.fromkeys(result['machine'] for result in results if result['machine'].startswith('NVIDIA'))
     seconds = ', '.join(str(result['train_cpu_seconds']) for result in results)
@@ -173,6 +96,7 @@ def task_table(row: TaskRow, results: list[dict[str, Any]]) -> str:
     reached = ', '.join(f'{result["reached"].get(last, "none")}' for result in results)
     about += f' The last stage of the curriculum, {last} segments, was reached at step {reached}.'
     guessing = ['without memory', *(['values without their keys'] if isinstance(task, AssociativeRetrieval) else [])]
+    guessing += ['published'] if row.paper else []
     return table(['segments', 'tokens', 'accuracy', *guessing, 'asked for'], lines) + f'\n{about}\n'
 
 
@@ -272,25 +196,29 @@ def retrofit_section(folder: Path) -> str:
     return '\n'.join(parts)
 
 
-def text_section(folder: Path, plots: Path) -> list[str]:
-    """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
-
-    Args:
-        folder: the folder of the runs, see `benchmarks.text`.
-        plots: the folder of the plot.
-    """
+def text_runs(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Returns the runs of `benchmarks.text` in a folder, by the length of a segment and the name of the arm."""
     runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for arm, length, seed in text.RUNS:
         path = folder / f'{arm}-{length}-{seed}.json'
         if path.exists():
             runs.setdefault((length, arm), []).append(json.loads(path.read_text()))
+    return dict(sorted(runs.items(), key=lambda each: each[0][0]))
+
+
+def text_section(runs: dict[tuple[int, str], list[dict[str, Any]]], plots: Path) -> list[str]:
+    """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
+
+    Args:
+        runs: see `text_runs`.
+        plots: the folder of the plot.
+    """
     if not runs:
         return []
     lines, positions = [], []
-    for (length, arm), found in sorted(runs.items(), key=lambda each: each[0][0]):
-        alone = {run['seed']: run['bits'] for run in runs.get((length, 'segments'), [])}
-        gains = [alone[run['seed']] - run['bits'] for run in found if run['seed'] in alone]
-        gain = '' if arm == 'segments' or not gains else interval(gains)
+    for (length, arm), found in runs.items():
+        gains = gains_on_text(runs, length, arm)
+        gain = interval(gains) if gains else ''
         bits = mean([run['bits'] for run in found])
         lines.append(
             [f'{length}', text.LABELS[arm], f'{found[0]["parameters"]:,}', f'{bits:.3f}', gain, f'{len(found)}']
@@ -298,17 +226,11 @@ def text_section(folder: Path, plots: Path) -> list[str]:
         columns = zip(*(run['by_position'] for run in found), strict=True)
         positions.append([f'{length}', text.LABELS[arm], *(f'{mean(each):.3f}' for each in columns)])
     one = next(iter(runs.values()))[0]
-    done = sum(map(len, runs.values()))
     borders = ['0', *map(str, text.BORDERS)]
     ranges = [f'{first} to {int(last) - 1}' for first, last in pairwise(borders)] + [f'from {borders[-1]} on']
     plot_text(runs, plots / 'text.png')
     about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
-    about += f'over segments alone is paired by seed. {done} of {len(text.RUNS)} runs are done. '
-    about += '' if done == len(text.RUNS) else 'What one seed says is not decided.'
-    older = sum(
-        run.get('start') != text.start_of(arm, length) for (length, arm), found in runs.items() for run in found
-    )
-    about += f' {older} of them had initial weights of an earlier version of the library.' if older else ''
+    about += f'over segments alone is paired by seed. {about_runs(runs)}'
     head = ['segments of', 'model', 'parameters', 'bits per byte', 'gain', 'seeds']
     return [
         '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '
@@ -401,24 +323,9 @@ def score(run: dict[str, Any]) -> float:
     return mean(list(run['curve'].values())) if 'curve' in run else run['bits']['with memory']
 
 
-def interval(differences: list[float]) -> str:
-    """Returns the mean and its 95 % t interval as text. The text is bold if the interval does not contain 0."""
-    if len(differences) < 2:
-        return f'{mean(differences):+.3f}'
-    low, high = bounds(differences)
-    text = f'{mean(differences):+.3f} [{low:+.3f}, {high:+.3f}]'
-    return text if low <= 0 <= high else f'**{text}**'
-
-
 def longest_in_training(results: list[dict[str, Any]]) -> int:
     """Returns the largest number of segments that the curriculum reached on any seed."""
     return max(entry['segments'] for result in results for entry in result['history'])
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """Returns a Markdown table."""
-    first, *rest = (f'| {" | ".join(cells)} |\n' for cells in (head, *lines))
-    return ''.join((first, '|---' * len(head) + '|\n', *rest))
 
 
 def plot_curves(rows: dict[str, list[dict[str, Any]]], path: Path, title: str = '') -> None:

@@ -177,7 +177,7 @@ def config(row: TaskRow | LanguageRow) -> dict[str, Any]:
     It contains the defaults of the model, its initial weights and its learning rates, too: if a default of the library
     changes, the stored result no longer fits.
     """
-    texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits', 'seeds')
+    texts = ('name', 'claim', 'label', 'published', 'targets', 'target', 'limits', 'paper', 'seeds')
     fields = {name: value for name, value in vars(row).items() if name not in (*texts, 'emb_lr')}  # `rates` has it
     wrapper = as_started(row.wrapper)
     model = wrapper.model
