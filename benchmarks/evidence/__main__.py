@@ -20,6 +20,8 @@ to 14. The defaults were changed after rows on the former had been seen: prose/i
     training.py      trains and evaluates one run
     results.py       trains what is asked for, and stores it as JSON, each run with the configuration that made it
     report.py        makes the page and the plots from that JSON, and from texts in Markdown beside it
+    summary.py       the first screen of the page
+    tables.py        targets, means and intervals, as the page writes them
     adopt.py         adds a new option of the library, whose default changes nothing, to the stored configurations
 """
 
