@@ -75,11 +75,6 @@ class MemoryCache(SegmentCache):
         super()._close_some(model, rows, count)
         self.enter(model)
 
-    def make_static(self) -> None:
-        """See `OpenSegment.make_static`. The memories to recall from may be those of the state, which has its own."""
-        self.recallable = [Recallable(*map(torch.clone, each)) for each in self.recallable]
-        super().make_static()
-
     def _recallable(self, model: GatedMemories) -> list[Recallable]:
         """Returns, for each layer, the memories from which it recalls."""
         return [

@@ -47,6 +47,9 @@ class Slots(NamedTuple):
 class OpenSegment(ABC):
     """The base class of open segments, one for each row of the batch.
 
+    A class of its own keeps tensors and plain values. It is given the model in every call, and keeps nothing of it:
+    after a compiled stream has ended, its open segment serves the next one, maybe of another model of the same class.
+
     Args:
         state: the state at the border where the open segment of each row begins.
         batch: number of rows b.
@@ -204,9 +207,13 @@ class OpenSegment(ABC):
             self.aligned = None
 
     def make_static(self) -> None:
-        """Fixes all shapes and addresses from now on, so that steps can be compiled and replayed as CUDA graphs."""
+        """Fixes all shapes and addresses from now on, so that steps can be compiled and replayed as CUDA graphs.
+
+        From now on it shares no tensor with anything: a later stream writes its values into these tensors.
+        """
         self.make_ragged()
-        self.state = map_state(torch.clone, self.state)
+        for name, value in vars(self).items():
+            setattr(self, name, map_state(torch.clone, value))
         self.static = True
         if self.positions.is_cuda:  # a replayed CUDA graph may change these tensors in place, since they do not move
             for tensor in leaves(vars(self)):

@@ -21,7 +21,8 @@ from types import FunctionType
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from segment_recurrence_pytorch.cache import OpenSegment
 from segment_recurrence_pytorch.checks import is_whole
@@ -136,8 +137,8 @@ class Stream:
             steps: tuple[Callable, Callable] = _step, _close
             if compile:
                 self._cache.make_static()
-                shape = type(model), model.arguments, model.dtype, len(rest), segment_length, self._autocast
-                compiled = _compiled(str(model.device), repr(shape))
+                shape = model.arguments, model.dtype, len(rest), segment_length, self._autocast
+                compiled = _compiled(str(model.device), type(model), repr(shape))
                 steps, self._cache = compiled.steps, compiled.lend(self._cache)
                 weakref.finalize(self, compiled.take_back, self._cache)
             self._step, self._close = steps
@@ -419,14 +420,12 @@ class _Compiled:
         self.idle: list[OpenSegment] = []
 
     def lend(self, fresh: OpenSegment) -> OpenSegment:
-        """Returns a cache that no stream uses, with the values of a new one; or the new one if there is none."""
+        """Returns a cache that no stream uses, with the values of a new one; or the new one if none is of its form."""
         while self.idle:
             cache = self.idle.pop()
-            pairs = list(zip(leaves(vars(cache)), leaves(vars(fresh)), strict=True))
-            if all(old.shape == new.shape and old.dtype == new.dtype for old, new in pairs):
-                for old, new in pairs:
-                    if old is not new:  # as constants are, which all caches share
-                        old.copy_(new)
+            if _is_alike(cache, fresh):
+                for old, new in zip(leaves(vars(cache)), leaves(vars(fresh)), strict=True):
+                    old.copy_(new)
                 return cache
         return fresh
 
@@ -436,6 +435,23 @@ class _Compiled:
             self.idle.append(cache)
 
 
+def _is_alike(cache: OpenSegment, fresh: OpenSegment) -> bool:
+    """Returns whether a cache becomes another one of its class if its tensors get the other one's values. What the two
+    hold besides tensors has to be the same: plain values, and modules of a model. Other objects are their own."""
+    (old, old_form), (new, new_form) = (tree_flatten(vars(each)) for each in (cache, fresh))
+    if type(cache) is not type(fresh) or old_form != new_form:
+        return False
+    for ours, theirs in zip(old, new, strict=True):
+        if type(ours) is not type(theirs):
+            return False
+        if isinstance(ours, Tensor):
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+                return False
+        elif isinstance(ours, (nn.Module, int, float, str)) and ours is not theirs and ours != theirs:
+            return False
+    return True
+
+
 @lru_cache(maxsize=32)
-def _compiled(device: str, shape: str) -> _Compiled:
+def _compiled(device: str, model_class: type, shape: str) -> _Compiled:
     return _Compiled(torch.device(device).type)

@@ -1,12 +1,14 @@
 """Cached decoding is the parallel forward, token by token, eager and compiled, at a cost that stays the same."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 
-from infini_transformer_pytorch import FastweightMemory
+from infini_transformer_pytorch import FastweightMemory, InfiniTransformer
 from segment_recurrence_pytorch import SegmentWrapper, record_attention
 from segment_recurrence_pytorch.cache import RereadSegment
 from segment_recurrence_pytorch.generation import _compiled
@@ -56,6 +58,65 @@ def test_compiled_streams_use_their_caches_again(case, compile_counter):
     assert torch.equal(torch.stack([next(beside) for _ in range(9)], 1), want)
     again = wrapper.generate_tokens(None, 9, state=cursor, temperature=0, compile=True)
     assert torch.equal(again, wrapper.generate_tokens(None, 9, state=cursor, temperature=0))
+
+
+def is_compiled_as_it_is(wrapper):
+    prompt = ids(2, 8)
+    compiled, eager = (wrapper.generate_tokens(prompt, 9, temperature=0, compile=each) for each in (True, False))
+    return torch.equal(compiled, eager)
+
+
+class LearnedRotations(InfiniTransformer):
+    """Its rotations are a view of a parameter, which a cache must not keep."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.table = nn.Parameter(torch.randn(64, options['dim_head'] // 2, 2))
+
+    def rotations(self, length, like):
+        return self.table[:length]
+
+
+def test_a_compiled_stream_changes_no_model_that_streamed_before(compile_counter):
+    sizes = dict(num_tokens=20, dim=16, depth=2, heads=2, dim_head=4)
+    wrappers = [SegmentWrapper(LearnedRotations(**sizes), segment_length=5) for _ in range(2)]
+    tables = [wrapper.model.table.detach().clone() for wrapper in wrappers]
+    for wrapper in [*wrappers, *wrappers]:
+        assert is_compiled_as_it_is(wrapper)
+    for wrapper, table in zip(wrappers, tables, strict=True):
+        assert torch.equal(wrapper.model.table, table)
+
+
+class KeepsItsModel(RereadSegment):
+    """What docstrings ask an open segment not to do: it keeps a module of its model."""
+
+    def __init__(self, model, state, segment_length):
+        super().__init__(model, state, segment_length)
+        self.head = model.token_emb
+
+    def read(self, model, tokens, slots, lengths):
+        return super().read(model, tokens, slots, lengths) + 40 * self.head.weight[3]
+
+
+def test_a_compiled_stream_takes_no_open_segment_that_keeps_another_model(compile_counter):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        wrapper = wrapped('rmt, plain')
+        wrapper.model.open_segment = partial(KeepsItsModel, wrapper.model)
+        assert is_compiled_as_it_is(wrapper), seed
+
+
+def test_a_compiled_stream_takes_no_open_segment_of_an_older_class(compile_counter):
+    """A cell of a notebook is run again, after the class in it was changed."""
+    for sign in (1, -1):
+
+        class Own(RereadSegment):
+            def read(self, *arguments, sign=sign):
+                return sign * super().read(*arguments)
+
+        wrapper = wrapped('rmt, plain')
+        wrapper.model.open_segment = partial(Own, wrapper.model)
+        assert is_compiled_as_it_is(wrapper), sign
 
 
 @ALL

@@ -217,7 +217,8 @@ def test_the_more_steps_the_more_a_memory_saves_and_the_longer_the_segments_the_
     for row in ROWS.values():
         if isinstance(row, LanguageRow) and (found := load(evidence.RESULTS, row.name)):
             gains[row.model, row.steps, row.segment_length] = sum(run['gain'] for run in found) / len(found)
-    assert 'The more steps, the more a memory saves; the longer the segments, the less.' in ' '.join(prose('text').split())
+    text = ' '.join(prose('text').split())
+    assert 'The more steps, the more a memory saves; the longer the segments, the less.' in text
     for (model, steps, length), gain in gains.items():
         assert gain > gains.get((model, 800, length), 0) or steps == 800
         assert all(
