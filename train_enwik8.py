@@ -42,7 +42,7 @@ from torch import Tensor
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
-from segment_recurrence_pytorch.checkpoint import load_weights
+from segment_recurrence_pytorch.checkpoint import check_name, load_weights
 from segment_recurrence_pytorch.checks import is_number, is_whole
 from segment_recurrence_pytorch.compare import VALIDATED, Run, read_ended, table
 from segment_recurrence_pytorch.console import discard_output, prepare_output, reader_is_gone, say
@@ -94,13 +94,14 @@ RUN_CHECKS = {
     'data': lambda value: value is None or isinstance(value, str),
     'precision': lambda value: value in PRECISIONS,
     'steps': lambda value: value is None or (is_whole(value) and value > 0),
-    'minutes': lambda value: value is None or (is_number(value) and 0 < value < math.inf),
+    'minutes': lambda value: value is None or (is_number(value) and 0 < value <= MOST),
     'valid_bytes': lambda value: is_whole(value) and value >= 0,
 }
 OWN_OPTIONS = 'device', 'threads'  # options that may differ from rank to rank
 # options that a run does not hold, so that the command which goes on with it repeats them
 REPEATED = ('parallel', 'context_parallel', 'save_minutes', 'keep', 'skip_bad_steps', 'timeout_minutes', 'compare',
             'compile', 'threads', 'device')  # fmt: skip
+MOST = 1e9  # steps, minutes and other numbers of the command line: two thousand years of minutes
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden names are longer
 
 
@@ -357,8 +358,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error('--resume is empty: give the folder of a run')
     if args.name is not None and args.resume:
         parser.error('--name names a new run, --resume goes on with an old one: give one of them')
-    if args.name is not None and (args.name in ('', '.', '..') or Path(args.name).name != args.name):
+    if args.name is not None and (args.name == '' or Path(args.name).name != args.name):
         parser.error(f'--name is {args.name!r}: give the name of one folder, and the folder that holds it as --out')
+    if args.name is not None and args.name.startswith('.'):
+        parser.error(f'--name is {args.name!r}: it begins with a point, as names of folders that are not done do')
     if args.name is not None and len(os.fsencode(args.name)) > LONGEST_NAME:
         parser.error(f'--name has {len(os.fsencode(args.name))} bytes: give at most {LONGEST_NAME}')
     for name in ('steps', 'minutes', 'threads', 'bytes', 'keep', 'context_parallel', 'timeout_minutes'):
@@ -366,6 +369,8 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and not 0 < value < math.inf:
             finite = ', and finite' if value > 0 else ''
             parser.error(f'--{name.replace("_", "-")} is {value}: it must be above 0{finite}')
+        if value is not None and value > MOST:
+            parser.error(f'--{name.replace("_", "-")} is {value:g}: give at most {MOST:g}')
     for name in ('valid_bytes', 'save_minutes', 'skip_bad_steps', 'temperature'):
         value = getattr(args, name) or 0
         if not 0 <= value < math.inf:
@@ -477,6 +482,7 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         now = f'{time.strftime("%Y%m%d-%H%M%S")}-{time.time_ns() // 1_000_000 % 1000:03}'
         name = args.name or f'{run["model"]}-{run["preset"]}{twin}-{now}'
         folder = Path(args.out) / name
+        check_name(folder)
         if folder.exists():
             raise ValueError(f'{folder} is there already: give another --name, or --resume {shlex.quote(str(folder))}')
         check_writable(next(parent for parent in folder.parents if parent.exists()))
@@ -580,8 +586,8 @@ def draw_plots(plots: ModuleType | None, folder: Path, levels: dict[str, float],
         if model == 'infini':
             plots.plot_memory_shares(folder)
             say(f'plot        {folder / "memory_shares.png"}')
-    except OSError as error:  # the disk is full
-        say(f'no plot     {error}')
+    except Exception as error:  # the disk is full, or a plot meets what it does not know: the run is done all the same
+        say(f'no plot     {type(error).__name__}: {error}')
 
 
 def compare_runs(runs: list[Run]) -> None:
@@ -592,9 +598,13 @@ def compare_runs(runs: list[Run]) -> None:
     """
     say(table(runs))
     plots, path = import_plots(), runs[0].folder / 'compared.png'
-    if plots is not None:
+    if plots is None:
+        return
+    try:
         plots.plot_comparison(runs, path)
         say(f'plot        {path}')
+    except Exception as error:  # as in `draw_plots`: the table is there
+        say(f'no plot     {type(error).__name__}: {error}')
 
 
 def going_on(folder: Path | None, args: argparse.Namespace | None, **changed: Any) -> str:

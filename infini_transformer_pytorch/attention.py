@@ -338,20 +338,21 @@ class LayerMemory(nn.Module):
         attention.
 
         The default returns None: each head uses its learned gate `fastweight_mem.head_gates` for all tokens. Override
-        it to compute gates from the tokens.
+        it to compute gates from the tokens, from each of them alone: generation gives one token at a time.
 
         Args:
-            x: tokens after the norm of the layer, (..., b, n, dim).
+            x: tokens after the norm of the layer, (..., b, n, dim). n may be 0 or 1.
         """
         return None
 
     def strength_and_decay(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Returns the strength and the log decay of each token, (..., b, g, n), in float32 at least.
 
-        Either of them is None if it is not learned. Override it to compute them in another way.
+        Either of them is None if it is not learned. Override it to compute them in another way, for each token alone:
+        generation gives one token at a time.
 
         Args:
-            x: tokens after the norm of the layer, (..., b, n, dim).
+            x: tokens after the norm of the layer, (..., b, n, dim). n may be 0 or 1.
         """
         strength = log_decay = None
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -453,7 +454,7 @@ class InfiniAttention(LayerMemory):
         """
         if type(self).split is not InfiniAttention.split:
             return torch.cat([part for part in self.split(heads) if part is not None], dim=-3)
-        if isinstance(self.q_norm, nn.Identity):
+        if type(self.q_norm) is type(self.k_norm) is nn.Identity:
             return heads
         q, k, v = self._parts(heads)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-3)

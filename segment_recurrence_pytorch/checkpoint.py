@@ -11,6 +11,8 @@ import errno
 import json
 import os
 import pickle
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,15 +42,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         The temporary path, in the same folder.
 
     Raises:
-        ValueError: if the folder of `path` does not exist, or if `path` is a folder itself.
+        ValueError: if the folder of `path` does not exist, if `path` is a folder itself, or if its name is not UTF-8.
         OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         raise ValueError(f'{path} cannot be written: it is a folder, give the name of a file in it')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: the folder {path.parent} is not there, make it first')
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    # a name of its own for each thread and machine that may write the same file
+    part = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
     try:
         part.touch()
         mode = part.stat().st_mode  # what the umask makes of a new file; safetensors makes files for their owner alone
@@ -61,6 +65,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(f'{path} cannot be written: {error}') from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_name(path: Path) -> None:
+    """Raises ValueError if a path is not UTF-8: safetensors would write such a file, and not read it again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode(errors='backslashreplace').decode()
+        raise ValueError(f'{shown} cannot be written: its name is not UTF-8, give another one') from None
 
 
 def sync(path: str | Path) -> None:
@@ -96,8 +109,9 @@ def save_weights(model: nn.Module, path: str | Path, *, trained_only: bool = Fal
         model: the model.
         path: the file to write.
         trained_only: whether to write only the parameters that are trained (requires_grad=True), for example memory
-            tokens, gates and adapters of a model whose other weights are frozen. The file then also holds the sha256 of
-            the names, shapes and some values of the other weights, beside which it can be loaded again. Default: False.
+            tokens, gates and adapters of a model whose other weights are frozen, with the buffers of their modules. The
+            file then also holds the sha256 of the names, shapes and some values of the other weights, beside which it
+            can be loaded again. Default: False.
 
     Raises:
         ValueError: if the folder does not exist, if the model is on the meta device, if no parameter is trained, or if
@@ -113,6 +127,10 @@ def save_weights(model: nn.Module, path: str | Path, *, trained_only: bool = Fal
         written = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not written:
             raise ValueError('trained_only=True, but every parameter is frozen: unfreeze one, or leave it out')
+        # what a module counts in training, as BatchNorm does
+        trained = {name.rpartition('.')[0] for name in written}
+        buffers = dict(model.named_buffers())
+        written |= {name: own[name] for name in buffers.keys() & own if name.rpartition('.')[0] in trained}
         metadata['others'] = _digest_of_others(own, set(written))
     elif mesh is None:
         with replacing(path) as part:
@@ -213,7 +231,8 @@ def _digest_of_others(own: dict[str, Tensor], names: set[str]) -> str:
 
 
 def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
-    """Writes a cursor as safetensors, with the fingerprint of the model that read its text.
+    """Writes a cursor as safetensors, with the fingerprint of the model that read its text and the sha256 of its own
+    tensors.
 
     Args:
         cursor: the cursor.
@@ -229,13 +248,11 @@ def save_cursor(cursor: Cursor, path: str | Path, model: SegmentModel) -> None:
     parts = {str(i): part for i, part in enumerate(to_list(cursor)) if part is not None}
     # safetensors has no complex numbers of float64
     parts = {name: torch.view_as_real(part) if part.is_complex() else part for name, part in parts.items()}
+    # copies, since safetensors refuses tensors that share memory, as two layers of one state may
+    parts = {name: part.detach().cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+    metadata = {'fingerprint': json.dumps(model.fingerprint()), 'sha256': digest_of_weights(parts)}
     with replacing(path) as part_path:
-        save_file(
-            # copies, since safetensors refuses tensors that share memory, as two layers of one state may
-            {name: part.detach().cpu().clone(memory_format=torch.contiguous_format) for name, part in parts.items()},
-            str(part_path),
-            metadata={'fingerprint': json.dumps(model.fingerprint())},
-        )
+        save_file(parts, str(part_path), metadata=metadata)
 
 
 def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
@@ -251,15 +268,18 @@ def load_cursor(path: str | Path, model: SegmentModel) -> Cursor:
     """
     _check_model(model)
     try:
-        with safe_open(str(path), framework='pt', device=str(model.device)) as file:
-            saved = json.loads(file.metadata()['fingerprint'])
-            parts = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        with safe_open(str(path), framework='pt') as file:
+            saved, digest = json.loads(file.metadata()['fingerprint']), file.metadata().get('sha256')
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        parts = {int(name): part.to(model.device) for name, part in named.items()}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no cursor: {error}') from error
     now = model.fingerprint()
     check_made_by(path, saved, now, model)
     if saved.get('sha256') != now['sha256']:
         raise ValueError(f'{path} was made with other weights than this model has: read the text again')
+    if digest is not None and digest_of_weights(named) != digest:  # files of earlier versions have none
+        raise ValueError(f'{path} is damaged: its tensors do not have the sha256 that it says')
     like = Cursor(model.initial_state(1), torch.empty(0), torch.empty(0))
     needed = to_list(like)
     for i, part in enumerate(needed):
@@ -373,11 +393,11 @@ def save_training_state(state: dict[str, Any], path: str | Path) -> None:
     data.
 
     Args:
-        state: a dict of tensors and plain values.
+        state: a dict of tensors and plain values. Give the state of a model as the list that `state.to_list` makes.
         path: the file to write.
 
     Raises:
-        ValueError: if the folder does not exist, or if a value cannot be written.
+        ValueError: if the folder does not exist, or if it holds what `load_training_state` could not read.
         OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     with replacing(path) as part:
@@ -388,6 +408,13 @@ def save_training_state(state: dict[str, Any], path: str | Path) -> None:
             raise ValueError(f'the training state cannot be written, give tensors and plain values: {error}') from error
         except RuntimeError as error:  # torch's writer meets a full disk twice: the first error is the reason
             raise OSError(f'{path} cannot be written: {error.__context__ or error}') from error
+        try:
+            torch.load(part, map_location='cpu', weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                'the training state holds an object that loading refuses, since it might run code: give tensors and '
+                f'plain values, and the state of a model by `state.to_list` ({_refused(error)})'
+            ) from error
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
@@ -402,4 +429,11 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # the unpickler can raise any error for a file of another kind
-        raise ValueError(f'{path} is no training state that can be resumed: {error}') from error
+        raise ValueError(f'{path} is no training state that can be resumed: {_refused(error)}') from error
+
+
+def _refused(error: Exception) -> str:
+    """Returns what an error of loading says, without PyTorch's advice to load whatever a file may hold."""
+    if name := re.search(r'GLOBAL ([\w.]+)', str(error)):
+        return f'it holds a {name[1]}'
+    return 'it is no file of tensors and plain values' if 'weights' in str(error).lower() else str(error)

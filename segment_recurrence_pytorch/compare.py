@@ -16,7 +16,8 @@ VALIDATED = {'on': 'carried', 'off': 'reset'}
 SHARED = {'sha256': 'corpus', 'valid_bytes': '--valid-bytes', 'step': 'steps'}
 SHARED |= {name: f'--{name}' for name in ('preset', 'seed', 'precision')}
 SHARED |= {'sizes': 'the sizes of the model', 'training': 'how they were trained'}
-UNSAID = 'sha256', 'sizes', 'training'  # what would be long to print
+SHARED['parts'] = 'the steps from which on they were trained with other --steps, --minutes or --precision'
+UNSAID = 'sha256', 'sizes', 'training', 'parts'  # what would be long to print
 FROM_RUN = [name for name in SHARED if name not in (*UNSAID, 'step')]
 
 
@@ -26,7 +27,7 @@ class Run(NamedTuple):
     Attributes:
         folder: its folder.
         about: what it fixes: model, memory, preset, seed, precision, valid_bytes, sha256 of the corpus, sizes of the
-            model, and how it is trained; and step, the number of steps after which it was validated.
+            model, and how it is trained, in which parts; and step, the number of steps after which it was validated.
         validation: bits per byte of held-out bytes, with the state treated as in training.
     """
 
@@ -49,7 +50,9 @@ def read_ended(folder: Path) -> Run:
     try:
         made = json.loads((folder / 'run.json').read_text())
         about = {name: made['run'][name] for name in ('model', 'memory', *FROM_RUN)}
-        about |= {name: made[name] for name in UNSAID}
+        about |= {name: made[name] for name in UNSAID if name != 'parts'}
+        parts = made.get('parts', [{'from': 0, **made['run']}])  # runs of earlier versions have none
+        about['parts'] = [(part['from'], part['precision']) for part in parts]
         kind = VALIDATED[about['memory']]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f'run.json lacks {error}' if isinstance(error, KeyError) else error

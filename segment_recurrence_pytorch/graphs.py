@@ -77,12 +77,17 @@ class Graphed:
 class TrainingStep:
     """A step of training: loss, gradients, their norm, AdamW, and its schedule. On a GPU it is one CUDA graph.
 
+    It trains in one process: with several, make the steps by hand, as docs/distributed.md shows.
+
     Args:
         wrapper: the model in its wrapper. On a GPU values are not checked: ids have to be in their range.
-        groups: what `model.param_groups` returned: the parameters with their learning rates.
+        groups: the parameters to train, with their learning rates, as `model.param_groups` returns them.
         betas: of AdamW.
         schedule: returns the factor of the learning rates, from the number of steps done.
-        max_norm: the gradients are scaled down to this norm. Default: 1.
+        max_norm: the gradients of the parameters in `groups` are scaled down to this norm. Default: 1.
+
+    Raises:
+        ValueError: if the wrapper has a process_group.
     """
 
     def __init__(
@@ -94,6 +99,11 @@ class TrainingStep:
         schedule: Callable[[int], float],
         max_norm: float = 1.0,
     ):
+        if wrapper.process_group is not None:
+            raise ValueError(
+                'TrainingStep trains in one process, and the wrapper has a process_group: make the steps by hand, with '
+                'DistributedDataParallel or `distributed.sync_gradients`'
+            )
         self.wrapper, self.schedule, self.max_norm, self.done = wrapper, schedule, max_norm, 0
         self.rates = [group['lr'] for group in groups]
         self.graphed: Graphed | None = None
@@ -148,6 +158,10 @@ class TrainingStep:
             if starts is not None:
                 state = self.wrapper.reset(state, starts)
             x = x.to(device)
+            # ids of padding, which else the wrapper finds when it checks values
+            if labels is None and not self.wrapper.check_values:
+                x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
+                labels, x = x[:, 1:], x[:, :-1]
             if labels is None:
                 found = self._made(x, state, {'per_segment': more})
             else:
@@ -186,9 +200,11 @@ class TrainingStep:
 
     def _made(self, x: Tensor, state: State, given: dict[str, Any]) -> tuple[Tensor, State]:
         returned = self.wrapper.loss(x, state, **given)  # first of all: it may refuse its input
-        self.optimizer.zero_grad(set_to_none=self.graphed is None)  # the graph has the addresses of the gradients
+        for each in (self.wrapper.model, self.optimizer):  # the model may have parameters that are not trained here
+            each.zero_grad(set_to_none=self.graphed is None)  # the graph has the addresses of the gradients
         returned.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.wrapper.model.parameters(), self.max_norm)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
+        torch.nn.utils.clip_grad_norm_(trained, self.max_norm)
         if self.graphed is None:
             self._set_rates()
         self.optimizer.step()

@@ -164,9 +164,16 @@ def _downloaded(name: str, file: str, download: dict[str, Any]) -> Path:
 
 
 def _config(model: SegmentModel) -> str:
-    """Returns the content of config.json. Raises ValueError if an argument is no plain value."""
+    """Returns the content of config.json. Raises ValueError if a model could not be made of it again."""
+    if unnamed := set(model.arguments) - _arguments_of(type(model))[1]:
+        raise ValueError(
+            f'the constructor of {class_name(model)} takes {min(unnamed)} by its position alone, and {CONFIG} holds '
+            'arguments by their names: let it take all of them by name'
+        )
     for name, value in model.arguments.items():
         try:
+            if _has_other_keys(value):
+                raise TypeError('keys of dicts become texts there')
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -174,6 +181,13 @@ def _config(model: SegmentModel) -> str:
                 f'({error}): save the weights alone, with `checkpoint.save_weights`'
             ) from error
     return json.dumps(model.arguments, indent=2, sort_keys=True)
+
+
+def _has_other_keys(value: Any) -> bool:
+    """Returns whether a dict, or one inside a list or dict, has keys that are no texts."""
+    if isinstance(value, dict):
+        return any(not isinstance(name, str) or _has_other_keys(each) for name, each in value.items())
+    return isinstance(value, (list, tuple)) and any(map(_has_other_keys, value))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -435,7 +435,7 @@ def may_draw_random(model: nn.Module, own: type) -> bool:
     """Returns whether a model may draw random numbers in the mode in which its modules are, training or evaluation.
 
     The modules of this library and those of `PLAIN` draw none, but for their dropout. Any other module may draw some,
-    and so may a subclass, a module with a hook, and one whose `forward` was replaced, whoever did that, and when.
+    and so may a subclass, a module with a hook, and one of whose methods one was replaced, whoever did that, and when.
 
     Args:
         model: the model.
@@ -452,8 +452,9 @@ def may_draw_random(model: nn.Module, own: type) -> bool:
             continue
         if any(name in has and is_number(has[name]) and has[name] > 0 for name in ('p', 'dropout')):
             return True
-        has_hooks = has['_forward_hooks'] or has['_forward_pre_hooks']
-        if 'forward' in has or (has_hooks and cls is type(module)):  # a sharded module has hooks of FSDP2
+        replaced = (name for name, value in has.items() if callable(value) and hasattr(cls, name) and name[0] != '_')
+        is_changed = has['_forward_hooks'] or has['_forward_pre_hooks'] or any(replaced)
+        if is_changed and cls is type(module):  # a sharded module has hooks and methods of FSDP2
             return True
         is_known = cls is own if module is model else cls in PLAIN or cls.__module__.partition('.')[0] in packages
         if not is_known:

@@ -522,8 +522,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def digest_of_weights(tensors: dict[str, Tensor], values: int | None = None) -> str:
-    """Returns the sha256 of tensors: of their names, dtypes, shapes and values. If they are spread over ranks, all
-    ranks have to make the call.
+    """Returns the sha256 of tensors: of their names, dtypes, shapes and values. Of an object that is no tensor, it is
+    that of its `repr`. If tensors are spread over ranks, all ranks have to make the call.
 
     Args:
         tensors: the tensors by name.
@@ -531,12 +531,22 @@ def digest_of_weights(tensors: dict[str, Tensor], values: int | None = None) -> 
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, Tensor):  # what a module's get_extra_state returned
+            digest.update(f'{name} {tensor!r}'.encode())
+            continue
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         flat = whole(tensor.detach()).flatten()
         if values is not None and len(flat) > values:
             flat = flat[:: -(-len(flat) // values)]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _copied_argument(value: Any) -> Any:
+    """Returns an argument with dicts, lists, tuples and sets of its own. Other objects are the same."""
+    if type(value) is dict:
+        return {name: _copied_argument(each) for name, each in value.items()}
+    return type(value)(map(_copied_argument, value)) if type(value) in (list, tuple, set, frozenset) else value
 
 
 def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:
@@ -550,11 +560,12 @@ def _with_recorded_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def recording(self: SegmentModel, *args: Any, **kwargs: Any) -> None:
+        given = _copied_argument([args, kwargs])  # as they are now: a dict may be changed later, or by the constructor
         init(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+        bound = signature.bind(self, *given[0], **given[1])
         bound.apply_defaults()
-        _, *given = bound.arguments.items()
-        own = dict(given)
+        _, *pairs = bound.arguments.items()
+        own = dict(pairs)
         own |= own.pop(rest, {}) if rest else {}
         own = {name: self.recorded_argument(name, value) for name, value in own.items()}
         self.arguments = {**getattr(self, 'arguments', {}), **own}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -33,9 +34,10 @@ def plot_losses(folder: Path, levels: dict[str, float], beside: Sequence[Run] = 
         color = 'tab:blue' if name == 'validation' else 'gray'
         axes.axhline(value, color=color, linestyle=style, linewidth=1, label=f'{name} {value:.3f}')
     tops += _plot_runs(axes, beside, first_color=1, raw=False)
-    axes.set(xlabel='megabytes read', ylabel='bits per byte', title=folder.name)
+    axes.set(xlabel='megabytes read', ylabel='bits per byte')
+    axes.set_title(_shown(folder), parse_math=False)
     axes.set_ylim(top=1.05 * max(filter(math.isfinite, tops)))
-    axes.legend()
+    _add_legend(axes)
     _write(figure, folder / 'loss.png')
 
 
@@ -51,7 +53,7 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
     tops = _plot_runs(axes, runs)
     axes.set(xlabel='megabytes read', ylabel='bits per byte', title='training, and validation as a horizontal line')
     axes.set_ylim(top=1.05 * max(filter(math.isfinite, tops)))
-    axes.legend()
+    _add_legend(axes)
     _write(figure, path)
 
 
@@ -60,7 +62,8 @@ def _plot_runs(axes: Axes, runs: Sequence[Run], first_color: int = 0, raw: bool 
     tops = []
     names = [run.folder.name for run in runs]
     for i, run in enumerate(runs, first_color):
-        name = run.folder.name if names.count(run.folder.name) == 1 else run.folder
+        name = _shown(run.folder) if names.count(run.folder.name) == 1 else str(run.folder)
+        name = f'run {name}' if name.startswith('_') else name  # matplotlib leaves such labels out
         label = f'{name}, validation {run.validation:.3f}'
         tops += [_plot_losses_of(axes, run.folder, label, f'C{i}', raw), run.validation]
         axes.axhline(run.validation, color=f'C{i}', linewidth=1)
@@ -95,7 +98,8 @@ def plot_memory_shares(folder: Path) -> None:
     Args:
         folder: the folder of the run.
     """
-    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if 'memory_shares' in line]
+    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if _form_of(line.get('memory_shares'))]
+    lines = [line for line in lines if _form_of(line['memory_shares']) == _form_of(lines[0]['memory_shares'])]
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
     shares = torch.tensor([line['memory_shares'] for line in lines])  # (steps, depth, heads)
@@ -103,10 +107,31 @@ def plot_memory_shares(folder: Path) -> None:
         for head in range(shares.shape[2]):
             label = f'layer {layer}' if head == 0 else None
             axes.plot([line['step'] for line in lines], shares[:, layer, head], color=f'C{layer}', label=label)
-    axes.set(xlabel='step', ylabel="memory's share, 1 - sigmoid(gate)", ylim=(0, 1), title=folder.name)
+    axes.set(xlabel='step', ylabel="memory's share, 1 - sigmoid(gate)", ylim=(0, 1))
+    axes.set_title(_shown(folder), parse_math=False)
     if lines:
         axes.legend(title='one line a head')
     _write(figure, folder / 'memory_shares.png')
+
+
+def _form_of(shares: Any) -> tuple[int, int] | None:
+    """Returns the numbers of layers and heads of the shares in a line of the metrics. None if they are not whole."""
+    if not isinstance(shares, list) or not shares or not all(isinstance(layer, list) for layer in shares):
+        return None
+    heads = {len(layer) for layer in shares}
+    are_numbers = all(is_number(share) for layer in shares for share in layer)
+    return (len(shares), heads.pop()) if are_numbers and len(heads) == 1 else None
+
+
+def _shown(folder: Path) -> str:
+    """Returns the name of a folder as text that can be drawn."""
+    return folder.name.encode(errors='replace').decode()
+
+
+def _add_legend(axes: Axes) -> None:
+    """Adds a legend whose labels are shown as they are: a name may hold what means mathematics elsewhere."""
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -249,7 +249,7 @@ def rows_of(state: State, rows: torch.Tensor) -> State:
 def rank_of_environment() -> int | None:
     """Returns the number of this process among several that were started together, as torchrun tells it. None: it was
     started alone."""
-    return int(os.environ['RANK']) if int(os.environ.get('WORLD_SIZE', '1')) > 1 and 'RANK' in os.environ else None
+    return int(os.environ['RANK']) if int(os.environ.get('WORLD_SIZE') or 1) > 1 and 'RANK' in os.environ else None
 
 
 def lost_rank(error: BaseException) -> str | None:

@@ -215,8 +215,10 @@ def _set_aside(checkpoint: Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns the files of a checkpoint, without the list of their sums."""
-    return sorted(path for path in folder.rglob('*') if path.is_file() and path != folder / SUMS)
+    """Returns the files of a checkpoint, without the list of their sums and without what programs that show folders
+    leave there."""
+    found = (path for path in folder.rglob('*') if path.is_file() and path != folder / SUMS)
+    return sorted(path for path in found if path.name[0] != '.' and path.name not in ('Thumbs.db', 'desktop.ini'))
 
 
 def _sha256(path: Path) -> str:

@@ -409,7 +409,14 @@ def accuracy(
     with evaluating(wrapper):
         for tokens, labels in task.pieces(segments, batch_size, generator):
             tokens = tokens.to(model.device)
-            for at, hidden, after in read_windows(model, tokens, state, length, need_hidden=labels is not None):
+            for at, hidden, after in read_windows(
+                model,
+                tokens,
+                state,
+                length,
+                need_hidden=labels is not None,
+                segments_per_pass=wrapper.segments_per_pass,
+            ):
                 state = after
                 if labels is None:
                     continue

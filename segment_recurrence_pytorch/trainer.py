@@ -5,6 +5,7 @@ The folder of the run is in `run_folder`, the processes that make it together in
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -54,6 +55,7 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 WEIGHT_DECAY, CLIP, BETAS = 0.01, 1.0, (0.9, 0.95)
 CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}  # what it holds
+HOW = 'steps', 'minutes', 'precision'  # settings of the training that may be others when a run is gone on with
 Build = Callable[[torch.device, Any], SegmentWrapper]
 
 
@@ -128,12 +130,12 @@ class Training:
             for why in refused:
                 say(f'refused     {why}')
             saved = ranks.together(lambda: load_checkpoint(checkpoint, self.fixed, self.model, self.streams))
-            self.check_length(saved['step'])
+            self.check_length(saved['step'], saved['seconds'])
         self.loss = ranks.parallel(self.wrapper, self.options.parallel)
         self.optimizer = torch.optim.AdamW(self.model.param_groups(self.lr, WEIGHT_DECAY), betas=BETAS)
         self.scales = [group['lr'] / self.lr for group in self.optimizer.param_groups]
         if saved is None:
-            ranks.on_first(lambda: write_json(place / 'run.json', self.about))
+            ranks.on_first(lambda: write_json(place / 'run.json', self.about | {'parts': [self.part()]}))
             ranks.on_first(lambda: write_json(place / 'config.json', plain_arguments(self.model)))
             self.save(place)
             ranks.on_first(lambda: reveal(place, folder))
@@ -147,17 +149,38 @@ class Training:
         self.saved_step = self.step
         ranks.on_first(lambda: copy_weights(folder, self.step))
         self.copied_step = self.step
-        ranks.on_first(lambda: write_json(folder / 'run.json', self.about))
+        ranks.on_first(lambda: write_json(folder / 'run.json', self.resumed()))
 
-    def check_length(self, made: int) -> None:
-        """Raises ValueError if the command line asks for fewer steps than were made already.
+    def check_length(self, made: int, seconds: float) -> None:
+        """Raises ValueError if the command line asks for less training than was made already.
 
         Args:
             made: number of steps that were made.
+            seconds: seconds of training that they took.
         """
-        if self.options.steps and made > self.options.steps:
-            asked = f'--steps {self.options.steps:,}: give more, or leave it out'
+        steps, minutes = self.options.steps, self.options.minutes
+        if steps and made > steps:
+            asked = f'--steps {steps:,}: give more, or leave it out'
             raise ValueError(f'{self.folder} is at step {made:,} already, beyond {asked}')
+        if minutes and seconds > 60 * minutes:
+            asked = f'--minutes {minutes:g}, which counts from the start of the run: give more, or leave it out'
+            raise ValueError(f'{self.folder} was trained for {seconds / 60:.3g} minutes already, beyond {asked}')
+
+    def part(self) -> dict[str, Any]:
+        """Returns how the run is trained from the present step on."""
+        return {'from': self.step} | {name: self.run[name] for name in HOW}
+
+    def resumed(self) -> dict[str, Any]:
+        """Returns what run.json says from now on. How the run was trained before stands in its parts. If nothing is
+        left to train, the settings of the training stay."""
+        before = json.loads((self.folder / 'run.json').read_text())
+        parts = before.get('parts') or [self.part() | before['run']]
+        if self.progress() >= 1:
+            return self.about | {'run': self.run | {name: before['run'][name] for name in HOW}, 'parts': parts}
+        parts = [part for part in parts if part['from'] < self.step]  # later ones were undone
+        if not parts or any(parts[-1][name] != self.run[name] for name in HOW):
+            parts.append(self.part())
+        return self.about | {'parts': parts}
 
     def usable(self, checkpoint: Path) -> Path:
         """Returns a checkpoint that can be loaded. Raises ValueError if it is not one of this run."""

@@ -150,6 +150,19 @@ def another_forward(model):
     return model
 
 
+def another_method(model):
+    """Of the attention: what makes queries, keys and values of tokens."""
+    attn = model.layers[-1].attn
+    name = 'project' if hasattr(attn, 'project') else 'heads_of'
+    plain = getattr(attn, name)
+
+    def noisy(x, *args, **kwargs):
+        return plain(x * torch.rand(()) if attn.training else x, *args, **kwargs)
+
+    setattr(attn, name, noisy)
+    return model
+
+
 def random_activation(model):
     model.layers[-1].ff = torch.nn.Sequential(model.layers[-1].ff, torch.nn.RReLU())
     return model
@@ -162,6 +175,7 @@ CHANGES = {
     'an unknown module': drop_path_later,
     'a hook': noise_by_a_hook,
     'another forward': another_forward,
+    'another method': another_method,
     'a random activation': random_activation,
 }
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -287,7 +289,11 @@ def test_a_cursor_file_of_another_model_or_a_damaged_one_is_refused(tmp_path):
         load_cursor(path, make_rmt(use_xl_memories=True))
     with pytest.raises(ValueError, match='RecurrentMemoryTransformer, not InfiniTransformer'):
         load_cursor(path, make_infini())
-    path.write_bytes(path.read_bytes()[:200])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match='is damaged: its tensors do not have the sha256 that it says'):
+        load_cursor(path, wrapper.model)
+    path.write_bytes(whole[:200])
     with pytest.raises(ValueError, match='no cursor'):
         load_cursor(path, wrapper.model)
     with pytest.raises(ValueError, match='no cursor'):
@@ -430,22 +436,32 @@ def test_nothing_is_written_in_place_of_a_folder(save, tmp_path):
 
 def test_a_training_state_comes_back_and_what_is_none_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / 'state'
-    save_training_state({'step': 3, 'rng': torch.get_rng_state()}, path)
+    random_state = torch.get_rng_state()
+    save_training_state({'step': 3, 'rng': random_state}, path)
     written = path.read_bytes()
     with pytest.raises(ValueError, match='the training state cannot be written, give tensors and plain values'):
         save_training_state({'step': lambda: 3}, path)
+    wrapper, x = wrapped('rmt, xl mixed'), ids(2, 9)
+    for refused in (wrapper.loss(x).state, wrapper.read(x), Path('folder')):
+        with pytest.raises(
+            ValueError, match=r'holds an object that loading refuses, .* by `state\.to_list` \(it holds a '
+        ):
+            save_training_state({'state': refused}, path)
     assert path.read_bytes() == written
+    save_training_state({'state': to_list(wrapper.loss(x).state)}, tmp_path / 'list')
+    assert len(load_training_state(tmp_path / 'list')['state']) == len(to_list(wrapper.loss(x).state))
     loaded = load_training_state(path)
     assert loaded['step'] == 3
-    assert torch.equal(loaded['rng'], torch.get_rng_state())
+    assert torch.equal(loaded['rng'], random_state)
 
 
 @pytest.mark.parametrize('content', [b'hello', b'', b'\x80\x04', b'PK\x03\x04 cut', b'cposix\nsystem\n.'])
 def test_a_file_of_another_kind_is_no_training_state(content, tmp_path):
     (tmp_path / 'other').write_bytes(content)
     for path in (tmp_path / 'other', tmp_path, tmp_path / 'missing'):
-        with pytest.raises(ValueError, match=rf'{path.name} is no training state that can be resumed'):
+        with pytest.raises(ValueError, match=rf'{path.name} is no training state that can be resumed') as error:
             load_training_state(path)
+        assert 'weights_only' not in str(error.value)  # PyTorch's advice to run what a file holds
 
 
 @pytest.mark.parametrize('save', SAVES.values(), ids=SAVES)
@@ -477,7 +493,36 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', lambda fd: [done.append(os.readlink(f'/proc/self/fd/{fd}')), fsync(fd)])
     monkeypatch.setattr(os, 'replace', lambda part, path: [done.append('replace'), replace(part, path)])
     save_training_state({'step': 3}, tmp_path / 'file')
-    assert done == [f'{tmp_path}/.file.{os.getpid()}.part', 'replace', str(tmp_path)]
+    assert re.fullmatch(rf'{re.escape(str(tmp_path))}/\.file\.[0-9a-f]+\.part', done[0])
+    assert done[1:] == ['replace', str(tmp_path)]
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    path, errors = tmp_path / 'state', []
+    save_training_state({'rows': torch.zeros(1000)}, path)
+
+    def write(value):
+        try:
+            for _ in range(20):
+                save_training_state({'rows': torch.full((1000,), value)}, path)
+                assert len(load_training_state(path)['rows'].unique()) == 1
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('save', SAVES.values(), ids=SAVES)
+def test_a_name_that_cannot_be_read_again_is_refused(save, tmp_path):
+    with pytest.raises(ValueError, match=r'q\\udcff cannot be written: its name is not UTF-8'):
+        save(RecurrentMemoryTransformerWrapper(make_rmt()), tmp_path / 'q\udcff')
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_that_cannot_sync_folders_is_no_obstacle(tmp_path, monkeypatch):
@@ -509,3 +554,66 @@ def test_arguments_that_change_no_result_may_differ(make, changed, tmp_path):
     wanted = wrapper.generate_tokens(x, 8, temperature=0)
     found = SegmentWrapper(other, segment_length=6).generate_tokens(None, 8, state=cursor, temperature=0)
     assert torch.equal(found, wanted)
+
+
+class Configured(RecurrentMemoryTransformer):
+    """Its constructor takes the sizes out of the dict that it gets."""
+
+    def __init__(self, config, *, scales=(1,)):
+        super().__init__(num_tokens=config.pop('num_tokens'), dim=16, depth=1, num_memory_tokens=2, seq_len=6)
+        config['seen'] = True
+
+
+def test_arguments_are_those_that_were_given_whatever_becomes_of_a_dict():
+    config, scales = {'num_tokens': 20, 'inner': {'rate': [1]}}, [1]
+    model = Configured(config, scales=scales)
+    scales.append(2)
+    config['inner']['rate'].append(2)
+    assert model.arguments['config'] == {'num_tokens': 20, 'inner': {'rate': [1]}}
+    assert model.arguments['scales'] == [1]
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        Configured({}, wrong=1)
+
+
+class Counted(nn.Module):
+    """An adapter that counts, as BatchNorm does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.norm = inner, nn.BatchNorm1d(16, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.inner(x) + self.norm(x.flatten(0, -2)).view_as(x)
+
+
+def test_trained_weights_alone_come_with_what_their_modules_count(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = make_rmt().requires_grad_(False)
+        model.layers[0].ff = Counted(model.layers[0].ff)
+        return model
+
+    model, other = make().train(), make()
+    SegmentWrapper(model, segment_length=6).loss(ids(2, 13)).loss.backward()
+    save_weights(model, tmp_path / 'trained', trained_only=True)
+    assert len(load_file(tmp_path / 'trained')) == 5
+    load_weights(other, tmp_path / 'trained')
+    assert same_weights(other, weights_of(model))
+    assert other.layers[0].ff.norm.num_batches_tracked > 0
+
+
+class ExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {'scale': self.scale}
+
+
+def test_a_fingerprint_has_what_modules_keep_besides_tensors():
+    models = [make_rmt(), make_rmt()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, scale in zip(models, (1, 2), strict=True):
+        model.logits = ExtraState(16, 20, bias=False)
+        model.logits.scale = scale
+    models[1].logits.weight = models[0].logits.weight
+    assert models[0].fingerprint() != models[1].fingerprint()
+    models[1].logits.scale = 1
+    assert models[0].fingerprint() == models[1].fingerprint()

@@ -60,6 +60,21 @@ def test_in_what_else_runs_differ_is_said(at_work):
     assert 'sizes' not in table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
 
 
+def test_parts_that_were_trained_otherwise_are_told(at_work):
+    """A run that was prolonged had another schedule than one of the same length."""
+    shutil.copytree('runs/rmt', 'runs/longer')
+    assert main('--resume', 'runs/longer', '--steps', 5).code == 0
+    assert main('--resume', 'runs/longer').code == 0  # without other settings: no part of its own
+    assert train('--steps', 5, name='straight').code == 0
+    parts = json.loads(Path('runs/longer/run.json').read_text())['parts']
+    assert [(part['from'], part['steps']) for part in parts] == [(0, 4), (4, 5)]
+    said = table([read_ended(Path(f'runs/{name}')) for name in ('straight', 'longer')])
+    assert 'They also differ in the steps from which on they were trained with other --steps' in said
+    assert main('--resume', 'runs/straight', '--precision', 'bfloat16').code == 0  # nothing is left to train
+    one = json.loads(Path('runs/straight/run.json').read_text())
+    assert one['parts'] == [{'from': 0, **{name: one['run'][name] for name in ('steps', 'minutes', 'precision')}}]
+
+
 def train_on(run):
     """The log of a run that was prolonged, and stopped after a step."""
     with open(run / 'metrics.jsonl', 'a') as log:
@@ -108,3 +123,25 @@ def test_runs_of_one_name_are_told_apart_in_a_plot_and_nan_does_not_end_it(at_wo
     labels = [label.split(',')[0] for label in axes.get_legend_handles_labels()[1]]
     assert labels == ['runs/rmt', 'other/rmt', 'infini']
     plots.plot_losses(Path('runs/rmt'), {'validation': float('nan'), 'xz': 2.0})
+
+
+@pytest.mark.parametrize('name', ['a$_{$b', '_under'])
+def test_any_name_of_a_run_can_be_drawn(at_work, name):
+    plots = IMPORT_PLOTS()
+    shutil.copytree('runs/infini', f'runs/{name}')
+    folder, axes = Path(f'runs/{name}'), plots.Figure().subplots()
+    plots._plot_runs(axes, [read_ended(folder)])
+    plots._add_legend(axes)
+    assert name in axes.get_legend().get_texts()[0].get_text()
+    plots.plot_losses(folder, {'validation': 2.0}, [read_ended(folder)])
+    plots.plot_memory_shares(folder)
+    plots.plot_comparison([read_ended(folder)], folder / 'compared.png')
+
+
+def test_a_plot_that_fails_ends_no_run(at_work, monkeypatch):
+    plots = IMPORT_PLOTS()
+    monkeypatch.setattr(train_enwik8, 'import_plots', lambda: plots)
+    monkeypatch.setattr(plots, '_write', lambda *_: 1 / 0)
+    done = train('--steps', 1)
+    assert (done.code, 'no plot     ZeroDivisionError' in done.out, 'sample' in done.out) == (0, True, True)
+    assert main('--compare', 'runs/rmt', 'runs/infini').code == 0

@@ -236,6 +236,11 @@ def test_folders_need_no_further_package(tmp_path, monkeypatch):
         RecurrentMemoryTransformer.from_pretrained('me/it')
 
 
+class ByPosition(RecurrentMemoryTransformer):
+    def __init__(self, size, /):
+        super().__init__(num_tokens=size, dim=16, depth=1, num_memory_tokens=2, seq_len=6)
+
+
 class HasModule(SegmentModel):
     num_tokens, dim = 20, 4
 
@@ -256,6 +261,10 @@ class HasModule(SegmentModel):
 def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'argument inner of HasModule is a Embedding, which config\.json cannot hold'):
         HasModule(nn.Embedding(20, 4)).save_pretrained(tmp_path / 'a')
+    with pytest.raises(ValueError, match=r'argument inner of HasModule is a dict, which .*keys of dicts become texts'):
+        HasModule({'rates': [{1: 0.5}]}).save_pretrained(tmp_path / 'a')
+    with pytest.raises(ValueError, match='the constructor of ByPosition takes size by its position alone'):
+        ByPosition(20).save_pretrained(tmp_path / 'a')
     with pytest.raises(ValueError, match='on the meta device'):
         make_rmt().to('meta').save_pretrained(tmp_path / 'a')
     with pytest.raises(ValueError, match=r'nowhere/run\.json does not tell how a run was made'):

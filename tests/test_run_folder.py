@@ -132,6 +132,7 @@ def test_a_checkpoint_is_written_once(tmp_path):
         (SUMS, 'missing', f'{SUMS} cannot be read'),
         (SUMS, 'changed', 'does not have the sha256'),
         (SUMS, 'cut', 'does not have the sha256'),
+        (SUMS, 'emptied', 'does not have the sha256'),
         ('more', 'changed', 'more does not have the sha256'),
         ('.', 'missing', 'cannot be read'),
     ],
@@ -144,9 +145,16 @@ def test_damage_is_told_by_the_name_of_the_file(tmp_path, name, how, message):
     if how == 'missing':
         path.unlink() if path.is_file() else shutil.rmtree(path)
     else:
-        path.write_text(path.read_text()[:20] if how == 'cut' else 'other')
+        path.write_text(path.read_text()[:20] if how == 'cut' else {'emptied': ''}.get(how, 'other'))
     with pytest.raises(ValueError, match=re.escape(message)):
         check_undamaged(checkpoint)
+
+
+def test_a_file_that_another_program_leaves_is_no_damage(tmp_path):
+    save(tmp_path, 1)
+    for name in ('.DS_Store', 'Thumbs.db'):
+        (tmp_path / 'checkpoints' / 'step-1' / name).touch()
+    check_undamaged(tmp_path / 'checkpoints' / 'step-1')
 
 
 def test_the_newest_usable_checkpoint_is_loaded(tmp_path):

@@ -124,6 +124,15 @@ class BoundedRecall(InfiniTransformer):
         return SigmoidRecalled(self.dim, **options)
 
 
+class NormedKeys(InfiniTransformer):
+    """Only keys are normalised."""
+
+    def make_attention(self, index, **options):
+        attn = super().make_attention(index, **options)
+        attn.k_norm = nn.LayerNorm(attn.dim_head)
+        return attn
+
+
 class Change(NamedTuple):
     """A change to a model: the model's maker, the class with the change, all its classes, and options of both."""
 
@@ -154,6 +163,7 @@ CHANGES = {
     'parallel blocks': Change(make_rmt, ParallelBlocks, (ParallelBlock,)),
     'bounded recall': Change(make_infini, BoundedRecall, (SigmoidRecalled,)),
     'bounded recall, norms': Change(make_infini, BoundedRecall, (SigmoidRecalled,), {'qk_norm': True}),
+    'normed keys': Change(make_infini, NormedKeys),
     'bounded values': Change(make_rmt, BoundedValues, (SigmoidValues,), {'use_xl_memories': True}),
 }
 ALL = pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())

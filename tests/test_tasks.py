@@ -330,3 +330,12 @@ def test_what_values_without_their_keys_are_worth(pairs, values, segments):
     assert task.without_keys(2) >= task.without_keys(segments) >= task.without_memory
     with pytest.raises(ValueError, match='rewritten=True: give 2 segments or more, and keys that differ'):
         AssociativeRetrieval(rewritten=True).without_keys(3)
+
+
+def test_accuracy_reads_as_many_segments_at_once_as_the_wrapper_says(monkeypatch):
+    task, read = Memorize(values=3, noise=6, segment_length=6), []
+    wrapper = SegmentWrapper(make_infini(num_tokens=task.num_tokens), segment_length=6, segments_per_pass=2)
+    advance = wrapper.model.advance
+    monkeypatch.setattr(wrapper.model, 'advance', lambda x, *a, **o: read.append(x.shape[1]) or advance(x, *a, **o))
+    accuracy(wrapper, task, 5, batch_size=4, generator=seeded())
+    assert read == [12, 12, 6]

@@ -490,7 +490,10 @@ def test_a_damaged_metrics_file(at_work, monkeypatch, how):
 def test_plots_leave_out_lines_that_lack_something(at_work):
     plots = IMPORT_PLOTS()
     path = Path('runs/infini/metrics.jsonl')
-    path.write_text('{"step": 1}\n{"step": 2, "bits": null, "bytes": 9}\n{"step": 3, "bits": 2.0, "bytes": 9}\n')
+    lines = ['{"step": 1}', '{"step": 2, "bits": null, "bytes": 9}', '{"step": 3, "bits": 2.0, "bytes": 9}']
+    shares = '[[0.5, 0.5], [0.5]]', '[[0.5, 0.25], [0.5, 0.25]]', '[[0.5, 0.5]]', '3', '[[0.5, null], [0.5, 0.5]]'
+    lines += [f'{{"step": {step}, "memory_shares": {each}}}' for step, each in enumerate(shares, start=4)]
+    path.write_text('\n'.join(lines) + '\n')
     for name in ('loss', 'memory_shares'):
         Path(f'runs/infini/{name}.png').unlink()
     plots.plot_losses(Path('runs/infini'), {'validation': 1.0})

@@ -196,3 +196,35 @@ def test_a_first_call_that_fails_is_no_warm_up(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         graphed(torch.zeros(2))
     assert calls == ['run', 'run', 'recorded']
+
+
+def test_only_what_is_trained_is_clipped_and_no_gradient_is_left_from_before():
+    """Of a model whose other parameters are trainable, too."""
+    wrapper, x = made('rmt'), ids(2, 19)
+    head = wrapper.model.logits.weight
+    step = TrainingStep(wrapper, [{'params': [head], 'lr': 0.0}], betas=(0.9, 0.95), schedule=schedule, max_norm=1e-3)
+    for _ in range(3):
+        step(x)
+    assert head.grad.norm().item() == pytest.approx(1e-3, rel=1e-4)
+    other, once = wrapper.model.token_emb.weight, made('rmt')
+    once.loss(x).loss.backward()
+    torch.testing.assert_close(other.grad, once.model.token_emb.weight.grad)
+
+
+def test_padding_is_padding_without_checks_of_values():
+    x = ids(2, 19)
+    x[1, 15:], x[0, 12:] = IGNORE, 7
+    losses = []
+    for options in ({}, {'check_values': False}):
+        torch.manual_seed(3)
+        wrapper = SegmentWrapper(make_rmt(), segment_length=6, ignore_index=7, **options)
+        step = TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
+        losses.append(step(x)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_group_of_processes_is_refused():
+    wrapper = made('rmt')
+    wrapper.process_group = 'a group'
+    with pytest.raises(ValueError, match='TrainingStep trains in one process, and the wrapper has a process_group'):
+        TrainingStep(wrapper, wrapper.model.param_groups(1e-2, 0.01), betas=(0.9, 0.95), schedule=schedule)
