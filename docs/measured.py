@@ -177,6 +177,17 @@ def retrofits() -> str:
     return table(f'model | remembered after 5 segments | after 64 | {bits} | seeds', lines)
 
 
+@number
+def shifted_positions() -> str:
+    """What GPT-2 paid on text while memory rows shifted it to other positions."""
+    lines = (RESULTS / 'retrofit' / 'shifted_positions.jsonl').read_text().splitlines()
+    change = []
+    for run in map(json.loads, lines):
+        plain = json.loads((RESULTS / 'retrofit' / f'gpt2-unmodified-{run["seed"]}.json').read_text())
+        change.append(run['bytes']['300'] - plain['bytes']['300'])
+    return f'{interval(change)} ({len(change)} seeds)'
+
+
 # what other options learn
 
 LEARNED = {'memorize': 'a fact', 'passkey': 'a fact', 'copy': 'a copy', 'reverse': 'a copy, backwards',

@@ -244,6 +244,8 @@ class InfiniLM(PretrainedLM, GatedMemories):
         window = Segments(state, segments, valid)
         x = self.decode(x, torch.arange(length, device=x.device)[None], sees, infini=window)
         hidden = rearrange(x, '(s b) n d -> b (s n) d', s=segments)[:, :n] if need_hidden else None
+        if len(window.after) < len(state):
+            raise ValueError('its layers do not hand on what their attention is given, so no memory can be in it')
         return hidden, tuple(window.after[index] for index in range(len(state)))
 
     def open_segment(self, state: tuple[Memories, ...], segment_length: int) -> InfiniLMCache:

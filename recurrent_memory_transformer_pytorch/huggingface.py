@@ -5,7 +5,9 @@ Each segment is read as in arXiv 2207.06881 and in its published code for langua
     [read memory | text | write memory]
 
 as embeddings, with causal attention. What it makes of the write rows, after its final norm, is the memory that the next
-segment reads. The language model itself is not changed.
+segment reads. The language model itself is not changed. If its positions are learned, as GPT-2's are, the text keeps
+those that it was pretrained with, which begin at 0, and the read rows all stand at 0; rotary positions tell distances
+alone.
 
     from transformers import AutoModelForCausalLM
     lm = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-1B')
@@ -31,6 +33,7 @@ from segment_recurrence_pytorch.huggingface.decoder import (
     WITH_MEMORY_TOKENS,
     PretrainedLM,
     causal_mask,
+    check_backend,
     check_same_logits,
     check_same_when_cached,
     next_rows,
@@ -80,6 +83,9 @@ class RecurrentMemoryLM(PretrainedLM):
         self.num_memory_tokens = num_memory_tokens
         self.write_init = write_init
         self.max_segment_length = self.longest_segment(max_segment_length, 2 * num_memory_tokens)
+        tokens = set(self.lm.get_input_embeddings().modules())
+        tables = (module for module in self.decoder.modules() if isinstance(module, nn.Embedding))
+        self._has_learned_positions = num_memory_tokens > 0 and any(table not in tokens for table in tables)
         check_same_logits(self, lambda ids: self.decode(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)))
         # transformers 4.57 scales the embeddings of Gemma 1 and 2 inside the decoder, 5 in the embedding. The memory is
         # kept at the scale of 5, so that a file of weights means the same in both
@@ -100,6 +106,15 @@ class RecurrentMemoryLM(PretrainedLM):
         self.read_memory_emb = nn.Parameter(torch.zeros_like(self.initial_memory)) if read_emb else None
         check_same_when_cached(self)
         WITH_MEMORY_TOKENS[id(self.decoder)] = self
+
+    def decode(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """See `PretrainedLM.decode`.
+
+        Raises:
+            ValueError: if the attention was changed to one that takes no masks of rows.
+        """
+        check_backend(self.lm)
+        return super().decode(x, positions, mask, **options)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """See `SegmentModel.initial_state`. It is the learned first memory."""
@@ -124,6 +139,14 @@ class RecurrentMemoryLM(PretrainedLM):
         tokens = self.memory_tokens.expand(len(memory), -1, -1)
         return tokens if self.write_init == 'learned' else tokens + memory
 
+    def placed(self, rows: Tensor) -> Tensor:
+        """Returns the positions of rows of [read | text | write], as the decoder is told them.
+
+        Args:
+            rows: the numbers of the rows, from 0 on, of any shape.
+        """
+        return (rows - self.num_memory_tokens).clamp_min(0) if self._has_learned_positions else rows
+
     def as_rows(self, memory: Tensor) -> Tensor:
         """Returns memory rows (b, m, dim) as the decoder takes embeddings."""
         return (memory / self.embed_scale).to(self.dtype)
@@ -147,12 +170,14 @@ class RecurrentMemoryLM(PretrainedLM):
         if not n:
             return (self.embed(tokens) if need_hidden else None), copied(state)
         rows = self.as_rows(self.read_rows(state)), self.embed(tokens), self.as_rows(self.write_rows(state))
-        positions, sees = torch.arange(m + n + m, device=tokens.device)[None], None
+        numbers, sees = torch.arange(m + n + m, device=tokens.device)[None], None
         if mask is not None:
             valid = F.pad(mask, (m, m), value=True)
-            positions = (valid.cumsum(1) - 1).clamp_min(0)  # a row is what it is without its padding
+            numbers = (valid.cumsum(1) - 1).clamp_min(0)  # a row is what it is without its padding
             sees = causal_mask(valid)
-        x = self.decode(torch.cat(rows, dim=1), positions, sees)
+        elif self._has_learned_positions:  # without a mask, transformers takes a position that comes twice for a border
+            sees = torch.ones(1, 1, m + n + m, m + n + m, dtype=torch.bool, device=tokens.device).tril()
+        x = self.decode(torch.cat(rows, dim=1), self.placed(numbers), sees)
         # a copy, since a slice would keep the hidden states of the text alive as long as the memory
         memory = x[:, n + m :].to(state.dtype, copy=True)
         if mask is not None:
@@ -228,7 +253,7 @@ class RecurrentMemoryLMCache(SegmentCache):
     ) -> Tensor:
         """Runs the decoder over rows. `join` stores keys or values in a buffer, and returns those to attend to."""
         self.join = join
-        return model.decode(x, positions, mask, cache=self.cache)
+        return model.decode(x, model.placed(positions), mask, cache=self.cache)
 
     def joined(self, index: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores the keys and values of a layer, (b, g, i, d) each, and returns those to attend to."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -83,10 +84,10 @@ def test_linear_layers_of_gpt2_decay():
     assert not any('wte' in name or 'wpe' in name or 'ln' in name or 'memory' in name for name in decayed)
 
 
-def with_lora(lm, seed=0):
+def with_lora(lm, seed=0, **options):
     peft = pytest.importorskip('peft', reason='needs peft')
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=2, target_modules=['q_proj', 'v_proj'], init_lora_weights=False, lora_dropout=0.0)
+    config = peft.LoraConfig(r=2, target_modules=['q_proj', 'v_proj'], init_lora_weights=False, **options)
     with warnings.catch_warnings():  # of transformers, about a name that peft uses
         warnings.simplefilter('ignore')
         return peft.get_peft_model(lm, config).double()
@@ -113,6 +114,36 @@ def test_lora_first_trains_adapters_and_memory_which_one_file_holds(make, tmp_pa
         close(wrapped(other).logits(x), wrapped(model).logits(x))
     with pytest.raises(ValueError, match='made beside other frozen weights'):
         load_weights(make(with_lora(tiny_lm(seed=1))), tmp_path / 'weights')
+
+
+@both
+def test_adapters_with_other_settings_are_refused_by_weights_and_cursors(make, tmp_path):
+    """The same weights with another factor are another model."""
+    model, x = make(with_lora(tiny_lm())), tokens(1, 21)
+    save_weights(model, tmp_path / 'weights', trained_only=True)
+    save_cursor(wrapped(model).read(x), tmp_path / 'cursor', model)
+    other = make(with_lora(tiny_lm(), lora_alpha=99))
+    other.load_state_dict(model.state_dict())
+    for load in (load_weights, lambda model, path: load_cursor(path, model)):
+        path = tmp_path / ('weights' if load is load_weights else 'cursor')
+        load(model, path)
+        with pytest.raises(ValueError, match=r'made with adapters\.default\.lora_alpha=.*, this model has 99'):
+            load(other, path)
+    model.lm.add_adapter('second', model.lm.peft_config['default'])
+    model.lm.set_adapter('second')
+    with pytest.raises(ValueError, match='made with adapters'):
+        load_cursor(tmp_path / 'cursor', model)
+
+
+@both
+def test_adapters_around_the_memory_are_refused(make, tmp_path):
+    model, x = make(tiny_lm()), tokens(2, 13)
+    inner = with_lora(model).base_model.model
+    with pytest.raises(ValueError, match='peft was applied to the model with the memory, and has frozen the memory'):
+        wrapped(inner).loss(x, backward=True)
+    with pytest.raises(ValueError, match='apply it to the language model, before the memory is added'):
+        inner.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lora_after_infini_is_refused_until_the_memory_is_unfrozen():
@@ -397,9 +428,15 @@ def test_a_vocabulary_that_is_resized_is_that_of_the_model(make, tmp_path):
     x[0, 0] = TOKENS + 2
     assert wrapped(model).loss(x).loss.isfinite()
     assert wrapped(model).generate_tokens(x, 3, repetition_penalty=1.2).shape == (2, 3)
-    model.save_pretrained(tmp_path)
+    save_weights(model, tmp_path / 'weights')
+    save_cursor(wrapped(model).read(x), tmp_path / 'cursor', model)
+    other = tiny_lm()
+    other.resize_token_embeddings(TOKENS + 4)
+    load_weights(make(other), tmp_path / 'weights')
+    model.save_pretrained(tmp_path / 'folder')
+    load_cursor(tmp_path / 'cursor', model)
     with torch.no_grad():
-        again = type(model).from_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path / 'folder')
         close(wrapped(again).logits(x)[0], wrapped(model.eval()).logits(x)[0])
 
 
@@ -570,6 +607,51 @@ def test_the_language_model_of_another_retrofit_is_refused():
     add_infini_attention(lm)
 
 
+@both
+@pytest.mark.filterwarnings('ignore')
+def test_a_compiled_model_is_refused(make):
+    with pytest.raises(ValueError, match=r'compiled by torch\.compile\(lm\), whose weights have other names'):
+        make(torch.compile(tiny_lm()))
+
+
+@both
+def test_a_model_with_nan_is_refused_as_such(make):
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match='LlamaForCausalLM makes logits that are not finite: look at its weights'):
+        make(lm)
+
+
+@both
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_small_difference_of_the_logits_is_found_in_half_precision_too(make, dtype, monkeypatch):
+    """A twentieth of their size, as where a layer that should not rotate rotates."""
+    to_logits = decoder.PretrainedLM.to_logits
+    monkeypatch.setattr(decoder.PretrainedLM, 'to_logits', lambda self, hidden: 1.05 * to_logits(self, hidden))
+    with pytest.raises(ValueError, match=r'its logits differ by 0\.05 of their size'):
+        make(tiny_lm().to(dtype))
+
+
+def test_a_model_of_texts_and_images_goes_into_files_and_comes_back(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=TOKENS, head_dim=8, num_key_value_heads=2, sliding_window=16, **sizes)
+    images = dict(image_size=28, patch_size=14, **sizes)
+    config = transformers.Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    model, x = (
+        RecurrentMemoryLM(transformers.AutoModelForCausalLM.from_config(config), num_memory_tokens=2),
+        tokens(2, 13),
+    )
+    save_weights(model, tmp_path / 'weights')
+    load_weights(model, tmp_path / 'weights')
+    save_cursor(wrapped(model).read(x), tmp_path / 'cursor', model)
+    load_cursor(tmp_path / 'cursor', model)
+    model.save_pretrained(tmp_path / 'folder')
+    again = RecurrentMemoryLM.from_pretrained(tmp_path / 'folder')
+    with torch.no_grad():
+        close(wrapped(again).logits(x)[0], wrapped(model.eval()).logits(x)[0])
+
+
 def test_a_second_memory_is_refused():
     lm = tiny_lm()
     add_infini_attention(lm)
@@ -587,6 +669,11 @@ def test_attention_that_was_changed_later_is_refused():
         wrapper.logits(x)
     lm.set_attn_implementation('infini_sdpa')
     assert torch.equal(wrapper.logits(x)[0], want)
+    lm = tiny_lm()
+    wrapper = wrapped(RecurrentMemoryLM(lm, num_memory_tokens=2))
+    lm.config._attn_implementation = 'flex_attention'
+    with pytest.raises(ValueError, match="has the attention 'flex_attention', which takes no masks of rows"):
+        wrapper.logits(x)
 
 
 def test_a_head_with_more_than_a_weight_is_refused(monkeypatch):

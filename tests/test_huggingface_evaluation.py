@@ -85,6 +85,14 @@ def test_a_greedy_continuation_is_known_as_such_and_generated(make):
     assert ids == want[: want.index(1) if 1 in want else None]
     ((_, greedy),) = model.loglikelihood(requests('loglikelihood', (context, ' ' + answer)), disable_tqdm=True)
     assert greedy
+    for name in ('max_new_tokens', 'max_tokens'):
+        asked = {'until': [''], name: 3, 'num_beams': 1}
+        assert model.generate_until(requests('generate_until', (context, asked)), True) == [
+            ' '.join(answer.split()[:3])
+        ]
+    for asked, message in (({'num_beams': 4}, 'num_beams=4: there is no beam'), ({'penalty': 1}, "option 'penalty'")):
+        with pytest.raises(ValueError, match=message):
+            model.generate_until(requests('generate_until', (context, asked)), True)
     stop = answer.split()[-1]
     (cut,) = model.generate_until(requests('generate_until', (context, {'until': stop, 'max_gen_toks': 8})), True)
     assert cut == answer.split(stop)[0]

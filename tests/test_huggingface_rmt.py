@@ -30,13 +30,21 @@ def wrapped(name='llama', attention='', num_memory_tokens=3, **options):
 
 
 def naive(model, x):
-    """The published way (booydar): the language model itself reads [memory | text | memory], segment after segment."""
+    """The published way (booydar): the language model itself reads [memory | text | memory], segment after segment. But
+    where positions are learned, the text has those of a text alone."""
     lm, m = model.lm, model.num_memory_tokens
     memory, logits = model.initial_memory.expand(len(x), -1, -1), []
     for piece in x.split(LENGTH, dim=1):
         rows = memory / model.embed_scale
         embeds = torch.cat((rows, lm.get_input_embeddings()(piece), rows), dim=1)
-        out = lm(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
+        more = {}
+        if lm.config.model_type == 'gpt2':
+            count = embeds.shape[1]
+            positions = [max(0, row - m) for row in range(count)]
+            lowest = torch.finfo(embeds.dtype).min
+            unseen = torch.full((1, 1, count, count), lowest, dtype=embeds.dtype).triu(1)
+            more = {'position_ids': torch.tensor([positions]), 'attention_mask': unseen}
+        out = lm(inputs_embeds=embeds, output_hidden_states=True, use_cache=False, **more)
         memory = out.hidden_states[-1][:, -m:]
         logits.append(out.logits[:, m:-m])
     return torch.cat(logits, dim=1), memory
@@ -47,6 +55,18 @@ def naive(model, x):
 def test_logits_and_memory_are_those_of_the_published_way(name, attention):
     wrapper, x = wrapped(name, attention), tokens(3, 21)
     close(wrapper.logits(x), naive(wrapper.model, x))
+
+
+@torch.no_grad()
+def test_text_has_the_positions_with_which_it_was_pretrained():
+    """The rows of the table that stand behind those of a text and of the memory are not read."""
+    wrapper, x = wrapped('gpt2'), tokens(2, 21)
+    want = wrapper.logits(x)[0]
+    table = wrapper.model.lm.transformer.wpe.weight
+    table[LENGTH + 3 :] = torch.nan
+    assert torch.equal(wrapper.logits(x)[0], want)
+    table[LENGTH + 2] = torch.nan
+    assert not wrapper.logits(x)[0].isfinite().all()
 
 
 @every_family

@@ -32,6 +32,8 @@ except ImportError as error:
 BACKENDS = ('sdpa', 'eager')  # the attention implementations that take a mask of their own for each row
 # entries of a config that do not change what the model computes: where it came from, and what made it
 NOT_RECORDED = ('_name_or_path', 'transformers_version', 'dtype', 'torch_dtype', 'architectures', 'use_cache')
+# the same of the settings of adapters
+NOT_OF_ADAPTERS = ('base_model_name_or_path', 'revision', 'inference_mode', 'task_type', 'peft_version', 'auto_mapping')
 # entries of older configs, which transformers 5 reads into `rope_parameters`
 OLD_NAMES = ('rope_theta', 'rope_scaling', 'rope_local_base_freq', 'partial_rotary_factor', 'rotary_pct',
              'rotary_emb_base')  # fmt: skip
@@ -114,6 +116,19 @@ class PretrainedLM(SegmentModel):
         cap = getattr(self.config, 'final_logit_softcapping', None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """See `SegmentModel.arguments`. The language model is described as it is now, with the adapters of `peft`: its
+        vocabulary may have been resized, and adapters added."""
+        found = {**self._arguments, 'lm': self.recorded_argument('lm', self.lm)}
+        if hasattr(self.lm, 'peft_config'):
+            found['adapters'] = plain_adapters(self.lm)
+        return found
+
+    @arguments.setter
+    def arguments(self, value: dict[str, Any]) -> None:
+        self._arguments = value
+
     def decode(
         self, x: Tensor, positions: Tensor, mask: Tensor | None = None, *, cache: Any = None, **options: Any
     ) -> Tensor:
@@ -146,6 +161,7 @@ class PretrainedLM(SegmentModel):
 
     def check_training(self) -> None:
         """Raises ValueError if the model was changed so that training it would be silently wrong."""
+        self.check_adapters()
         for module in self.lm.modules():
             if getattr(module, 'gradient_checkpointing', False):
                 function = getattr(module, '_gradient_checkpointing_func', None)
@@ -155,6 +171,14 @@ class PretrainedLM(SegmentModel):
                         'off, and use SegmentWrapper(recompute=True) or loss(backward=True), or turn it on with '
                         'use_reentrant=False'
                     )
+
+    def check_adapters(self) -> None:
+        """Raises ValueError if `peft` was applied to this model instead of to the language model in it."""
+        if hasattr(self, 'peft_config'):
+            raise ValueError(
+                'peft was applied to the model with the memory, and has frozen the memory: apply it to the language '
+                'model, before the memory is added'
+            )
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """See `SegmentModel.decays`. All matrices of the language model but embeddings do, whatever their class: GPT-2
@@ -172,6 +196,7 @@ class PretrainedLM(SegmentModel):
             ValueError: if `peft` has put adapters into the language model, or if its head and its embeddings share a
                 weight or not, and its config says otherwise.
         """
+        self.check_adapters()
         if hasattr(self.lm, 'peft_config'):
             raise ValueError(
                 'the language model has adapters of peft, which config.json cannot tell: write them and the memory '
@@ -185,8 +210,6 @@ class PretrainedLM(SegmentModel):
                 f'model says tie_word_embeddings={self.config.tie_word_embeddings}, by which the folder is loaded: set '
                 'the right one'
             )
-        # as it is now: the vocabulary may have been resized since
-        self.arguments = {**self.arguments, 'lm': self.recorded_argument('lm', self.lm)}
         super().save_pretrained(folder, run=run)
 
     def recorded_argument(self, name: str, value: Any) -> Any:
@@ -196,7 +219,13 @@ class PretrainedLM(SegmentModel):
             return super().recorded_argument(name, value)
         # the id that embeddings treat as padding, whose row gets no gradient: the user may set another one for texts
         padding = getattr(self.lm.get_input_embeddings(), 'padding_idx', None)
-        return {**plain_config(self.lm.config), 'pad_token_id': padding}
+        whole, told = self.lm.config, plain_config(self.lm.config)
+        # a model of texts and images, such as Gemma 3, has a config for its language model in its own
+        parts = (each for each, part in vars(whole).items() if part is self.config and isinstance(told.get(each), dict))
+        inner = None if self.config is whole else next(parts, None)
+        if inner is None:
+            return {**told, 'pad_token_id': padding}
+        return {**told, inner: {**told[inner], 'pad_token_id': padding}}
 
     def as_arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
         """See `SegmentModel.as_arguments`. The config is read as this version of transformers reads it.
@@ -315,6 +344,11 @@ def decoder_of(lm: Any) -> nn.Module:
 def check_lm(lm: Any) -> None:
     """Raises ValueError, with what it is, unless something is a causal language model that the retrofits can call."""
     name = type(lm).__name__
+    if hasattr(lm, '_orig_mod'):
+        raise ValueError(
+            'lm was compiled by torch.compile(lm), whose weights have other names: give the model as it was. '
+            '`lm.model.compile()` compiles its decoder in place'
+        )
     if not all(hasattr(lm, each) for each in ('parameters', 'config', 'get_output_embeddings')):
         raise ValueError(f'lm is a {name}: give what AutoModelForCausalLM.from_pretrained returned')
     check_has_weights(lm)
@@ -333,12 +367,17 @@ def check_lm(lm: Any) -> None:
     kinds = set(getattr(lm.config.get_text_config(), 'layer_types', None) or ())
     if other := sorted(kinds - {'full_attention', 'sliding_attention'}):
         raise ValueError(f'{name} has layers of the kind {other[0]}: only full and sliding attention are supported')
-    backend = lm.config.get_text_config()._attn_implementation
-    if backend.startswith('infini'):
+    if lm.config.get_text_config()._attn_implementation.startswith('infini'):
         raise ValueError(f'{name} has a memory in its attention already: give the model as it was loaded')
+    check_backend(lm)
+
+
+def check_backend(lm: Any) -> None:
+    """Raises ValueError unless the attention of a language model takes masks of rows."""
+    backend = lm.config.get_text_config()._attn_implementation
     if backend not in BACKENDS:
         raise ValueError(
-            f'{name} has the attention {backend!r}, which takes no masks of rows: call '
+            f'{type(lm).__name__} has the attention {backend!r}, which takes no masks of rows: call '
             f"set_attn_implementation('sdpa') first, or 'eager'"
         )
 
@@ -352,7 +391,7 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
         hidden: a function from token ids (b, n) to what the head is given, (b, n, dim).
     """
     name = type(model.lm).__name__
-    ids = torch.arange(min(5, model.max_segment_length or 5), device=model.device).view(1, -1) % model.num_tokens
+    ids = torch.arange(min(32, model.max_segment_length or 32), device=model.device).view(1, -1) % model.num_tokens
     changed = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % model.num_tokens), dim=1)
     with evaluating(model):
         try:
@@ -364,13 +403,18 @@ def check_same_logits(model: PretrainedLM, hidden: Any) -> None:
         raise ValueError(
             f'{name} is not supported: it makes logits of shape {tuple(want.shape)} for ids of shape {tuple(ids.shape)}'
         )
-    limit = torch.finfo(want.dtype if want.dtype == have.dtype else torch.float16).eps ** 0.5 * want.abs().max()
+    if not want.isfinite().all():
+        raise ValueError(f'{name} makes logits that are not finite: look at its weights')
+    eps = torch.finfo(want.dtype if want.dtype == have.dtype else torch.float16).eps
+    limit = eps**0.5 * want.abs().max()
     if ids.shape[1] > 1 and not (have[:, :-1] - other[:, :-1]).abs().max() <= limit:
         raise ValueError(f'{name} is no causal language model: a position sees later ones')
-    difference = (want.to(have.dtype) - have).abs().max()
-    if not difference <= limit:
+    difference = (want.double() - have.double()).norm() / want.double().norm()
+    # the same operations are called in the same order, so that there is hardly any rounding to allow for
+    if not difference <= max(4 * eps, 1e-4):
         raise ValueError(
-            f'{name} is not supported: its logits differ by {difference:.2g} from those of its decoder and head'
+            f'{name} is not supported: its logits differ by {difference:.2g} of their size from those of its decoder '
+            'and head'
         )
 
 
@@ -387,8 +431,8 @@ def check_same_when_cached(model: PretrainedLM) -> None:
     ids = torch.arange(length, device=model.device).view(1, -1) % model.num_tokens
     with evaluating(model):
         state = model.initial_state(1)
-        want = model.advance(ids, state)
         try:
+            want = model.advance(ids, state)
             cache = model.open_segment(state, length)
             hidden = torch.cat([cache.extend(model, part) for part in ids.split(max(1, length - 1), dim=1)], dim=1)
             cache.close(model)
@@ -397,7 +441,7 @@ def check_same_when_cached(model: PretrainedLM) -> None:
             last = both.extend(model, ids[:, -1:].expand(2, -1), torch.tensor([0, 1], device=model.device))
             ragged = torch.stack((first[0], torch.cat((first[1, :-1], last[1]))))
             both.close(model)
-        except Exception as error:  # the family's own code may fail in any way
+        except Exception as error:  # as above
             raise ValueError(f'{name} is not supported: it cannot read with a cache and a mask: {error!r}') from error
     twice = map_state(lambda tensor: tensor.expand(2, *tensor.shape[1:]), want)
     pairs = zip(leaves(want), leaves((hidden, cache.state)), strict=True)
@@ -436,3 +480,18 @@ def plain_config(config: Any) -> dict[str, Any]:
     known = config.__class__().to_dict()
     told = json.loads(config.to_json_string())
     return {name: value for name, value in told.items() if name in known and name not in NOT_RECORDED}
+
+
+def plain_adapters(lm: Any) -> dict[str, Any]:
+    """Returns the adapters of `peft` in a language model, as JSON can store them: their settings, which of them are
+    active, and nothing of where they came from."""
+    settings = {}
+    for name, config in lm.peft_config.items():
+        told = config.to_dict()
+        settings[name] = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in told.items()
+            if key not in NOT_OF_ADAPTERS
+        }
+    found = {**settings, 'active': list(lm.active_adapters)}
+    return json.loads(json.dumps(found, default=str, sort_keys=True))

@@ -23,6 +23,12 @@ except ImportError as error:
     raise needs_extra('SegmentLM', 'eval', error) from error
 
 
+# the names that tasks give to the number of new tokens, the most important one first
+LIMITS = 'max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens'
+SAMPLING = 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'
+GENERATION = {*LIMITS, *SAMPLING, 'until', 'do_sample', 'num_beams'}
+
+
 class SegmentLM(TemplateLM):
     """The interface of `lm_eval` to a wrapper of any causal model.
 
@@ -111,22 +117,31 @@ class SegmentLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each request: what is generated up to the first of its stop texts."""
+        """Returns the answer to each request: what is generated up to the first of its stop texts.
+
+        Raises:
+            ValueError: if a task asks for an option of generation that is not known here, or for a search by beams.
+        """
         found, device = [], self.wrapper.model.device
         for request in tqdm(requests, disable=disable_tqdm):
             context, options = request.args
             stops = options.get('until') or []
             stops = [stops] if isinstance(stops, str) else stops
+            stops = [stop for stop in stops if stop]
+            if unknown := set(options) - GENERATION:
+                raise ValueError(f'a task asks for the option {min(unknown)!r} of generation, which is not known here')
+            if options.get('num_beams', 1) != 1:
+                raise ValueError(f'a task asks for num_beams={options["num_beams"]}: there is no beam search here')
+            most = next((options[name] for name in LIMITS if options.get(name) is not None), self.max_gen_toks)
             sampling: dict[str, Any] = {'temperature': 0.0}
-            if options.get('do_sample'):
-                names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
-                sampling = {name: options[name] for name in names if name in options}
+            if options.get('do_sample', options.get('temperature', 0) > 0):
+                sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
             prompt = torch.tensor([self.tok_encode(context) or [self.prefix_token_id]], device=device)
             ids: list[int] = []
             text = ''
             for token in self.wrapper.stream(
                 prompt,
-                max_new_tokens=options.get('max_gen_toks', self.max_gen_toks),
+                max_new_tokens=most,
                 eos_token_id=self.eot_token_id,
                 **sampling,
             ):
