@@ -85,7 +85,9 @@ class RecurrentMemoryLM(PretrainedLM):
         self.max_segment_length = self.longest_segment(max_segment_length, 2 * num_memory_tokens)
         tokens = set(self.lm.get_input_embeddings().modules())
         tables = (module for module in self.decoder.modules() if isinstance(module, nn.Embedding))
-        self._has_learned_positions = num_memory_tokens > 0 and any(table not in tokens for table in tables)
+        rotates = getattr(self.config, 'rope_parameters', None) or getattr(self.config, 'rope_theta', None)
+        has_table = not rotates and any(table not in tokens for table in tables)
+        self._has_learned_positions = has_table and num_memory_tokens > 0
         check_same_logits(self, lambda ids: self.decode(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)))
         # transformers 4.57 scales the embeddings of Gemma 1 and 2 inside the decoder, 5 in the embedding. The memory is
         # kept at the scale of 5, so that a file of weights means the same in both

@@ -113,6 +113,9 @@ class TrainingStep:
             self.wrapper.check_values = False
             self.graphed = Graphed(self._captured)
             groups = [group | {'lr': torch.tensor(group['lr'], device=device)} for group in groups]  # read by the graph
+        self.trained = [parameter for group in groups for parameter in group['params']]
+        known = set(map(id, self.trained))
+        self.others = [parameter for parameter in wrapper.model.parameters() if id(parameter) not in known]
         self.optimizer = torch.optim.AdamW(groups, betas=betas, capturable=self.graphed is not None)
 
     def __call__(
@@ -200,11 +203,14 @@ class TrainingStep:
 
     def _made(self, x: Tensor, state: State, given: dict[str, Any]) -> tuple[Tensor, State]:
         returned = self.wrapper.loss(x, state, **given)  # first of all: it may refuse its input
-        for each in (self.wrapper.model, self.optimizer):  # the model may have parameters that are not trained here
-            each.zero_grad(set_to_none=self.graphed is None)  # the graph has the addresses of the gradients
+        self.optimizer.zero_grad(set_to_none=self.graphed is None)  # the graph has the addresses of the gradients
+        for parameter in self.others:  # which are not trained here, and may get gradients all the same
+            if self.graphed is None:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
         returned.loss.backward()
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
-        torch.nn.utils.clip_grad_norm_(trained, self.max_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.max_norm)
         if self.graphed is None:
             self._set_rates()
         self.optimizer.step()

@@ -159,12 +159,18 @@ class Training:
             seconds: seconds of training that they took.
         """
         steps, minutes = self.options.steps, self.options.minutes
+        if minutes == self.before()['run']['minutes']:  # the last step ends a little after them
+            minutes = None
         if steps and made > steps:
             asked = f'--steps {steps:,}: give more, or leave it out'
             raise ValueError(f'{self.folder} is at step {made:,} already, beyond {asked}')
         if minutes and seconds > 60 * minutes:
             asked = f'--minutes {minutes:g}, which counts from the start of the run: give more, or leave it out'
             raise ValueError(f'{self.folder} was trained for {seconds / 60:.3g} minutes already, beyond {asked}')
+
+    def before(self) -> dict[str, Any]:
+        """Returns what run.json says of the run that is gone on with."""
+        return json.loads((self.folder / 'run.json').read_text())
 
     def part(self) -> dict[str, Any]:
         """Returns how the run is trained from the present step on."""
@@ -173,8 +179,9 @@ class Training:
     def resumed(self) -> dict[str, Any]:
         """Returns what run.json says from now on. How the run was trained before stands in its parts. If nothing is
         left to train, the settings of the training stay."""
-        before = json.loads((self.folder / 'run.json').read_text())
-        parts = before.get('parts') or [self.part() | before['run']]
+        before = self.before()
+        # earlier versions wrote no parts
+        parts = before.get('parts') or [{'from': 0} | {name: before['run'][name] for name in HOW}]
         if self.progress() >= 1:
             return self.about | {'run': self.run | {name: before['run'][name] for name in HOW}, 'parts': parts}
         parts = [part for part in parts if part['from'] < self.step]  # later ones were undone

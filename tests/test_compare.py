@@ -68,10 +68,20 @@ def test_parts_that_were_trained_otherwise_are_told(at_work):
     assert train('--steps', 5, name='straight').code == 0
     parts = json.loads(Path('runs/longer/run.json').read_text())['parts']
     assert [(part['from'], part['steps']) for part in parts] == [(0, 4), (4, 5)]
-    said = table([read_ended(Path(f'runs/{name}')) for name in ('straight', 'longer')])
+    path = Path('runs/longer/run.json')
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != 'parts'})
+    )
+    assert read_ended(Path('runs/longer')).about['parts'] == read_ended(Path('runs/straight')).about['parts']
+    assert (
+        main('--resume', 'runs/longer', '--steps', 6).code == main('--resume', 'runs/straight', '--steps', 6).code == 0
+    )
+    assert [part['from'] for part in json.loads(path.read_text())['parts']] == [0, 5]
+    assert train('--steps', 6, name='six').code == 0
+    said = table([read_ended(Path(f'runs/{name}')) for name in ('six', 'longer')])
     assert 'They also differ in the steps from which on they were trained with other --steps' in said
-    assert main('--resume', 'runs/straight', '--precision', 'bfloat16').code == 0  # nothing is left to train
-    one = json.loads(Path('runs/straight/run.json').read_text())
+    assert main('--resume', 'runs/six', '--precision', 'bfloat16').code == 0  # nothing is left to train
+    one = json.loads(Path('runs/six/run.json').read_text())
     assert one['parts'] == [{'from': 0, **{name: one['run'][name] for name in ('steps', 'minutes', 'precision')}}]
 
 

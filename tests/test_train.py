@@ -218,6 +218,11 @@ def test_ctrl_c_in_a_real_process(at_work):
     assert f'stopped at step {done} and saved at step {done}; to go on: python {ROOT}/train_enwik8.py' in out
 
 
+def test_minutes_that_are_over_may_be_asked_for_again(at_work):
+    assert train('--minutes', 1e-4).code == 0
+    assert main('--resume', 'runs/a', '--minutes', 1e-4).code == 0
+
+
 def test_refusals_leave_nothing_behind(at_work):
     Path('other').mkdir()
     Path('other/run.json').write_text('{"hidden_size": 8}')
