@@ -431,11 +431,17 @@ else:
     Blocks = nn.ModuleList
 
 
+# methods that a user may replace in a module, without a subclass. They are few, since compiled code asks for each
+SEAMS = ('forward', 'next_memory', 'read_rows', 'write_rows', 'memory_to_read', 'project', 'attend', 'heads_of',
+         'split', 'gates', 'strength_and_decay', 'write', 'recall')  # fmt: skip
+
+
 def may_draw_random(model: nn.Module, own: type) -> bool:
     """Returns whether a model may draw random numbers in the mode in which its modules are, training or evaluation.
 
     The modules of this library and those of `PLAIN` draw none, but for their dropout. Any other module may draw some,
-    and so may a subclass, a module with a hook, and one of whose methods one was replaced, whoever did that, and when.
+    and so may a subclass, a module with a hook, and one of whose methods in `SEAMS` one was replaced, whoever did that,
+    and when.
 
     Args:
         model: the model.
@@ -452,9 +458,8 @@ def may_draw_random(model: nn.Module, own: type) -> bool:
             continue
         if any(name in has and is_number(has[name]) and has[name] > 0 for name in ('p', 'dropout')):
             return True
-        replaced = (name for name, value in has.items() if callable(value) and hasattr(cls, name) and name[0] != '_')
-        is_changed = has['_forward_hooks'] or has['_forward_pre_hooks'] or any(replaced)
-        if is_changed and cls is type(module):  # a sharded module has hooks and methods of FSDP2
+        has_hooks = has['_forward_hooks'] or has['_forward_pre_hooks']
+        if any(name in has for name in SEAMS) or (has_hooks and cls is type(module)):  # FSDP2 has hooks of its own
             return True
         is_known = cls is own if module is model else cls in PLAIN or cls.__module__.partition('.')[0] in packages
         if not is_known:
