@@ -21,6 +21,9 @@ UNSAID = 'sha256', 'sizes', 'training', 'parts'  # what would be long to print
 FROM_RUN = [name for name in SHARED if name not in (*UNSAID, 'step')]
 
 
+HOW = 'steps', 'minutes', 'precision'  # settings of the training that may be others when a run is gone on with
+
+
 class Run(NamedTuple):
     """A run that has ended.
 
@@ -34,6 +37,15 @@ class Run(NamedTuple):
     folder: Path
     about: dict[str, Any]
     validation: float
+
+
+def parts_of(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns how a run was trained: for each part, the step from which on, and its settings of `HOW`.
+
+    Args:
+        made: what run.json says of the run. That of earlier versions has no parts: it is then taken for one.
+    """
+    return made.get('parts') or [{'from': 0} | {name: made['run'][name] for name in HOW}]
 
 
 def read_ended(folder: Path) -> Run:
@@ -51,8 +63,7 @@ def read_ended(folder: Path) -> Run:
         made = json.loads((folder / 'run.json').read_text())
         about = {name: made['run'][name] for name in ('model', 'memory', *FROM_RUN)}
         about |= {name: made[name] for name in UNSAID if name != 'parts'}
-        parts = made.get('parts', [{'from': 0, **made['run']}])  # runs of earlier versions have none
-        about['parts'] = [(part['from'], part['precision']) for part in parts]
+        about['parts'] = [(part['from'], part['precision']) for part in parts_of(made)]
         kind = VALIDATED[about['memory']]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f'run.json lacks {error}' if isinstance(error, KeyError) else error

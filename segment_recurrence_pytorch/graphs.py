@@ -150,10 +150,10 @@ class TrainingStep:
         device = self.wrapper.model.device
         x, labels = x.long(), None if labels is None else labels.long()  # smaller types cannot hold IGNORE
         more = {name: values.to(device, non_blocking=True) for name, values in (per_segment or {}).items()}
+        if labels is None and not self.wrapper.check_values:  # ids that mean padding, which else the wrapper finds
+            x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
+            labels, x = x[:, 1:], x[:, :-1]
         if self.graphed is not None:
-            if labels is None:  # ids that mean padding then, as for the wrapper
-                x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
-                labels, x = x[:, 1:], x[:, :-1]
             tensors = [None if t is None else t.to(device, non_blocking=True) for t in (x, labels, starts)]
             self._set_rates()  # the graph reads them
             found = self.graphed(*tensors, state, more)
@@ -161,10 +161,6 @@ class TrainingStep:
             if starts is not None:
                 state = self.wrapper.reset(state, starts)
             x = x.to(device)
-            # ids of padding, which else the wrapper finds when it checks values
-            if labels is None and not self.wrapper.check_values:
-                x = x.masked_fill(x == self.wrapper.ignore_index, IGNORE)
-                labels, x = x[:, 1:], x[:, :-1]
             if labels is None:
                 found = self._made(x, state, {'per_segment': more})
             else:

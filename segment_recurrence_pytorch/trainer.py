@@ -28,6 +28,7 @@ from segment_recurrence_pytorch.checkpoint import (
     save_training_state,
     save_weights,
 )
+from segment_recurrence_pytorch.compare import HOW, parts_of
 from segment_recurrence_pytorch.console import reader_is_gone, say
 from segment_recurrence_pytorch.data import Streams
 from segment_recurrence_pytorch.metrics import MetricsLog
@@ -55,7 +56,6 @@ from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 WEIGHT_DECAY, CLIP, BETAS = 0.01, 1.0, (0.9, 0.95)
 CHECKPOINT = {'fixed', 'step', 'seconds', 'skipped', 'optimizer', 'streams', 'state', 'random'}  # what it holds
-HOW = 'steps', 'minutes', 'precision'  # settings of the training that may be others when a run is gone on with
 Build = Callable[[torch.device, Any], SegmentWrapper]
 
 
@@ -180,8 +180,7 @@ class Training:
         """Returns what run.json says from now on. How the run was trained before stands in its parts. If nothing is
         left to train, the settings of the training stay."""
         before = self.before()
-        # earlier versions wrote no parts
-        parts = before.get('parts') or [{'from': 0} | {name: before['run'][name] for name in HOW}]
+        parts = parts_of(before)
         if self.progress() >= 1:
             return self.about | {'run': self.run | {name: before['run'][name] for name in HOW}, 'parts': parts}
         parts = [part for part in parts if part['from'] < self.step]  # later ones were undone

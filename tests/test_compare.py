@@ -69,13 +69,12 @@ def test_parts_that_were_trained_otherwise_are_told(at_work):
     parts = json.loads(Path('runs/longer/run.json').read_text())['parts']
     assert [(part['from'], part['steps']) for part in parts] == [(0, 4), (4, 5)]
     path = Path('runs/longer/run.json')
-    path.write_text(
-        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != 'parts'})
-    )
+    about = json.loads(path.read_text())
+    del about['parts']  # as an earlier version wrote it
+    path.write_text(json.dumps(about))
     assert read_ended(Path('runs/longer')).about['parts'] == read_ended(Path('runs/straight')).about['parts']
-    assert (
-        main('--resume', 'runs/longer', '--steps', 6).code == main('--resume', 'runs/straight', '--steps', 6).code == 0
-    )
+    for name in ('longer', 'straight'):
+        assert main('--resume', f'runs/{name}', '--steps', 6).code == 0
     assert [part['from'] for part in json.loads(path.read_text())['parts']] == [0, 5]
     assert train('--steps', 6, name='six').code == 0
     said = table([read_ended(Path(f'runs/{name}')) for name in ('six', 'longer')])

@@ -638,10 +638,8 @@ def test_a_model_of_texts_and_images_goes_into_files_and_comes_back(tmp_path):
     text = dict(vocab_size=TOKENS, head_dim=8, num_key_value_heads=2, sliding_window=16, **sizes)
     images = dict(image_size=28, patch_size=14, **sizes)
     config = transformers.Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
-    model, x = (
-        RecurrentMemoryLM(transformers.AutoModelForCausalLM.from_config(config), num_memory_tokens=2),
-        tokens(2, 13),
-    )
+    lm, x = transformers.AutoModelForCausalLM.from_config(config), tokens(2, 13)
+    model = RecurrentMemoryLM(lm, num_memory_tokens=2)
     save_weights(model, tmp_path / 'weights')
     load_weights(model, tmp_path / 'weights')
     save_cursor(wrapped(model).read(x), tmp_path / 'cursor', model)

@@ -86,10 +86,8 @@ def test_a_greedy_continuation_is_known_as_such_and_generated(make):
     ((_, greedy),) = model.loglikelihood(requests('loglikelihood', (context, ' ' + answer)), disable_tqdm=True)
     assert greedy
     for name in ('max_new_tokens', 'max_tokens'):
-        asked = {'until': [''], name: 3, 'num_beams': 1}
-        assert model.generate_until(requests('generate_until', (context, asked)), True) == [
-            ' '.join(answer.split()[:3])
-        ]
+        asked = requests('generate_until', (context, {'until': [''], name: 3, 'num_beams': 1}))
+        assert model.generate_until(asked, True) == [' '.join(answer.split()[:3])]
     for asked, message in (({'num_beams': 4}, 'num_beams=4: there is no beam'), ({'penalty': 1}, "option 'penalty'")):
         with pytest.raises(ValueError, match=message):
             model.generate_until(requests('generate_until', (context, asked)), True)

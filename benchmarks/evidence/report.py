@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import CHECKS, MILLION, ROWS, TITLES, LanguageRow, TaskRow
-from benchmarks.evidence.summary import about_runs, gains_on_text, summary
+from benchmarks.evidence.summary import Texts, about_runs, gains_on_text, summary
 from benchmarks.evidence.tables import asked_gain, asked_of, interval, mean_and_worst, prose, table, targets
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval
 
@@ -196,9 +196,9 @@ def retrofit_section(folder: Path) -> str:
     return '\n'.join(parts)
 
 
-def text_runs(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+def text_runs(folder: Path) -> Texts:
     """Returns the runs of `benchmarks.text` in a folder, by the length of a segment and the name of the arm."""
-    runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    runs: Texts = {}
     for arm, length, seed in text.RUNS:
         path = folder / f'{arm}-{length}-{seed}.json'
         if path.exists():
@@ -206,7 +206,7 @@ def text_runs(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     return dict(sorted(runs.items(), key=lambda each: each[0][0]))
 
 
-def text_section(runs: dict[tuple[int, str], list[dict[str, Any]]], plots: Path) -> list[str]:
+def text_section(runs: Texts, plots: Path) -> list[str]:
     """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
 
     Args:
@@ -242,7 +242,7 @@ def text_section(runs: dict[tuple[int, str], list[dict[str, Any]]], plots: Path)
     ]
 
 
-def plot_text(runs: dict[tuple[int, str], list[dict[str, Any]]], path: Path) -> None:
+def plot_text(runs: Texts, path: Path) -> None:
     """Plots bits per byte against the bytes that were read, with a line for each model: the mean over its seeds.
 
     Args:

@@ -10,19 +10,23 @@ from benchmarks.evidence.rows import MILLION, ROWS, TITLES, LanguageRow, TaskRow
 from benchmarks.evidence.tables import interval, mean_and_worst, prose, table, targets
 from benchmarks.intervals import bounds
 
+Texts = dict[tuple[int, str], list[dict[str, Any]]]  # runs of `benchmarks.text`, by length of a segment and arm
+BYTES = [row for row in ROWS.values() if isinstance(row, LanguageRow)]
+LENGTHS = sorted({row.segment_length for row in BYTES})
 
-def summary(results: dict[str, list[dict[str, Any]]], texts: dict[tuple[int, str], list[dict[str, Any]]]) -> list[str]:
+
+def summary(results: dict[str, list[dict[str, Any]]], texts: Texts) -> list[str]:
     """Returns the parts of the first screen. What has no results is left out.
 
     Args:
         results: the results of each row, by its name.
-        texts: the runs of `benchmarks.text`, by the length of a segment and the name of the arm.
+        texts: the runs of `benchmarks.text`.
     """
     parts = []
     if gains := gains_on_bytes(results):
         parts += [prose('text'), table(['model', 'training', *(f'segments of {length}' for length in LENGTHS)], gains)]
         parts.append(f'{longest_gain(results)}\n')
-    if longer := [told for length in sorted({length for length, _ in texts}) if (told := gains_at(texts, length))]:
+    if longer := [told for length in sorted({at for at, _ in texts}) if (told := gains_at(texts, length))]:
         parts.append(f'{prose("longer").strip()} {" ".join(longer)} {about_runs(texts)}\n')
     if facts := after_a_million(results):
         parts.append(prose('fact') + '\n' + ''.join(f'- {fact}\n' for fact in facts))
@@ -31,21 +35,19 @@ def summary(results: dict[str, list[dict[str, Any]]], texts: dict[tuple[int, str
     return parts
 
 
-BYTES = [row for row in ROWS.values() if isinstance(row, LanguageRow)]
-LENGTHS = sorted({row.segment_length for row in BYTES})
-
-
 def gains_on_bytes(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     """Returns the lines of a table of what a memory saves on text: models and steps by the length of a segment."""
+    if not any(results[row.name] for row in BYTES):
+        return []
     lines = []
-    for model, steps in sorted({(row.model, row.steps) for row in BYTES}, key=lambda each: (each[0] != 'rmt', each)):
+    for model, steps in [(model, steps) for model in TITLES for steps in sorted({row.steps for row in BYTES})]:
         cells = dict.fromkeys(LENGTHS, 'not run')
         for row in BYTES:
             if (row.model, row.steps) == (model, steps) and results[row.name]:
                 gains = [result['gain'] for result in results[row.name]]
                 cells[row.segment_length] = interval(gains) + f' ({of_seeds(gains)})' * (len(gains) < len(row.seeds))
         lines.append([TITLES[model], f'{steps:,} steps', *cells.values()])
-    return lines if any(results[row.name] for row in BYTES) else []
+    return lines
 
 
 def longest_gain(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -63,7 +65,7 @@ def longest_gain(results: dict[str, list[dict[str, Any]]]) -> str:
     return f'The longest segments at which a gain is told from 0 by five seeds: {"; ".join(each) or "none"}.'
 
 
-def gains_on_text(texts: dict[tuple[int, str], list[dict[str, Any]]], length: int, arm: str) -> list[float]:
+def gains_on_text(texts: Texts, length: int, arm: str) -> list[float]:
     """Returns what an arm of `benchmarks.text` saves over segments alone, for each seed that both have.
 
     Args:
@@ -76,14 +78,14 @@ def gains_on_text(texts: dict[tuple[int, str], list[dict[str, Any]]], length: in
     return [alone[run['seed']] - run['bits'] for run in own if run['seed'] in alone]
 
 
-def gains_at(texts: dict[tuple[int, str], list[dict[str, Any]]], length: int) -> str:
+def gains_at(texts: Texts, length: int) -> str:
     """Returns a sentence on the gains of all arms of `benchmarks.text` at a length of segments, if there are any."""
     found = {arm: gains_on_text(texts, at, arm) for at, arm in texts if at == length}
     each = [f'{text.LABELS[arm]} {interval(gains)} ({of_seeds(gains)})' for arm, gains in found.items() if gains]
     return f'Segments of {length}: {"; ".join(each)}.' if each else ''
 
 
-def about_runs(texts: dict[tuple[int, str], list[dict[str, Any]]]) -> str:
+def about_runs(texts: Texts) -> str:
     """Returns how many runs of `benchmarks.text` there are, and what that means."""
     done = sum(map(len, texts.values()))
     older = sum(run.get('start') != text.start_of(arm, at) for (at, arm), runs in texts.items() for run in runs)

@@ -127,6 +127,7 @@ class PretrainedLM(SegmentModel):
 
     @arguments.setter
     def arguments(self, value: dict[str, Any]) -> None:
+        """Sets what the constructors were given."""
         self._arguments = value
 
     def decode(
@@ -221,8 +222,7 @@ class PretrainedLM(SegmentModel):
         padding = getattr(self.lm.get_input_embeddings(), 'padding_idx', None)
         whole, told = self.lm.config, plain_config(self.lm.config)
         # a model of texts and images, such as Gemma 3, has a config for its language model in its own
-        parts = (each for each, part in vars(whole).items() if part is self.config and isinstance(told.get(each), dict))
-        inner = None if self.config is whole else next(parts, None)
+        inner = next((name for name, part in vars(whole).items() if part is self.config), None)
         if inner is None:
             return {**told, 'pad_token_id': padding}
         return {**told, inner: {**told[inner], 'pad_token_id': padding}}
