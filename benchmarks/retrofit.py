@@ -34,14 +34,13 @@ from tqdm import tqdm
 from benchmarks.evidence.report import report
 from benchmarks.evidence.results import PAGE
 from benchmarks.evidence.results import RESULTS as EVIDENCE
-from benchmarks.search import curve
 from examples.train_a_task import train
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
 from segment_recurrence_pytorch.checkpoint import replacing
 from segment_recurrence_pytorch.data import python_source
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
-from segment_recurrence_pytorch.tasks import Example, Memorize
+from segment_recurrence_pytorch.tasks import Example, Memorize, accuracy
 from segment_recurrence_pytorch.training import warmup_cosine
 
 RESULTS = Path(__file__).parent / 'results' / 'retrofit'
@@ -138,6 +137,12 @@ def learn_bytes(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name:
     return found
 
 
+def told(wrapper: SegmentWrapper, task: Memorize, segments: int, seed: int) -> float:
+    """Returns the accuracy on 256 new sequences of so many segments."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    return round(accuracy(wrapper, task, segments, batch_size=256, generator=draw), 4)
+
+
 def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: str) -> dict[str, Any]:
     """Trains on the task, and returns when it reached each stage, and its accuracy at several lengths.
 
@@ -152,7 +157,7 @@ def learn_task(wrapper: SegmentWrapper, steps: int, lr: float, seed: int, name: 
     groups = wrapper.model.param_groups(lr, 0.01)
     progress = train(wrapper, task, groups, stages=[1, 2, 3, 4, 5], steps=steps, seed=seed, name=name)
     reached = {f'{stage}': step for stage, step in progress.reached.items()}
-    found = curve(wrapper, task, seed, TASK_LENGTHS)
+    found = {f'{segments}': told(wrapper, task, segments, seed) for segments in TASK_LENGTHS}
     return {'reached': reached, 'curve': found, 'without_memory': task.without_memory}
 
 

@@ -35,6 +35,8 @@ OTHERS_SAMPLE = 4096  # values of each weight that tell whether trained weights 
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path to write to. If the `with` block ends without an error, that file replaces `path`.
 
+    A link stays a link: the file that it points to is replaced. What is replaced keeps its permissions.
+
     Args:
         path: the file to write or to replace.
 
@@ -42,20 +44,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
         The temporary path, in the same folder.
 
     Raises:
-        ValueError: if the folder of `path` does not exist, if `path` is a folder itself, or if its name is not UTF-8.
+        ValueError: if the folder of `path` does not exist, if `path` is a folder itself or a device, or if its name is
+            not UTF-8.
         OSError: if the file cannot be written, for example because the disk is full. `path` then stays as it was.
     """
     path = Path(path)
     check_name(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ValueError(f'{path} cannot be written: it is a folder, give the name of a file in it')
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{path} cannot be written: it is no ordinary file, and would be replaced by one')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: the folder {path.parent} is not there, make it first')
     # a name of its own for each thread and machine that may write the same file
     part = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
     try:
         part.touch()
-        mode = part.stat().st_mode  # what the umask makes of a new file; safetensors makes files for their owner alone
+        # what stands there has, or what the umask makes of a new file: safetensors makes files for their owner alone
+        mode = (path if path.exists() else part).stat().st_mode
         yield part
         part.chmod(mode)
         sync(part)

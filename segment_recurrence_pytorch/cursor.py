@@ -98,6 +98,8 @@ def as_cursor(
     check_has_weights(model)
     cursor, counts = _joined(prompt, prompt_lengths, state, model.device)
     tokens, state, _ = check_input(model, cursor.tokens, cursor.state, check_values=check_values)
+    if model.chain is not None and check_values:
+        model.chain.check_same(tokens, cursor.lengths)
     return Cursor(state, tokens, cursor.lengths), counts
 
 

@@ -330,10 +330,7 @@ def check_same_reads(model: SegmentModel, windows: list[Window]) -> None:
     count = sum(1 if model.parallel_segments else len(range(w.segments.start, w.segments.stop)) for w in windows)
     counts = torch.tensor([count], device=model.device)
     for dim in range(model.mesh.ndim):
-        group = model.mesh.get_group(dim)
-        parts = [torch.empty_like(counts) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, counts, group=group)
-        counts = torch.cat(parts)
+        counts = of_all_ranks(counts, model.mesh.get_group(dim))
     numbers = counts.tolist()
     if len(set(numbers)) > 1:
         what = 'windows of segments' if model.parallel_segments else 'segments'
@@ -341,6 +338,22 @@ def check_same_reads(model: SegmentModel, windows: list[Window]) -> None:
             f'the ranks of a sharded model read {", ".join(map(str, numbers))} {what} in this call, and would wait for '
             'each other for ever: give all ranks texts of one length, filled up with padding (mask) if need be'
         )
+
+
+def of_all_ranks(values: Tensor, group: Any) -> Tensor:
+    """Returns the values (n, ...) of all ranks of a group one after the other, (ranks n, ...). It is an all-gather."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return torch.cat(parts)
+
+
+def fingerprint(values: Tensor | None) -> Tensor | int:
+    """Returns a number, as int64 of shape (), that is nearly always another one for other values. 0 for None."""
+    if values is None:
+        return 0
+    numbers = values.detach().double().view(torch.int64) if values.is_floating_point() else values.long()
+    places = 2 * torch.arange(numbers.numel(), device=values.device) + 1  # odd, so that no bit is lost
+    return (numbers.flatten() * places).sum()
 
 
 class Chain:
@@ -366,6 +379,27 @@ class Chain:
         self.is_open = True
         self.bytes_sent = 0
         self._sending: list[tuple[Any, Tensor]] = []  # what is on its way: the tensors must stay alive
+
+    def check_same(self, tokens: Tensor, *others: Tensor | None) -> None:
+        """Checks that all ranks were given the same. It is an all-gather of a few numbers, and waits for the device.
+
+        Args:
+            tokens: the sequences (b, n, ...) that the ranks are to read together.
+            others: what else belongs to them, for example targets and a mask.
+
+        Raises:
+            ValueError: on all ranks, if it is not the same on all of them.
+        """
+        own = torch.empty(1, 3 + len(others), dtype=torch.int64, device=tokens.device)
+        for i, number in enumerate((*tokens.shape[:2], *map(fingerprint, (tokens, *others)))):
+            own[0, i] = number
+        rows, columns, *_ = found = of_all_ranks(own, self.group).T.tolist()
+        if any(len(set(each)) > 1 for each in found):
+            shapes = ', '.join(f'({b}, {n})' for b, n in zip(rows, columns, strict=True))
+            raise ValueError(
+                f'the ranks of context_parallel were given different sequences, of the shapes {shapes}, or different '
+                'labels or masks: give every rank the whole of the same sequences, each reads its own segments'
+            )
 
     def send(self, tensor: Tensor, rank: int) -> None:
         """Sends a tensor to a rank of the group, and does not wait for it to arrive.
@@ -439,7 +473,8 @@ def context_parallel(model: SegmentModel, group: Any) -> Iterator[None]:
         sync_gradients(wrapper)
 
     Each layer receives its memory from the rank before, goes through its own segments, and sends the memory to the rank
-    after. Backward goes the other way. What is sent does not grow with the length of the sequence.
+    after. Backward goes the other way. What is sent does not grow with the length of the sequence. Ranks that are given
+    different sequences get a ValueError from the call, unless the wrapper has check_values=False.
 
     Args:
         model: a model with `can_chain`, such as an `InfiniTransformer`.

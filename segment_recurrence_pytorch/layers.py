@@ -224,7 +224,8 @@ _RUN: dict[str, Callable] = {'sdpa': _sdpa, 'flash2': _flash2, 'naive': _naive}
 
 NORM_EPS = 1e-6
 # Factor of the learning rate of embeddings. A memory is learned sooner if they start large; at the rate of all else,
-# large ones were learned so slowly that text cost .03 bits per byte after 3,000 steps (benchmarks/search.py)
+# large ones were learned so slowly that text cost .03 bits per byte after 3,000 steps: section 5 of
+# benchmarks/results/search/found.md
 EMBEDDING_LR = 5.0
 # initial standard deviations, see `SegmentTransformer.init_weights`; the second line is in units of fan_in ** -0.5
 POSITION_STD = 0.02

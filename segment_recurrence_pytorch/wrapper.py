@@ -517,6 +517,8 @@ class SegmentWrapper(nn.Module):
     def _windows(self, batch: Batch, backprop_segments: int | None, segment_length: int | None = None) -> list[Window]:
         length, columns = self._length(segment_length), batch.tokens.shape[1]
         if self.model.chain is not None:
+            if self.check_values:
+                self.model.chain.check_same(batch.tokens, batch.targets, batch.mask)
             return [self._window_of_rank(columns, length, backprop_segments)]
         return plan_windows(
             columns,

@@ -789,6 +789,23 @@ def wrong_context_parallel_is_refused(rank, ranks):
         wrapped(model, None, world, passes=9), lambda w: w.loss(x[:, :1]), '0 segments of 6, too few for the 2 ranks'
     )
     inside(wrapped(model, passes=9), lambda w: w.loss(x), 'the wrapper has no process_group')
+    other = x.clone()
+    other[-1, -1] += 1 - 2 * other[-1, -1].clamp_max(1)  # another id, the last one read as a target only
+    labels, embeddings = x.roll(-1, dims=1), torch.rand(*x.shape, model.dim)
+    for given in (
+        (other, x), (x[:, :-1], x), (x[:1], x), (x.flip(0), x),
+    ):  # fmt: skip
+        words = 'the ranks of context_parallel were given different'
+        inside(wrapped(model, None, world, passes=9), lambda w, own=given[rank]: w.loss(own), words)
+        inside(wrapped(model, None, world, passes=9), lambda w, own=given[rank]: w.read(own), words)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    for own in (
+        {'labels': labels if rank else labels.flip(0)},
+        {'labels': labels, 'mask': mask if rank else mask.index_fill(1, torch.tensor([0]), False)},
+    ):
+        inside(wrapped(model, None, world, passes=9), lambda w, own=own: w.loss(x, **own), words)
+    scaled = embeddings * (1 + 1e-6 * rank)
+    inside(wrapped(model, None, world, passes=9), lambda w: w.loss(scaled, labels=labels), words)
     right = SegmentWrapper(model, segment_length=LENGTH, align='right', process_group=world)
     inside(right, lambda w: w.loss(x), "align='right' inside context_parallel")
     inside(wrapped(model), lambda w: context_parallel(w.model, world).__enter__(), 'inside context_parallel')

@@ -486,6 +486,28 @@ def test_a_file_has_the_mode_that_the_umask_gives(save, umask, tmp_path):
     assert stat.S_IMODE((tmp_path / 'file').stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.parametrize('save', SAVES.values(), ids=SAVES)
+def test_a_file_that_is_written_again_stays_where_and_what_it_was(save, tmp_path):
+    wrapper = RecurrentMemoryTransformerWrapper(make_rmt())
+    (tmp_path / 'elsewhere').mkdir()
+    target, link = tmp_path / 'elsewhere' / 'target', tmp_path / 'link'
+    target.write_text('before')
+    target.chmod(0o640)
+    link.symlink_to(target)
+    save(wrapper, link)
+    assert link.is_symlink()
+    assert target.stat().st_size > 100
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    target.unlink()
+    save(wrapper, link)  # to a place where nothing is yet
+    assert link.is_symlink()
+    assert target.stat().st_size > 100
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ValueError, match='pipe cannot be written: it is no ordinary file'):
+        save(wrapper, tmp_path / 'pipe')
+    assert stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
+
+
 @pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='asks /proc which file is synced')
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
