@@ -380,6 +380,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.download and getattr(args, 'data', None):
         parser.error('--download fetches enwik8, --data names another file: give one of them')
     try:
+        own = int(os.environ.get('LOCAL_RANK', '0'))
+        if torch.device(args.device) == torch.device('cuda') and own < torch.cuda.device_count():
+            torch.cuda.set_device(own)  # before anything is made on the first GPU, which other processes use
         torch.ones(1, device=args.device).item()  # the device meta makes tensors too, but without numbers
     except Exception as error:  # each kind of device has errors of its own
         parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
@@ -473,7 +476,7 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             if given.get(name, saved[name]) != saved[name]:
                 raise ValueError(f'{folder} was made with --{name} {saved[name]}, not {given[name]}: leave it out')
         if not args.sample:
-            check_writable(folder)
+            check_writable(folder, 'make it writable, or go on with a copy of it')
         run = saved | given | (length if any(length.values()) else {})
     else:
         run = default | given
@@ -485,7 +488,7 @@ def open_run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         check_name(folder)
         if folder.exists():
             raise ValueError(f'{folder} is there already: give another --name, or --resume {shlex.quote(str(folder))}')
-        check_writable(next(parent for parent in folder.parents if parent.exists()))
+        check_writable(next(parent for parent in folder.parents if parent.exists()), 'give another --out')
         if not any(length.values()):
             length = {name: PRESETS[run['preset']]['training'].get(name) for name in length}
         run |= length | {'valid_bytes': 131_072}

@@ -21,7 +21,7 @@ def worker(name: str) -> None:
     """Serves training steps.
 
     Args:
-        name: the model, and 'compiled' or 'eager', such as 'rmt eager'.
+        name: the model, 'compiled' or 'eager', and 'quick' for one layer and two segments, such as 'rmt eager full'.
     """
     os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1'  # a first training has none
     import torch
@@ -34,12 +34,14 @@ def worker(name: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model_name, way = name.split()
+    model_name, way, size = name.split()
+    rows, segments = (PRESETS[PRESET]['training'][key] for key in ('batch_size', 'segments'))
+    if size == 'quick':
+        PRESETS[PRESET][model_name]['depth'], segments = 1, 2
     wrapper = build({'model': model_name, 'preset': PRESET}, torch.device('cpu'), None)
     model = wrapper.model
     advance = compiled_advance(model) if way == 'compiled' else None
     optimizer = torch.optim.AdamW(model.param_groups(1e-3, WEIGHT_DECAY), betas=BETAS)
-    rows, segments = (PRESETS[PRESET]['training'][key] for key in ('batch_size', 'segments'))
     tokens = torch.randint(256, (rows, segments * wrapper.segment_length + 1))
     piece, state = Piece(tokens, torch.zeros(rows, dtype=torch.bool)), None
 
@@ -59,12 +61,12 @@ def main(quick: bool) -> None:
     """Times the steps in turn and writes the JSON.
 
     Args:
-        quick: whether one step is enough, and nothing is written.
+        quick: whether one step of small models is enough, and nothing is written.
     """
-    found = {}
+    found, size = {}, 'quick' if quick else 'full'
     for model in ('rmt', 'infini'):
         ways = ('eager', 'compiled')
-        workers = {way: Worker(sys.executable, __file__, f'{model} {way}', ours=True) for way in ways}
+        workers = {way: Worker(sys.executable, __file__, f'{model} {way} {size}', ours=True) for way in ways}
         version = workers['eager'].about['torch_version']
         first = sum(workers['compiled'].step() for _ in range(2))
         medians = interleaved_medians(workers, *(1, 1) if quick else (TURNS, 2))

@@ -58,13 +58,13 @@ def main(repetitions: int, quick: bool) -> None:
 
     Args:
         repetitions: number of steps of each package that count.
-        quick: whether one step with a quarter of the tokens is enough, and nothing is written.
+        quick: whether one step with an eighth of the tokens is enough, and nothing is written.
     """
     from benchmarks.interleave import PEER_PYTHON, Worker, interleaved_medians, write_results
 
     rows = []
     for length, rule in [*((length, 'delta') for length in SEGMENT_LENGTHS), (32, 'linear')]:
-        name = f'{length} {rule} {TOKENS // 4 if quick else TOKENS}'
+        name = f'{length} {rule} {TOKENS // 8 if quick else TOKENS}'
         workers = {
             'ours': Worker(sys.executable, __file__, name, ours=True),
             'published': Worker(PEER_PYTHON, __file__, name, ours=False),

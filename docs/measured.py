@@ -526,7 +526,7 @@ def text_both() -> str:
 
 @number
 def training_step() -> str:
-    """A training step as it is written, and as one graph."""
+    """A training step as it is written, and as one CUDA graph."""
     found = read('training_step')
     lines = [
         [each['model'], each['dim'], *each['milliseconds'].values(), f'{each["times_faster"]:.1f}']
@@ -534,12 +534,12 @@ def training_step() -> str:
     ]
     about = f'{found["rows"]} texts of {found["length"]} tokens, segments of {found["segment"]}, four layers, float32, '
     about += f'milliseconds on an {found["device"]} (`python -m benchmarks.training_step --device cuda`):'
-    return about + table('model | dim | as written | as a graph | times faster', lines)
+    return about + table('model | dim | as written | as a CUDA graph | times faster', lines)
 
 
 @number
 def graph_gain() -> str:
-    """How many times faster a training step is as one graph."""
+    """How many times faster a training step is as one CUDA graph."""
     found = read('training_step')
     gain = {(each['model'], each['dim']): f'{each["times_faster"]:.1f}' for each in found['models']}
     return (

@@ -105,6 +105,8 @@ def texts(documents: list[Tensor], encode: Callable[[Tensor], Tensor], length: i
         rows.extend(pieces)
         if len(rows) >= count:
             break
+    if not rows:
+        raise SystemExit(f'no document has {length} tokens: take a smaller --segments or --segment-length')
     return torch.stack(rows[:count])
 
 
@@ -147,4 +149,8 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=60)
     parser.add_argument('--lr', type=float, default=1e-3, help='learning rate; take about 2e-5 for a real model')
     parser.add_argument('--save', help='file for the weights of the model with a memory')
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        if isinstance(value, (int, float)) and value <= 0:
+            parser.error(f'--{name.replace("_", "-")} is {value}: give a number above 0')
+    main(**vars(arguments))

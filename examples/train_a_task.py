@@ -158,6 +158,6 @@ if __name__ == '__main__':
             parser.error(f'--{name} has no meaning for {arguments.model}: take the other --model, or leave it out')
     if arguments.virtual_length and not 1 <= arguments.virtual_length < math.inf:
         parser.error('--virtual_length is the largest number of times that a segment counts: give 1 or more')
-    if not 0 <= arguments.memory_noise < math.inf or not 0 <= arguments.gate_lr < math.inf:
-        parser.error('--memory_noise and --gate_lr are 0 or more')
+    if not 0 <= arguments.memory_noise < math.inf or not 0 < arguments.gate_lr < math.inf:
+        parser.error('--memory_noise is 0 or more, --gate_lr more than 0')
     main(**vars(arguments))

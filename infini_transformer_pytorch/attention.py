@@ -86,7 +86,7 @@ class FastweightMemory(nn.Module):
     equations.
 
     `create_new_memories` writes a segment to the memory. `retrieve_and_add_to_output` recalls from the memory and mixes
-    the result with the output of the layer's own attention. The README shows it in a plain transformer.
+    the result with the output of the layer's own attention. docs/infini.md shows it in a plain transformer.
 
     Args:
         heads: number of query heads h. Each has a gate; sigmoid(gate) is the share of the layer's own attention, as in
@@ -452,7 +452,7 @@ class InfiniAttention(LayerMemory):
         Args:
             heads: what `heads_of` returned, with queries.
         """
-        if type(self).split is not InfiniAttention.split:
+        if getattr(self.split, '__func__', None) is not InfiniAttention.split:  # of a subclass, or of this module
             return torch.cat([part for part in self.split(heads) if part is not None], dim=-3)
         if type(self.q_norm) is type(self.k_norm) is nn.Identity:
             return heads

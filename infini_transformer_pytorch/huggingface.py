@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, LayerMemory, empty_memories
+from infini_transformer_pytorch.attention import DECAY_BIAS, GATE_START, LayerMemory
 from infini_transformer_pytorch.decoding import MemoryCache
 from infini_transformer_pytorch.infini import GatedMemories
 from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
@@ -38,11 +38,11 @@ from segment_recurrence_pytorch.huggingface.decoder import (
     BACKENDS,
     WITH_MEMORY_TOKENS,
     PretrainedLM,
-    causal_mask,
     check_same_logits,
     check_same_when_cached,
     next_rows,
 )
+from segment_recurrence_pytorch.layers import causal_mask
 from segment_recurrence_pytorch.state import copied
 
 # isort: split
@@ -207,11 +207,6 @@ class InfiniLM(PretrainedLM, GatedMemories):
                 'first, or call requires_grad_(True) on each of model.memory_layers'
             )
 
-    def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """See `SegmentModel.initial_state`. The state is an empty memory for each layer that has one."""
-        like = torch.empty(batch_size, self.kv_heads, 0, self.dim_head, dtype=self.dtype, device=self.device)
-        return tuple(empty_memories(like) for _ in self._memories)
-
     def advance(
         self,
         tokens: Tensor,
@@ -333,9 +328,9 @@ class Segments:
             local: the attention that the model had before.
         """
         out = local(*rotate(q, k), v)
+        gates = None if token.gates is None else token.gates.expand(*q.shape[:-1])  # one for all tokens will do
         gates, strength, log_decay = (
-            None if t is None else t.unflatten(0, (self.segments, -1))
-            for t in (token.gates, token.strength, token.log_decay)
+            None if t is None else t.unflatten(0, (self.segments, -1)) for t in (gates, token.strength, token.log_decay)
         )
         out, q, k, v = (t.unflatten(0, (self.segments, -1)) for t in (out, q, k, v))
         writes = Writes(k, v, strength, log_decay, self.valid)

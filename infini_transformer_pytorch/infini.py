@@ -32,7 +32,7 @@ from infini_transformer_pytorch.attention import (
     empty_memories,
 )
 from infini_transformer_pytorch.decoding import InfiniCache
-from infini_transformer_pytorch.memory import Memories, Writes, chosen_rule
+from infini_transformer_pytorch.memory import DELTANET_CHUNK, Memories, Writes, chosen_rule
 from segment_recurrence_pytorch.checks import (
     check_finite,
     check_input,
@@ -45,6 +45,7 @@ from segment_recurrence_pytorch.layers import (
     Blocks,
     ResidualBlock,
     SegmentTransformer,
+    causal_mask,
     may_draw_random,
     rotations_between,
 )
@@ -93,6 +94,25 @@ class GatedMemories(SegmentModel):
     def memory_layers(self) -> list[LayerMemory]:
         """The layers that have a memory, in the order of the state."""
 
+    def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
+        """See `SegmentModel.initial_state`. The state is an empty memory for each layer that has one."""
+        like = torch.empty(batch_size, self.kv_heads, 0, self.dim_head, dtype=self.dtype, device=self.device)
+        return tuple(empty_memories(like) for _ in self.memory_layers)
+
+    def largest_state(self, batch_size: int) -> tuple[Memories, ...]:
+        """See `SegmentModel.largest_state`. It has the shapes of the initial state, but takes up no memory for each
+        row and layer."""
+        one = empty_memories(torch.empty(1, self.kv_heads, 0, self.dim_head, dtype=self.dtype, device=self.device))
+        every = Memories(*(part.expand(batch_size, *part.shape[1:]) for part in one))
+        return (every,) * len(self.memory_layers)
+
+    def segment_bytes(self, segment_length: int) -> int:
+        """See `SegmentModel.segment_bytes`. Beside each memory 'delta' keeps a matrix of what it erases, and one more
+        with decay; 'deltanet' keeps a memory and a matrix for each of its chunks."""
+        chunks = -(-segment_length // DELTANET_CHUNK)
+        matrices = {'linear': 1, 'delta': 2 + self.memory_decay, 'deltanet': 2 * chunks}[self.memory_rule]
+        return super().segment_bytes(segment_length) * matrices
+
     def recorded_argument(self, name: str, value: Any) -> Any:
         """See `SegmentModel.recorded_argument`. What was chosen for None is recorded: files then keep their meaning."""
         value = getattr(self, name) if name in ('memory_rule', 'memory_decay') else value
@@ -135,7 +155,7 @@ class GatedMemories(SegmentModel):
             ValueError: if a layer computes its gates in another way (`LayerMemory.gates`): a head has no share then.
         """
         for index, layer in enumerate(self.memory_layers):
-            if type(layer).gates is not LayerMemory.gates:
+            if getattr(layer.gates, '__func__', None) is not LayerMemory.gates:  # of a subclass, or of this module
                 raise ValueError(
                     f'{type(layer).__name__}, the memory of layer {index}, computes its gates from the tokens, so its '
                     'heads have no share of their own: record what its method `gates` returns'
@@ -379,30 +399,21 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         """
         from infini_transformer_pytorch.peer import arguments_of, translated
 
-        published: dict[str, Any] = {'memory_decay': False, 'strength_in_normaliser': False}
+        published: dict[str, Any] = {
+            'memory_decay': False, 'strength_in_normaliser': False, 'tie_embeddings': False, 'mem_read_from': 'same',
+        }  # fmt: skip
         for name, value in published.items():
             if arguments.get(name) not in (None, value):
                 raise ValueError(f'{name} is {arguments[name]!r}, but that package has {value}: leave it out')
         if arguments.get('memory_rule') is None and arguments.get('use_mem_delta_rule') is None:
             published['use_mem_delta_rule'] = False
-        model = cls(**{**arguments_of(state_dict), **arguments, **published})
         weights = translated(state_dict)
+        model = cls(**{**arguments_of(state_dict), **arguments, **published})
         try:
             model.to(weights['token_emb.weight'].dtype).load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f'the checkpoint does not fit the arguments {arguments}: {error}') from error
         return model
-
-    def initial_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """See `SegmentModel.initial_state`. The state is an empty memory for each layer."""
-        like = self.token_emb.weight.new_empty(batch_size, self.kv_heads, 0, self.dim_head)
-        return tuple(empty_memories(like) for _ in self.layers)
-
-    def largest_state(self, batch_size: int) -> tuple[Memories, ...]:
-        """See `SegmentModel.largest_state`. It has the shapes of the initial state, but takes up no memory for each
-        row."""
-        one = empty_memories(self.token_emb.weight.new_empty(1, self.kv_heads, 0, self.dim_head))
-        return tuple(Memories(*(part.expand(batch_size, *part.shape[1:]) for part in one)) for _ in self.layers)
 
     def advance(
         self,
@@ -505,8 +516,7 @@ class InfiniTransformer(GatedMemories, SegmentTransformer):
         if key_mask is not None:
             key_mask = rearrange(key_mask, 'b (s n) -> s b n', s=segments)
             if mask is not None:
-                itself = torch.eye(length, dtype=torch.bool, device=x.device)
-                attn_mask = (key_mask.flatten(0, 1)[:, None, None] & torch.ones_like(itself).tril()) | itself
+                attn_mask = causal_mask(key_mask.flatten(0, 1))
         rotations = self.rotations(length if cached is None else length + cached[0].kv.shape[3], x)
         # both values of need_hidden must draw the same random numbers: if any are drawn, nothing is skipped
         skip = not need_hidden and not self.draws_random

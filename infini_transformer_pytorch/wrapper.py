@@ -176,8 +176,8 @@ class InfiniTransformerWrapper(SegmentWrapper):
             prompt = torch.full((batch_size or 1, 1), start, device=self.model.device)
         elif batch_size is not None:
             raise ValueError(f'batch_size={batch_size} begins new rows: give no prompt and no cursor')
-        if not exclude_prompt and not isinstance(prompt, Tensor):
-            raise ValueError('exclude_prompt=False needs a prompt of shape (batch, length)')
+        if not exclude_prompt and (not isinstance(prompt, Tensor) or options.get('prompt_lengths') is not None):
+            raise ValueError('exclude_prompt=False needs a prompt of shape (batch, length), without prompt_lengths')
         if filter_fn is None and not has_filter(options):
             filter_fn = top_p
         if filter_fn is not None:

@@ -37,7 +37,7 @@ class RMTCache(SegmentCache):
         keys: a buffer for each layer, (b, g, l + m + length + 1, d), with keys after rotation.
         values: a buffer for each layer, (b, g, l + m + length + 1, d).
         raw_keys: a buffer for each layer with the keys of the text before rotation, which become XL memories. An empty
-            list if the model has no XL memories.
+            list if the model has no XL memories, or no rotation.
         rotations: the rotations of the XL positions and those of the text positions. None without rotary positions.
     """
 
@@ -52,7 +52,7 @@ class RMTCache(SegmentCache):
         self.keys = self.buffers(layers, *shape, dtype=model.compute_dtype)
         self.values = self.buffers(layers, *shape, dtype=model.compute_dtype)
         self.raw_keys: list[Tensor] = []
-        if model.xl_mem_len:
+        if model.xl_mem_len and model.positions is not None:
             self.raw_keys = [torch.zeros_like(keys[:, :, prefix:]) for keys in self.keys]
         self.rotations: tuple[Tensor, Tensor] | None = None
         if model.positions is not None:
@@ -130,7 +130,8 @@ class RMTCache(SegmentCache):
         if xl is not None:
             end = self.length if self.aligned is None else self.aligned
             text = slice(self.prefix, self.prefix + end)
-            keys = torch.stack([keys[:, :, :end] for keys in self.raw_keys], dim=1)
+            raw_keys = self.raw_keys or [keys[:, :, self.prefix :] for keys in self.keys]
+            keys = torch.stack([keys[:, :, :end] for keys in raw_keys], dim=1)
             values = torch.stack([values[:, :, text] for values in self.values], dim=1)
             text_mask = self.text_valid() if self.aligned is None else None
             xl = xl.append(keys.to(xl.keys.dtype), values.to(xl.values.dtype), text_mask, model.xl_mem_len)

@@ -32,12 +32,12 @@ from segment_recurrence_pytorch.checks import check_not_negative, is_whole, type
 from segment_recurrence_pytorch.huggingface.decoder import (
     WITH_MEMORY_TOKENS,
     PretrainedLM,
-    causal_mask,
     check_backend,
     check_same_logits,
     check_same_when_cached,
     next_rows,
 )
+from segment_recurrence_pytorch.layers import causal_mask
 from segment_recurrence_pytorch.state import copied, where_rows
 
 # isort: split
@@ -216,7 +216,8 @@ class RecurrentMemoryLMCache(SegmentCache):
         layers = model.config.num_hidden_layers
         self.keys: list[Tensor] = [state.new_zeros(0)] * layers
         self.values: list[Tensor] = [state.new_zeros(0)] * layers
-        self.cache = Cache(layers=[Layer(self, index) for index in range(layers)])
+        self.cache = Cache(layers=[Layer(index) for index in range(layers)])
+        self.join: Callable | None = None
         with torch.no_grad():
             self.enter(model)
 
@@ -254,8 +255,16 @@ class RecurrentMemoryLMCache(SegmentCache):
         self, model: RecurrentMemoryLM, x: Tensor, positions: Tensor, mask: Tensor | None, join: Callable
     ) -> Tensor:
         """Runs the decoder over rows. `join` stores keys or values in a buffer, and returns those to attend to."""
-        self.join = join
-        return model.decode(x, model.placed(positions), mask, cache=self.cache)
+        cache_layers: list[Any] = self.cache.layers
+        try:
+            self.join = join
+            for layer in cache_layers:
+                layer.owner = self
+            return model.decode(x, model.placed(positions), mask, cache=self.cache)
+        finally:  # no cycle of references stays, which would keep the buffers until Python looks for such cycles
+            self.join = None
+            for layer in cache_layers:
+                layer.owner = None
 
     def joined(self, index: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores the keys and values of a layer, (b, g, i, d) each, and returns those to attend to."""
@@ -264,6 +273,7 @@ class RecurrentMemoryLMCache(SegmentCache):
             if not buffers[index].numel():
                 shape = *each.shape[:2], self.prefix + self.length + 1, each.shape[3]
                 buffers[index] = each.new_zeros(shape)
+            assert self.join is not None
             seen.append(self.join(buffers[index], each))
         return tuple(seen)
 
@@ -285,20 +295,23 @@ class Layer(CacheLayerMixin):
     """The layer of a transformers cache that hands keys and values on to a `RecurrentMemoryLMCache`.
 
     Args:
-        owner: the cache.
         index: number of the layer.
+
+    Attributes:
+        owner: the cache whose tokens the decoder reads now.
     """
 
     is_sliding = False
 
-    def __init__(self, owner: RecurrentMemoryLMCache, index: int):
+    def __init__(self, index: int):
         super().__init__()
-        self.owner = owner
+        self.owner: RecurrentMemoryLMCache | None = None
         self.index = index
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Stores keys and values, and returns those to attend to."""
+        assert self.owner is not None
         return self.owner.joined(self.index, key_states, value_states)
 
     def lazy_initialization(self, *args: Any) -> None:

@@ -41,10 +41,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from segment_recurrence_pytorch.loss import hidden_nll
 from segment_recurrence_pytorch.model import SegmentModel
+from segment_recurrence_pytorch.random_states import random_states, set_random_states
 from segment_recurrence_pytorch.state import State, copied, detach, leaves, map_state
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 
 # tokens of a window, for models that read segments in parallel: larger windows need more memory and are not faster
 WINDOW_TOKENS = 8192
-# bytes of the states that enter the segments of a window, of all rows: with large heads they are most of its memory
+# bytes of the states that a window holds, of all rows (`SegmentModel.segment_bytes`): with large heads they are most of
+# its memory
 WINDOW_STATE_BYTES = 2**30
 BackwardFn = Callable[[Tensor], Any]
 
@@ -88,12 +90,14 @@ class Batch(NamedTuple):
         mask: (b, n) bool, True = valid. None: all positions are valid.
         per_segment: further arguments of `advance` by name, (b, segments) each. In a window with cuts, they are one of
             these arguments. Default: None, there are none.
+        parts: the least number of parts in which the logits of a window are computed. Default: 1.
     """
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None
     per_segment: dict[str, Any] | None = None
+    parts: int = 1
 
     def columns(self, window: Window) -> Batch:
         """Returns the part of the batch that belongs to one window."""
@@ -102,7 +106,7 @@ class Batch(NamedTuple):
         per_segment = {name: value[:, window.segments] for name, value in (self.per_segment or {}).items()}
         if window.cuts:
             per_segment['cuts'] = window.cuts
-        return Batch(self.tokens[:, at], self.targets[:, at], mask, per_segment)
+        return Batch(self.tokens[:, at], self.targets[:, at], mask, per_segment, self.parts)
 
 
 def plan_windows(
@@ -175,7 +179,7 @@ def segments_at_once(model: SegmentModel, segment_length: int, rows: int) -> int
     """Returns the default number of segments of a window.
 
     For a model that reads segments in parallel, a window holds about `WINDOW_TOKENS` tokens of a row, and less if the
-    states that enter its segments would take more than `WINDOW_STATE_BYTES`. For other models it is one segment.
+    states that it holds would take more than `WINDOW_STATE_BYTES`. For other models it is one segment.
 
     Args:
         model: the model.
@@ -184,10 +188,8 @@ def segments_at_once(model: SegmentModel, segment_length: int, rows: int) -> int
     """
     if not model.parallel_segments:
         return 1
-    state = sum(leaf.numel() * leaf.element_size() for leaf in leaves(model.largest_state(1)))
-    if model.mesh is None:
-        state *= rows
-    return max(1, min(WINDOW_TOKENS // segment_length, WINDOW_STATE_BYTES // max(1, state)))
+    held = model.segment_bytes(segment_length) * (rows if model.mesh is None else 1)
+    return max(1, min(WINDOW_TOKENS // segment_length, WINDOW_STATE_BYTES // max(1, held)))
 
 
 def read_window(
@@ -274,7 +276,14 @@ def window_nll(
         per_token: whether to return a value for each token (b, n) instead of the sum (). Default: False.
     """
     hidden, state = read_window(model, batch.tokens, state, batch.mask, segment_length, per_segment=batch.per_segment)
-    nll = hidden_nll(model.to_logits, hidden, batch.targets, model.num_tokens, draws_random=model.draws_random)
+    nll = hidden_nll(
+        model.to_logits,
+        hidden,
+        batch.targets,
+        model.num_tokens,
+        draws_random=model.draws_random,
+        parts=batch.parts,
+    )
     return (nll if per_token else nll.sum()), state
 
 
@@ -332,8 +341,18 @@ def sequence_hidden(
     for window in windows:
         if window.truncate:
             state = detach(state)
-        tokens, _, mask, _ = batch.columns(window)
-        hidden, state = _kept_or_not(recompute, read_window, model, tokens, state, mask, window.segment_length)
+        part = batch.columns(window)
+        hidden, state = _kept_or_not(
+            recompute,
+            read_window,
+            model,
+            part.tokens,
+            state,
+            part.mask,
+            window.segment_length,
+            True,
+            part.per_segment,
+        )
         hiddens.append(hidden)
     if hiddens:
         return torch.cat(hiddens, dim=1), state
@@ -454,8 +473,8 @@ def _replay_block(
     entering, random_states = [state], [_random_state(model)]
     with torch.no_grad():
         for window in windows[:-1]:
-            tokens, _, mask, more = batch.columns(window)
-            _, state = read_window(model, tokens, state, mask, window.segment_length, False, more)
+            part = batch.columns(window)
+            _, state = read_window(model, part.tokens, state, part.mask, window.segment_length, False, part.per_segment)
             entering.append(state)
             random_states.append(_random_state(model))
     # autocast caches the weights that it casts; those from the pass without a graph would get no gradient
@@ -479,12 +498,19 @@ def _replay_block(
                 joined = _joined(loss * scale, next_state, gradients)
                 # the loss of this window may depend on no trained parameter: backward would then raise an error
                 backward_fn(joined if joined.requires_grad else touch_parameters(model, joined))
-            gradients = [leaf.grad for leaf in leaves(state)]
+            gradients = [_alone(leaf.grad) for leaf in leaves(state)]
     finally:  # even if backward_fn raises an error, the random state is that after one forward pass
         if after is not None:
             _set_random_state(after[1])
     assert after is not None
     return torch.stack(losses).sum(), after[0]
+
+
+def _alone(gradient: Tensor | None) -> Tensor | None:
+    """Returns a gradient that keeps nothing else alive: one may be a part of the gradients of a whole window."""
+    if gradient is None or gradient.untyped_storage().nbytes() <= gradient.numel() * gradient.element_size():
+        return gradient
+    return gradient.clone()
 
 
 class _Join(torch.autograd.Function):
@@ -566,18 +592,17 @@ def fill_gradients(model: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-RandomState = tuple[Tensor, list[int], list[Tensor]]
+RandomState = dict[torch.device, dict[str, Tensor]]
 
 
-def _random_state(model: SegmentModel) -> RandomState | None:
+def _random_state(model: SegmentModel) -> RandomState:
+    """Returns the random states of all devices of a model. Nothing, if it draws no random numbers."""
     if not model.draws_random:
-        return None
-    of_devices = {parameter.device: parameter for parameter in model.parameters()}  # one parameter of each device
-    return torch.get_rng_state(), *get_device_states(*of_devices.values())
+        return {}
+    devices = {model.device, *(parameter.device for parameter in model.parameters())}
+    return {device: random_states(device) for device in devices}
 
 
-def _set_random_state(random_state: RandomState | None) -> None:
-    if random_state is not None:
-        cpu, devices, states = random_state
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
+def _set_random_state(random_state: RandomState) -> None:
+    for device, states in random_state.items():
+        set_random_states(device, states)

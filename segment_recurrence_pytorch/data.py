@@ -39,6 +39,8 @@ PYTHON_SOURCE = 'the standard library of Python'  # so begins the name of this c
 PACKED = ('.7z', '.br', '.lz4', '.lzma', '.rar', '.tar', '.tbz2', '.tgz', '.txz', '.z', '.zst')
 # 'encodings' holds generated tables: a tenth of the bytes, with little to learn from them
 LEFT_OUT_FOLDERS = {'encodings', 'site-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+# what reading a packed file raises that is cut short or damaged
+DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 
 
 class Corpus(NamedTuple):
@@ -108,22 +110,27 @@ def read_bytes(path: str | Path) -> bytes:
         elif ending == '.xz':
             content = lzma.decompress(path.read_bytes())
         elif ending == '.zip':
-            with zipfile.ZipFile(path) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
-                if len(members) != 1:
-                    raise ValueError(f'{path} holds {len(members)} files: give a .zip with one')
-                content = archive.read(members[0])
+            content = _unzipped(path)
         else:
             content = path.read_bytes()
     except RuntimeError as error:  # zipfile: encrypted, or packed in a way that it does not know
         raise ValueError(f'{path} cannot be unpacked ({error}): unpack it, or pack it anew') from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ValueError(f'{path} is cut short or damaged ({error}): remove it, and fetch it again') from error
     except OSError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
     if not content:
         raise ValueError(f'{path} is empty')
     return content
+
+
+def _unzipped(path: Path) -> bytes:
+    """Returns the content of the one file of a .zip."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise ValueError(f'{path} holds {len(members)} files: give a .zip with one')
+        return archive.read(members[0])
 
 
 def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK8_SHA1) -> bytes:
@@ -152,9 +159,8 @@ def download_enwik8(folder: str | Path, url: str = ENWIK8_URL, sha1: str = ENWIK
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(f'{url} cannot be fetched ({error}): put enwik8 into {folder}/, or use --data') from error
         try:
-            with zipfile.ZipFile(part) as archive:
-                content = archive.read(archive.namelist()[0])
-        except (zipfile.BadZipFile, IndexError) as error:  # it has no file
+            content = _unzipped(part)
+        except (ValueError, RuntimeError, *DAMAGED) as error:
             raise ValueError(f'{url} did not send a .zip with a file ({error}): not kept') from error
         found = hashlib.sha1(content).hexdigest()
         if found != sha1:

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segment_recurrence_pytorch.backprop import Window, fill_gradients
 from segment_recurrence_pytorch.layers import SegmentTransformer
+from segment_recurrence_pytorch.loss import parts_of_logits
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, leaves, map_state
 
@@ -316,28 +317,35 @@ def gathered(model: SegmentModel) -> Iterator[None]:
             part.reshard()
 
 
-def check_same_reads(model: SegmentModel, windows: list[Window]) -> None:
+def check_same_reads(model: SegmentModel, windows: list[Window], rows: int = 0) -> int:
     """Raises ValueError if the ranks of a sharded model read different numbers of windows, since they would wait for
     each other for ever. It is a small all-gather for each dimension of the mesh, and nothing without a mesh.
 
     Args:
         model: the model.
         windows: the windows that this rank is going to read.
+        rows: number of rows whose logits this rank is going to compute. Default: 0, no logits are computed.
+
+    Returns:
+        The number of parts in which every rank has to compute the logits of a window, since each part gathers the
+        parameters: the largest number that a rank needs. 1 without a mesh.
     """
     if model.mesh is None:
-        return
+        return 1
     # each is one call of `advance`
     count = sum(1 if model.parallel_segments else len(range(w.segments.start, w.segments.stop)) for w in windows)
-    counts = torch.tensor([count], device=model.device)
+    columns = max((window.stop - window.start for window in windows), default=0)
+    counts = torch.tensor([[count, parts_of_logits(rows * columns, model.num_tokens)]], device=model.device)
     for dim in range(model.mesh.ndim):
         counts = of_all_ranks(counts, model.mesh.get_group(dim))
-    numbers = counts.tolist()
+    numbers, parts = counts.T.tolist()
     if len(set(numbers)) > 1:
         what = 'windows of segments' if model.parallel_segments else 'segments'
         raise ValueError(
             f'the ranks of a sharded model read {", ".join(map(str, numbers))} {what} in this call, and would wait for '
             'each other for ever: give all ranks texts of one length, filled up with padding (mask) if need be'
         )
+    return max(parts)
 
 
 def of_all_ranks(values: Tensor, group: Any) -> Tensor:

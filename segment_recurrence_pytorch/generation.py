@@ -178,7 +178,8 @@ class Stream:
         if self._logits is None:
             self._logits = self._next_logits()
         token, largest = self.sampler(self._logits, self._seen)
-        self._unchecked.append(largest)
+        # what a row that is finished would draw is never used
+        self._unchecked.append(largest if self.eos is None else largest.masked_fill(self._done, 0))
         if len(self._unchecked) >= self.check_every:
             self._look(token)
         self._take(token)

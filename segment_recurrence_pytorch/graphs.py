@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from segment_recurrence_pytorch.checks import can_hold_ids
 from segment_recurrence_pytorch.data import Piece, segments_as_rows
+from segment_recurrence_pytorch.layers import constants
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.state import State, detach
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
@@ -43,7 +44,7 @@ class Graphed:
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Any] | None] = {}
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Any, list[Tensor]] | None] = {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -58,7 +59,7 @@ class Graphed:
             else:
                 if self.graphs[key] is None:
                     self.graphs[key] = self._record(leaves, tree)
-                graph, given, found = self.graphs[key]  # type: ignore[misc]
+                graph, given, found, _ = self.graphs[key]  # type: ignore[misc]
                 for have, new in zip(given, leaves, strict=True):
                     if isinstance(new, Tensor):
                         have.copy_(new, non_blocking=True)
@@ -66,12 +67,14 @@ class Graphed:
         torch.cuda.current_stream().wait_stream(self.stream)
         return found
 
-    def _record(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Any], Any]:
+    def _record(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Any], Any, list[Tensor]]:
+        """Returns the graph, the tensors that it reads, those that it writes, and all constants: it reads some of them
+        at their addresses, so they must live as long as it."""
         given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             found = self.function(*tree_unflatten(given, tree))
-        return graph, given, found
+        return graph, given, found, list(constants.kept.values())
 
 
 class TrainingStep:

@@ -232,6 +232,16 @@ POSITION_STD = 0.02
 SOFT, OUTPUT = 3**-0.5, 0.1
 
 
+def causal_mask(valid: Tensor) -> Tensor:
+    """Returns which positions see which, (b, 1, n, n) bool: themselves, and the valid ones before them.
+
+    Args:
+        valid: (b, n) bool, True = valid.
+    """
+    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return (valid[:, None, None] & torch.ones_like(itself).tril()) | itself
+
+
 def no_autocast(device_type: str) -> AbstractContextManager:
     """Returns a `with` block in which autocast is off. It costs nothing if autocast is off already.
 

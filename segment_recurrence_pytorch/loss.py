@@ -52,6 +52,7 @@ def hidden_nll(
     num_tokens: int,
     *,
     draws_random: bool = False,
+    parts: int = 1,
 ) -> Tensor:
     """Returns the negative log likelihood of each target, (b, n), in nats and at least float32.
 
@@ -64,20 +65,26 @@ def hidden_nll(
         targets: target ids (b, n). Where a target is `IGNORE`, the result is 0.
         num_tokens: size of the vocabulary.
         draws_random: whether `to_logits` may draw random numbers. Default: False.
+        parts: the least number of parts. Default: 1.
     """
 
     def of_part(part: Tensor, asked: Tensor) -> Tensor:
         return target_nll(to_logits(part), asked)
 
-    at_once = max(1, LOGITS_AT_ONCE // num_tokens)
-    if targets.numel() <= at_once:
+    parts = max(parts, parts_of_logits(targets.numel(), num_tokens))
+    if parts == 1:
         return of_part(hidden, targets)
-    parts = hidden.flatten(0, 1)[None].split(at_once, dim=1), targets.flatten()[None].split(at_once, dim=1)
+    pieces = (each[None].tensor_split(parts, dim=1) for each in (hidden.flatten(0, 1), targets.flatten()))
     found = [
         checkpoint(of_part, *each, use_reentrant=False, preserve_rng_state=draws_random)
-        for each in zip(*parts, strict=True)
+        for each in zip(*pieces, strict=True)
     ]
     return torch.cat(found, dim=1).view_as(targets)
+
+
+def parts_of_logits(targets: int, num_tokens: int) -> int:
+    """Returns the number of parts in which the logits of so many targets are computed."""
+    return max(1, -(-targets // max(1, LOGITS_AT_ONCE // num_tokens)))
 
 
 def mean_loss(nll_sum: Tensor, num_targets: Tensor) -> Tensor:

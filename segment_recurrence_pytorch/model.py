@@ -90,7 +90,7 @@ from torch import Tensor, nn
 
 from segment_recurrence_pytorch.cache import OpenSegment, RereadSegment
 from segment_recurrence_pytorch.checks import check_has_weights, check_state_like, not_finite
-from segment_recurrence_pytorch.state import State, where_rows
+from segment_recurrence_pytorch.state import State, leaves, where_rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -225,6 +225,15 @@ class SegmentModel(nn.Module, ABC):
             batch_size: number of rows b.
         """
         return self.initial_state(batch_size)
+
+    def segment_bytes(self, segment_length: int) -> int:
+        """Returns how many bytes of states a window holds for each row and segment: by this, the default size of a
+        window of a model that reads segments in parallel is limited. The default returns the size of a state.
+
+        Args:
+            segment_length: number of tokens of a segment.
+        """
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(self.largest_state(1)))
 
     def check_state(self, state: State, batch_size: int) -> None:
         """Raises ValueError if `advance` cannot take the state for this batch size. The message names the wrong part.
@@ -466,13 +475,19 @@ class SegmentModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """The device of the parameters, on which tokens and states have to be."""
-        return next(self.parameters()).device
+        return self._first_parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters. Override it if the first parameter does not tell it, for example because it is
         quantised, or an adapter."""
-        return next(self.parameters()).dtype
+        return self._first_parameter.dtype
+
+    @property
+    def _first_parameter(self) -> nn.Parameter:
+        for parameter in self.parameters():
+            return parameter
+        raise ValueError('the model has no parameters, which tell its device and dtype: override both')
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -236,9 +236,9 @@ class Ranks:
         """Returns a seed of this rank, made from a seed of all ranks. That of the first rank is the given one.
 
         Args:
-            seed: the seed of all ranks, in [-2^63, 2^64).
+            seed: the seed of all ranks, from -2^63 on.
         """
-        return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**64 if self.rank else seed
+        return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**64 if self.rank or seed >= 2**64 else seed
 
 
 def rows_of(state: State, rows: torch.Tensor) -> State:

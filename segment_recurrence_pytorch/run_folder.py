@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,12 +124,13 @@ def new_checkpoint(folder: Path, step: int, *, keep: int = 2) -> Iterator[Path]:
         for path in [*aside.rglob('*'), aside]:
             sync(path)
         aside.rename(target)
-        sync(parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f'.{old.name}')), ignore_errors=True)
+    with suppress(OSError):  # the checkpoint is there: what fails now makes it no worse
+        sync(parent)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(f'.{old.name}')), ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

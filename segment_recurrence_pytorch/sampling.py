@@ -89,7 +89,7 @@ class Sampler:
         Raises:
             ValueError: if filter_fn returns something other than logits of the same shape and device.
         """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         if self.filter_fn is not None:
             shape, device = logits.shape, logits.device
             logits = self.filter_fn(logits.clone())
@@ -100,6 +100,7 @@ class Sampler:
                 raise ValueError(
                     f'filter_fn made {logits.dtype} on {logits.device}: it must return floating point on {device}'
                 )
+            logits = at_least_float32(logits)
         if seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
@@ -114,6 +115,11 @@ class Sampler:
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
         return _draw(logits, self.generator), largest
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Returns logits in float32, or as they are if their dtype has more digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def has_filter(options: Mapping[str, Any]) -> bool:
@@ -148,7 +154,7 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
         thres: the kept tokens are the smallest set whose probabilities sum to at least thres, in [0, 1]. Default: 0.9.
     """
     _check_share(thres)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     if thres == 1:  # all tokens, although their rounded probabilities may come to 1 before the last one
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
@@ -166,7 +172,7 @@ def min_p(logits: Tensor, thres: float = 0.1) -> Tensor:
         thres: a kept token is at least thres times as likely as the most likely one, in [0, 1]. Default: 0.1.
     """
     _check_share(thres)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < thres * probabilities.amax(dim=-1, keepdim=True), float('-inf'))
 

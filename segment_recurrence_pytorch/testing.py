@@ -38,8 +38,8 @@ def check_model(model: SegmentModel, *, segment_length: int | None = None, seed:
     length = min(4, model.max_segment_length or 4) if segment_length is None else segment_length
     try:
         trial = _Trial(model, length, torch.Generator().manual_seed(seed))
-    except StopIteration as error:
-        raise AssertionError('the model has no parameters, which tell its device and dtype: override both') from error
+    except ValueError as error:  # it has no parameters
+        raise AssertionError(str(error)) from error
     with evaluating(model):
         with torch.no_grad():
             for rule in (

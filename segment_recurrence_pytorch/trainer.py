@@ -33,6 +33,7 @@ from segment_recurrence_pytorch.console import reader_is_gone, say
 from segment_recurrence_pytorch.data import Streams
 from segment_recurrence_pytorch.metrics import MetricsLog
 from segment_recurrence_pytorch.model import SegmentModel, plain_arguments, whole
+from segment_recurrence_pytorch.random_states import random_states, set_random_states
 from segment_recurrence_pytorch.ranks import Ranks
 from segment_recurrence_pytorch.run_folder import (
     copy_weights,
@@ -46,9 +47,7 @@ from segment_recurrence_pytorch.state import State, from_list, leaves, to_list
 from segment_recurrence_pytorch.training import (
     StopRequest,
     optimizer_state,
-    random_states,
     set_optimizer_state,
-    set_random_states,
     train_loss,
     warmup_cosine,
 )

@@ -184,38 +184,22 @@ def write_on(wrapper: SegmentWrapper, prompt: Tensor, count: int, temperature: f
 def has_bfloat16(device: torch.device) -> bool:
     """Returns whether a device has instructions for bfloat16, and so is fast with it."""
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ValueError if no file can be made in the folder."""
+def check_writable(folder: Path, fix: str) -> None:
+    """Raises ValueError if no file can be made in the folder.
+
+    Args:
+        folder: the folder.
+        fix: what the message tells to do then.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f'{folder} cannot be written to ({error.strerror}): give another --out') from error
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Returns the random states of the CPU and of a device, for `set_random_states`."""
-    states = {'cpu': torch.get_rng_state()}
-    if device.type != 'cpu':
-        states[device.type] = torch.get_device_module(device).get_rng_state(*_number(device))
-    return states
-
-
-def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
-    """Goes back to the random states that `random_states` returned.
-
-    Args:
-        device: the device. If the states are those of another kind of device, only that of the CPU is set.
-        states: what `random_states` returned.
-    """
-    torch.set_rng_state(states['cpu'])
-    if device.type in states and device.type != 'cpu':
-        module = torch.get_device_module(device)
-        module.set_rng_state(states[device.type], *_number(device))
+        raise ValueError(f'{folder} cannot be written to ({error.strerror}): {fix}') from error
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -245,7 +229,3 @@ def set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stat
     """
     if state is not None:
         distributed_state.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
-
-
-def _number(device: torch.device) -> list[torch.device]:
-    return [] if device.type == 'mps' else [device]  # of the kind mps there is one device, which has no number

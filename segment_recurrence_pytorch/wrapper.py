@@ -71,8 +71,8 @@ class SegmentWrapper(nn.Module):
         segments_per_pass: number of segments of a window. The segments of a window are held at once, where windows are
             used: by a model that reads segments in parallel, by recomputing and by replay. It changes speed and memory
             but no result; with dropout, other random numbers are drawn. Default: None, about 8,192 tokens for a model
-            that reads segments in parallel, and fewer if the states of its segments would take more than 1 GiB; else
-            one segment.
+            that reads segments in parallel, and fewer if the states that it holds would take more than 1 GiB; else one
+            segment.
         backprop_segments: with the value k, the gradient does not pass the border after every k-th segment of a call.
             Default: None, the gradient is exact and passes all borders.
         recompute: whether `loss.backward()` computes the activations of each window again, instead of keeping them.
@@ -205,7 +205,7 @@ class SegmentWrapper(nn.Module):
         batch, state = self._batch(x, state, labels, mask, further)
         batch = batch._replace(per_segment=outside_inference(per_segment or {}))
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        check_same_reads(self.model, windows)
+        batch = batch._replace(parts=check_same_reads(self.model, windows, batch.targets.shape[0]))
         group = self.process_group
         own = batch.targets[:, windows[0].start : windows[-1].stop] if windows else batch.targets
         num_targets = sum_over_ranks((own != IGNORE).sum(), group)
@@ -320,7 +320,9 @@ class SegmentWrapper(nn.Module):
             return None
         state, rows = outside_inference((self.model.as_state(no_cursor(state), rows.shape[0]), rows))
         self.model.check_state(state, rows.shape[0])
-        if (self.check_values or rows.device.type == 'cpu') and not rows.any():
+        # ranks that share parameters gather them inside `reset`, all of them or none
+        may_look = self.model.mesh is None and (self.check_values or rows.device.type == 'cpu')
+        if may_look and not rows.any():
             return copied(state)
         return self.model.reset(state, rows.to(self.model.device, non_blocking=True))
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infini_transformer_pytorch import InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch import SegmentWrapper, loss
 from segment_recurrence_pytorch.distributed import context_parallel, gathered, shard, sync_gradients
 from segment_recurrence_pytorch.state import detach, leaves
 from tests.conftest import LONG as LONG_TESTS
@@ -352,15 +352,15 @@ def fsdp_on_a_mesh_of_two_dimensions(rank, ranks):
 
 @case(2)
 def fsdp_carries_and_resets_states(rank, ranks):
-    """Two pieces of a text with an optimizer step between them, a row that starts again, and logits."""
-    x = batch()[:, :26].clamp(min=0)
-    mine, new = rows_of(x, rank, ranks), torch.tensor([True, False])
+    """Two pieces of a text with an optimizer step between them, a row of one rank that starts again, and logits."""
+    x, new = batch()[:, :26].clamp(min=0), torch.tensor([True, False, False, False])
+    mine = rows_of(x, rank, ranks)
     for name in ('rmt', 'rmt xl axial', 'infini delta, published strength', 'infini above'):
         make, passes = MODELS[name], 1 if name == 'infini above' else None
         found = []
         for wrapper, rows, starts in (
-            (wrapped(make(), passes=passes), x, new.repeat(ranks)),
-            (sharded(make, passes=passes), mine, new),
+            (wrapped(make(), passes=passes), x, new),
+            (sharded(make, passes=passes), mine, rows_of(new, rank, ranks)),
         ):
             state, losses = None, []
             optimizer = torch.optim.AdamW(wrapper.model.param_groups(1e-2, 0.1))
@@ -389,6 +389,21 @@ def fsdp_carries_and_resets_states(rank, ranks):
                 have[part][1:], want[part][1:] = [], []
             for one, whole in zip(have[part], want[part], strict=True):
                 close(one, whole[at], EXACT)
+
+
+@case(2)
+def fsdp_of_a_large_vocabulary(rank, ranks):
+    """Each part of the logits gathers the parameters, so all ranks need as many, also with other numbers of rows."""
+    x, at_once = batch(rows=3), loss.LOGITS_AT_ONCE
+    mine = x[:2] if rank == 0 else x[2:]
+    want = {way: alone(MODELS['rmt'], way, x) for way in ('one graph', 'replay')}
+    loss.LOGITS_AT_ONCE = 20 * LENGTH  # one part for a row and segment
+    try:
+        for way, wanted in want.items():
+            wrapper = sharded(MODELS['rmt'], way)
+            same(wrapper, train(wrapper, wrapper, way, mine), wanted)
+    finally:
+        loss.LOGITS_AT_ONCE = at_once
 
 
 @case(2)
@@ -692,6 +707,19 @@ def context_cuts_at_every_border(rank, ranks):
                 found.append((loss, gradients(wrapper.model)))
             close(found[1][0], found[0][0], EXACT)
             same_gradients(found[1][1], found[0][1], EXACT)
+    for recompute in (False, True):  # a loss of one's own, of the columns of this rank
+        found = []
+        for spread in (False, True):
+            wrapper = wrapped(
+                MODELS[name](), 'recompute' if recompute else None, world if spread else None, passes=LONG
+            )
+            with context_parallel(wrapper.model, world) if spread else contextlib.nullcontext():
+                logits, _ = wrapper.logits(long_batch(False), backprop_segments=2)
+                (logits.square().sum() * (ranks if spread else 1)).backward()
+            if spread:
+                sync_gradients(wrapper)
+            found.append(gradients(wrapper.model))
+        same_gradients(found[1], found[0], EXACT)
 
 
 @case(2, 4)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from segment_recurrence_pytorch import SegmentWrapper
-from tests.conftest import make_rmt
+from segment_recurrence_pytorch import SegmentWrapper, backprop
+from tests.conftest import make_infini, make_rmt
 from tests.test_backprop import CASES
 
 
@@ -54,6 +54,21 @@ def test_what_is_saved_for_backward_does_not_grow_with_the_segments(name):
     assert replay[0] <= replay[1] == replay[2] == replay[3] < one_graph[0]
     recompute = [saved_bytes(model, segments, 'recompute') for segments in (2, 8, 32)]
     assert recompute[0] == recompute[1] == recompute[2]
+
+
+@pytest.mark.parametrize('rule', ['linear', 'delta', 'deltanet'])
+def test_between_windows_replay_keeps_the_gradient_of_one_state(rule, monkeypatch):
+    """Not those of all states of the window, of which it is a part."""
+    kept, joined = [], backprop._joined
+    monkeypatch.setattr(
+        backprop, '_joined', lambda loss, state, gradients: kept.append(gradients) or joined(loss, state, gradients)
+    )
+    wrapper = SegmentWrapper(make_infini(memory_rule=rule), segment_length=6, segments_per_pass=4)
+    wrapper.loss(torch.randint(0, 20, (2, 73)), backward=True)
+    first, *others = kept
+    assert first is None
+    for gradient in (each for gradients in others for each in gradients if each is not None):
+        assert gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
 
 
 def test_recomputing_keeps_the_states_and_nothing_else():

@@ -120,6 +120,16 @@ def test_enwik8_is_found_and_a_download_is_checked(tmp_path):
         with pytest.raises(ValueError, match=r'did not send a \.zip with a file'):
             download_enwik8(tmp_path / 'data', url.replace('enwik8', 'empty'), 'another')
         assert not list((tmp_path / 'data').iterdir())
+        whole = archive.read_bytes()
+        with zipfile.ZipFile(archive.with_name('damaged.zip'), 'w', zipfile.ZIP_DEFLATED) as file:
+            file.writestr('enwik8', TEXT)
+        damaged = bytearray(archive.with_name('damaged.zip').read_bytes())
+        damaged[40:60] = bytes(255 - byte for byte in damaged[40:60])
+        archive.with_name('damaged.zip').write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'did not send a \.zip with a file'):
+            download_enwik8(tmp_path / 'data', url.replace('enwik8', 'damaged'), 'another')
+        assert not list((tmp_path / 'data').iterdir())
+        assert archive.read_bytes() == whole
         (tmp_path / 'data' / 'enwik8').mkdir()  # a folder of this name is not the file
         assert download_enwik8(tmp_path / 'data', url, hashlib.sha1(TEXT).hexdigest()) == TEXT
         server.shutdown()

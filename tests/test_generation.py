@@ -103,6 +103,27 @@ def test_rows_end_with_their_token_and_their_cursor_stays_there(case, ragged, se
     assert late.finished.tolist() == last.any(1).tolist()
 
 
+def test_a_row_that_is_finished_may_have_no_token_that_is_allowed():
+    """A filter that follows a grammar allows nothing after its end, where nothing is drawn any more."""
+    wrapper, calls = wrapped('rmt, plain'), []
+
+    def grammar(logits):
+        calls.append(logits)
+        allowed = torch.full_like(logits, float('-inf'))
+        allowed[1, 5] = 0
+        if len(calls) == 1:
+            allowed[0, 7] = 0
+        elif len(calls) == 3:
+            allowed[0] = float('nan')
+        return allowed
+
+    new = wrapper.generate_tokens(ids(2, 3), 5, filter_fn=grammar, eos_token_id=7)
+    assert new.tolist() == [[7] * 5, [5] * 5]
+    calls.clear()
+    with pytest.raises(ValueError, match='the logits of row 0 after 4 tokens'):
+        wrapper.generate_tokens(ids(2, 3), 5, filter_fn=grammar)
+
+
 def test_a_stream_yields_what_generate_returns_and_can_be_left_at_any_time():
     wrapper = wrapped('rmt, xl')
     wrapper.train()

@@ -171,6 +171,10 @@ def bad_published_calls():
     yield dict(prompt=prompt, seq_len=True, max_new_tokens=None), 'seq_len is True: give a whole number of tokens'
     yield dict(prompt=ids(1, 9), seq_len=5, max_new_tokens=None), 'seq_len is 5, and the prompt has 9 tokens, which it'
     yield dict(prompt=[ids(3)], exclude_prompt=False), r'needs a prompt of shape \(batch, length\)'
+    yield (
+        dict(prompt=prompt, prompt_lengths=[1] * len(prompt), exclude_prompt=False),
+        r'needs a prompt of shape \(batch, length\), without prompt_lengths',
+    )
 
 
 @pytest.mark.parametrize(('call', 'message'), list(bad_published_calls()))

@@ -77,6 +77,23 @@ def test_the_likelihood_of_a_continuation_is_that_of_the_parallel_pass(make):
 
 
 @both
+def test_options_of_training_play_no_part(make):
+    """The targets of other processes, and an id that is padding in training and begins a text here."""
+    model, pairs = make(tiny_lm()), [('', text(5, 9)), (text(3, 1), ' ' + text(4, 2))]
+    want = SegmentLM(SegmentWrapper(model, segment_length=LENGTH), words())
+    training = SegmentWrapper(model, segment_length=LENGTH, ignore_index=0, process_group='a group')
+    have = SegmentLM(training, words())
+    assert have.prefix_token_id == 0
+    for call, asked in (
+        ('loglikelihood', requests('loglikelihood', *pairs)),
+        ('loglikelihood_rolling', requests('loglikelihood_rolling', (text(9, 3),))),
+    ):
+        assert getattr(have, call)(asked, disable_tqdm=True) == getattr(want, call)(asked, disable_tqdm=True)
+    asked = requests('generate_until', (text(9, 0), {'until': [], 'max_gen_toks': 2, 'temperature': None}))
+    assert have.generate_until(asked, True) == want.generate_until(asked, True)
+
+
+@both
 def test_a_greedy_continuation_is_known_as_such_and_generated(make):
     model, context = scored(make), text(9, 0)
     (answer,) = model.generate_until(requests('generate_until', (context, {'until': [], 'max_gen_toks': 8})), True)

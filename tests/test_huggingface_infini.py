@@ -99,3 +99,21 @@ def test_with_closed_gates_each_segment_has_the_logits_of_the_original(name, att
 @every_family
 def test_the_contract_holds(name, attention):
     check_model(wrapped(name, attention).model)
+
+
+def test_gates_that_are_one_for_all_tokens():
+    wrapper = wrapped()
+    for memory in wrapper.model.memory_layers:
+        gates = torch.randn(memory.fastweight_mem.heads, 1)
+        memory.gates = lambda x, gates=gates: gates.to(x.dtype)
+    x = tokens(3, 21)
+    logits = wrapper.logits(x)[0].detach()
+    close(SegmentWrapper(wrapper.model, segment_length=LENGTH, segments_per_pass=1).logits(x)[0].detach(), logits)
+    with torch.no_grad():
+        close(decoded(wrapper.model, x, LENGTH, False), logits)
+
+
+def test_what_states_are_compared_with_takes_no_memory():
+    state = wrapped().model.largest_state(1000)
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for each in state for part in each}
+    assert sum(storages.values()) < 1e5

@@ -1,5 +1,8 @@
 """`RecurrentMemoryLM`: memory tokens around a pretrained language model of each family."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -88,6 +91,20 @@ def test_replay_and_recomputing_are_one_graph(name, attention):
 def test_decoding_is_the_parallel_pass(name, attention, ragged):
     wrapper, x = wrapped(name, attention), tokens(3, 15)
     close(decoded(wrapper.model, x, LENGTH, ragged), wrapper.logits(x)[0])
+
+
+def test_a_stream_that_is_dropped_keeps_nothing():
+    """Without Python's search for cycles of references, which may be long in coming."""
+    gc.collect()
+    gc.disable()
+    try:
+        stream = wrapped('llama', '').stream(tokens(2, 9), max_new_tokens=3)
+        list(stream)
+        buffers = [weakref.ref(buffer) for buffer in stream._cache.keys]
+        del stream
+        assert not any(buffer() is not None for buffer in buffers)
+    finally:
+        gc.enable()
 
 
 @every_family

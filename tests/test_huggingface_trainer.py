@@ -82,6 +82,17 @@ def test_labels_are_shifted_once(make):
 
 
 @both
+def test_a_step_in_which_nothing_counts_has_a_loss_of_zero(make):
+    module, given = adapted(make), batch(0)
+    given['labels'] = torch.full_like(given['labels'], -100)
+    for count in ({}, {'num_items_in_batch': 0}, {'num_items_in_batch': torch.tensor(0)}):
+        loss = module(**given, **count).loss
+        loss.backward()
+        assert loss == 0
+        assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+
+
+@both
 @pytest.mark.parametrize('rows', [16, 4, 1], ids='{} rows at once'.format)
 def test_a_step_is_that_of_the_loss_of_all_rows_however_many_are_read_at_once(make, rows, tmp_path):
     """The rows differ in length: a mean of means would be another step."""

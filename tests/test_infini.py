@@ -19,7 +19,8 @@ from infini_transformer_pytorch import (
 from infini_transformer_pytorch.attention import InfiniAttention
 from segment_recurrence_pytorch import SegmentWrapper, backprop, record_attention
 from segment_recurrence_pytorch.state import detach, leaves
-from tests.conftest import INFINI_OPTIONS, close, ids, long_unless, make_infini
+from segment_recurrence_pytorch.testing import check_model
+from tests.conftest import INFINI_OPTIONS, close, ids, long_unless, make_infini, random_weights
 from tests.reference import infini_row, mean_nll
 
 PARALLEL = {name: options for name, options in INFINI_OPTIONS.items() if options.get('mem_read_from') != 'above'}
@@ -86,10 +87,49 @@ def test_a_window_holds_no_more_states_than_its_limit(monkeypatch):
     close(wrapper.loss(x).loss, want)
     assert read == [59], 'ten segments are one window'
     read.clear()
-    # a row holds 2 layers of 2 heads, each with a matrix of 4 x 4 and 4 sums, in 8 bytes
-    monkeypatch.setattr(backprop, 'WINDOW_STATE_BYTES', 4 * 3 * 2 * 2 * (4 * 4 + 4) * 8)
+    # a row holds 2 layers of 2 heads, each with a matrix of 4 x 4 and 4 marks, in 8 bytes; and what is erased, as much
+    monkeypatch.setattr(backprop, 'WINDOW_STATE_BYTES', 4 * 3 * 2 * 2 * (4 * 4 + 4) * 8 * 2)
     close(wrapper.loss(x).loss, want)
     assert read == [24, 24, 11]
+
+
+@pytest.mark.parametrize('decay', [False, True], ids=['', 'decay'])
+@pytest.mark.parametrize('rule', ['linear', 'delta', 'deltanet'])
+def test_a_window_holds_what_its_size_is_chosen_by(rule, decay):
+    """The memories, and what the rules that erase keep beside them, of segments of more than one chunk of deltanet."""
+    rows, segments, length, d = 2, 5, 130, 16
+    model = make_infini(dim=8, dim_head=d, memory_rule=rule, memory_decay=decay).float()
+    storages = {}
+
+    def keep(tensor):
+        if tensor.ndim == 5 and tensor.shape[-2:] == (d, d):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = model.advance(ids(rows, segments * length), segment_length=length)
+    held = sum(storages.values())
+    del kept
+    told = model.segment_bytes(length) * rows * segments
+    assert 0.9 < held / told < 1.3, (held, told)
+
+
+def test_a_replaced_method_of_one_layer_counts_in_decoding_too():
+    model = random_weights(make_infini().double())
+    attention = model.layers[0].attn
+    split = attention.split
+    before = model(ids(2, 6))[0]
+
+    def doubled(heads):
+        query, *others = split(heads)
+        return (query if query is None else 2 * query, *others)
+
+    attention.split = doubled
+    assert not torch.allclose(model(ids(2, 6))[0], before)
+    check_model(model)
+    attention.gates = lambda x: torch.zeros(attention.heads, 1, dtype=x.dtype)
+    with pytest.raises(ValueError, match='computes its gates from the tokens'):
+        model.memory_shares()
 
 
 def test_evaluating_fewer_segments_at_once_changes_no_number(monkeypatch):
@@ -594,9 +634,13 @@ def test_a_projection_that_was_adapted_is_used_for_the_state_too(adapt):
         close(a, b)
 
 
-@pytest.mark.parametrize('option', [{'memory_decay': True}, {'strength_in_normaliser': True}])
+@pytest.mark.parametrize(
+    'option',
+    [{'memory_decay': True}, {'strength_in_normaliser': True}, {'tie_embeddings': True}, {'mem_read_from': 'above'}],
+)
 def test_a_published_checkpoint_takes_no_option_that_its_package_lacks(option):
-    with pytest.raises(ValueError, match=f'{next(iter(option))} is True, but that package has False'):
+    [(name, value)] = option.items()
+    with pytest.raises(ValueError, match=f'{name} is {value!r}, but that package has (False|same)'):
         InfiniTransformer.from_peer_state_dict({}, **option)
 
 

@@ -107,6 +107,21 @@ def test_an_error_at_any_moment_leaves_the_old_checkpoints(tmp_path, monkeypatch
     assert names(tmp_path) == ['step-1', 'step-2']
 
 
+def test_what_fails_after_a_checkpoint_has_its_name_is_no_error(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    sync = run_folder.sync
+
+    def fails_at_the_folder(path):
+        if Path(path).name == 'checkpoints':
+            raise OSError(5, 'Input/output error')
+        sync(path)
+
+    monkeypatch.setattr(run_folder, 'sync', fails_at_the_folder)
+    save(tmp_path, 3)
+    assert names(tmp_path)[-1] == 'step-3'
+
+
 def test_a_really_full_disk(tmp_path):
     save(tmp_path, 1)
     with full_disk(100), pytest.raises(OSError, match='File too large'):

@@ -9,7 +9,7 @@ import torch._dynamo.testing
 
 from infini_transformer_pytorch import InfiniTransformerWrapper
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
-from segment_recurrence_pytorch import SegmentWrapper
+from segment_recurrence_pytorch import SegmentWrapper, sampling
 from segment_recurrence_pytorch.sampling import Sampler, min_p, top_k, top_p
 from tests.conftest import ids, make_infini, make_rmt
 from tests.generating import LENGTH, SOME, wrapped
@@ -124,6 +124,13 @@ def test_a_filter_may_work_in_place_and_forbid_tokens():
 
     for options in ({'temperature': 0}, {}):
         assert not (wrapper.generate_tokens(prompt, 40, filter_fn=forbid, **options) == forbidden).any()
+
+
+def test_what_a_filter_returns_in_a_half_type_is_drawn_from_in_float32(monkeypatch):
+    drawn, draw = [], sampling._draw
+    monkeypatch.setattr(sampling, '_draw', lambda logits, generator: drawn.append(logits) or draw(logits, generator))
+    _, largest = Sampler(filter_fn=lambda logits: logits.half())(torch.randn(2, 9))
+    assert drawn[0].dtype == largest.dtype == torch.float32
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

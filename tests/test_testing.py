@@ -6,7 +6,7 @@ import torch
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.cache import RereadSegment
 from segment_recurrence_pytorch.testing import check_model
-from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, make_infini, make_rmt, random_weights
+from tests.conftest import INFINI_OPTIONS, RMT_OPTIONS, ids, make_infini, make_rmt, random_weights
 from tests.test_contract import MODELS, LearnsWhileItReads, SegmentGRU
 
 MAKERS = {f'rmt, {name}': lambda o=options: make_rmt(**o) for name, options in RMT_OPTIONS.items()}
@@ -321,6 +321,8 @@ def test_the_length_of_the_trials_is_one_that_the_model_can_read():
     check_model(random_weights(Short(20, 16).double()))
     with pytest.raises(AssertionError, match='the model has no parameters, which tell its device and dtype'):
         check_model(WithoutParameters(20, 16))
+    with pytest.raises(ValueError, match='the model has no parameters, which tell its device and dtype'):
+        SegmentWrapper(WithoutParameters(20, 16), segment_length=4).loss(ids(1, 9))
 
 
 @pytest.mark.parametrize('name', ['num_tokens', 'dim'])

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import train_enwik8
 from segment_recurrence_pytorch import data, trainer
 from segment_recurrence_pytorch.checkpoint import load_weights
+from segment_recurrence_pytorch.ranks import Ranks
+from segment_recurrence_pytorch.training import has_bfloat16
 from tests.script import MODELS, ROOT, at_step, files, main, metrics, steps, train, without_clock
 
 
@@ -276,6 +278,27 @@ def test_refusals_leave_nothing_behind(at_work):
         assert done.code != 0, arguments
         assert message in done.err, (arguments, done)
     assert files('.') == before
+
+
+def test_a_process_makes_nothing_on_the_gpu_of_another_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch, 'ones', lambda *_, **__: chosen.append('made') or torch.zeros(1))
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    monkeypatch.setattr(sys, 'argv', ['train_enwik8.py', '--device', 'cuda'])
+    train_enwik8.parse_arguments()
+    assert chosen == [2, 'made']
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_not_fast_with_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert not has_bfloat16(torch.device('cuda'))
+
+
+def test_the_seed_of_a_run_that_goes_on_fits_into_64_bits():
+    for seed in (-(2**63), 0, 2**64 - 1):
+        torch.manual_seed(Ranks().seed(seed + 100))
 
 
 def test_a_trained_model_writes_on(at_work):

@@ -1,6 +1,9 @@
 """`TrainingStep`: on a CPU the step that one would write, on a GPU the same as a CUDA graph."""
 
+import gc
+import weakref
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.data import Piece
 from segment_recurrence_pytorch.graphs import Graphed, TrainingStep
+from segment_recurrence_pytorch.layers import constants
 from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.training import train_loss, warmup_cosine
 from tests.conftest import ids, make_infini, make_rmt, same_gradients
@@ -196,6 +200,27 @@ def test_a_first_call_that_fails_is_no_warm_up(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         graphed(torch.zeros(2))
     assert calls == ['run', 'run', 'recorded']
+
+
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch):
+    """Constants go when there are many others; a graph would read what then lies at their addresses."""
+    for name in ('Stream', 'stream', 'current_stream', 'graph_pool_handle', 'CUDAGraph', 'graph'):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    read = []
+
+    def function(x):
+        read.append(weakref.ref(constants.get('read', x.device, lambda: torch.ones(2))))
+        return x
+
+    graphed = Graphed(function)
+    graphed(torch.zeros(2)), graphed(torch.zeros(2))
+    for number in range(constants.size):
+        constants.get(number, torch.device('cpu'), lambda: torch.ones(2))
+    gc.collect()
+    assert read[-1]() is not None
+    graphed.graphs.clear()
+    gc.collect()
+    assert read[-1]() is None, 'else this test sees nothing'
 
 
 def test_only_what_is_trained_is_clipped_and_no_gradient_is_left_from_before():

@@ -298,16 +298,6 @@ def limits_of_rotation(config: Any) -> list[tuple[int | None, str]]:
     return limits
 
 
-def causal_mask(valid: Tensor) -> Tensor:
-    """Returns which positions see which, (b, 1, n, n) bool: themselves, and the valid ones before them.
-
-    Args:
-        valid: (b, n) bool, True = valid.
-    """
-    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    return (valid[:, None, None] & torch.ones_like(itself).tril()) | itself
-
-
 def next_rows(cache: SegmentCache, slots: Slots) -> tuple[Tensor, Tensor]:
     """Returns the positions of the next tokens of open segments, (1 or b, n), and which keys in the buffers of the
     cache they may attend to, (1 or b, 1, n, j) bool.

@@ -7,6 +7,7 @@ Texts of any length are read whole: the state goes from segment to segment, and 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from segment_recurrence_pytorch.checks import check_whole, needs_extra
 from segment_recurrence_pytorch.evaluating import evaluating
+from segment_recurrence_pytorch.loss import IGNORE
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 try:
@@ -33,7 +35,7 @@ class SegmentLM(TemplateLM):
     """The interface of `lm_eval` to a wrapper of any causal model.
 
     Args:
-        wrapper: the wrapper.
+        wrapper: the wrapper. Its `process_group` and `ignore_index` play no part.
         tokenizer: the tokenizer of transformers that belongs to the model. Special tokens are not added.
         batch_size: number of rows that are scored together. Default: 8.
         max_gen_toks: number of new tokens of an answer, if the task does not tell it. Default: 256.
@@ -54,7 +56,9 @@ class SegmentLM(TemplateLM):
             raise ValueError(
                 "align='right' gives a text other segments than its beginning has: score with align='left'"
             )
-        self.wrapper = wrapper
+        # a text is scored as generation reads it: no id is padding, and each process has texts of its own
+        self.wrapper = copy.copy(wrapper)  # the same model
+        self.wrapper.process_group, self.wrapper.ignore_index = None, IGNORE
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_gen_toks = max_gen_toks
@@ -97,9 +101,10 @@ class SegmentLM(TemplateLM):
                     for tokens, length, (_, ids) in zip(cursor.tokens, lengths, pairs, strict=True)
                 ]
                 mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-                logits, _ = self.wrapper.logits(pad_sequence(rows, batch_first=True), cursor.state, mask=mask)
-                for row, length, (_, ids) in zip(logits, lengths, pairs, strict=True):
-                    scores = row[length - 1 : length - 1 + len(ids)].float().log_softmax(-1)
+                hidden, _ = self.wrapper.hidden(pad_sequence(rows, batch_first=True), cursor.state, mask=mask)
+                for row, length, (_, ids) in zip(hidden, lengths, pairs, strict=True):
+                    asked = row[length - 1 : length - 1 + len(ids)]
+                    scores = self.wrapper.model.to_logits(asked).float().log_softmax(-1)
                     want = torch.tensor(ids, device=device)
                     likelihood = scores.gather(1, want[:, None]).sum().item()
                     found.append((likelihood, bool((scores.argmax(-1) == want).all())))
@@ -134,7 +139,7 @@ class SegmentLM(TemplateLM):
                 raise ValueError(f'a task asks for num_beams={options["num_beams"]}: there is no beam search here')
             most = next((options[name] for name in LIMITS if options.get(name) is not None), self.max_gen_toks)
             sampling: dict[str, Any] = {'temperature': 0.0}
-            if options.get('do_sample', options.get('temperature', 0) > 0):
+            if options.get('do_sample', (options.get('temperature') or 0) > 0):
                 sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
             prompt = torch.tensor([self.tok_encode(context) or [self.prefix_token_id]], device=device)
             ids: list[int] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_recurrence_pytorch.checks import needs_extra
-from segment_recurrence_pytorch.loss import IGNORE
+from segment_recurrence_pytorch.loss import IGNORE, mean_loss
 from segment_recurrence_pytorch.wrapper import SegmentWrapper
 
 try:
@@ -92,7 +92,7 @@ class ForTrainer(nn.Module):
         if num_items_in_batch is None:
             return CausalLMOutput(loss=self.wrapper.loss(input_ids, labels=targets, mask=mask).loss)
         total = self.wrapper.loss(input_ids, labels=targets, mask=mask, reduction='sum').loss
-        return CausalLMOutput(loss=total / num_items_in_batch)
+        return CausalLMOutput(loss=mean_loss(total, torch.as_tensor(num_items_in_batch, device=total.device)))
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Raises ValueError. Trainer calls it if its arguments ask for gradient checkpointing."""
