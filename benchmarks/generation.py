@@ -25,7 +25,7 @@ SEGMENTS = (('rmt', 256), ('rmt', 1024), ('infini', 512))
 TOKENS = 32
 # number of whole segments before the half segment in which tokens are drawn, for the plot: up to 65,536 tokens
 POSITIONS = {'rmt': (0, 2, 16, 256), 'infini': (0, 1, 8, 128)}
-LONG = 65_536
+NEAR, LONG = 1024, 65_536
 BATCH = 16
 
 
@@ -160,26 +160,30 @@ def main(repetitions: int, quick: bool) -> None:
 
     Args:
         repetitions: number of steps of each worker that count.
-        quick: whether one step, short texts and nothing compiled are enough, and nothing is written.
+        quick: whether one step, short segments and texts, two rows and nothing compiled are enough, and nothing is
+            written.
     """
     from benchmarks.interleave import write_results
 
-    repetitions, long = (1, 2048) if quick else (repetitions, LONG)
+    segments: tuple[tuple[str, int], ...] = SEGMENTS
+    batch, places = BATCH, (NEAR, LONG)
+    if quick:
+        segments, batch, places, repetitions = (('rmt', 64), ('infini', 64)), 2, (128, 256), 1
     few = 1 if quick else max(3, repetitions // 2)
-    tokens = new_tokens(repetitions, ('eager',) if quick else ('eager', 'compiled'))
+    tokens = new_tokens(repetitions, ('eager',) if quick else ('eager', 'compiled'), segments, batch)
     positions, ragged, prompts = {}, {}, {}
-    for model, length in (('rmt', 256), ('infini', 512)):
-        near, far = (f'segment {model} {length} {place} 1 eager' for place in (1024, long))
+    for model, length in segments if quick else (('rmt', 256), ('infini', 512)):
+        near, far = (f'segment {model} {length} {place} 1 eager' for place in places)
         medians, about = compare({'near': near, 'far': far}, repetitions)
         grown = about['far']['megabytes'] - about['near']['megabytes']
         positions[model] = {'time_ratio': round(medians['far'] / medians['near'], 3), 'megabytes_more': round(grown, 1)}
-        print(f'{model}: a token at {long:,} against 1,024: {positions[model]}', flush=True)
-        rows = {how: f'segment {model} {length} {2 * length} {BATCH} {how}' for how in ('aligned', 'ragged')}
+        print(f'{model}: a token at {places[1]:,} against {places[0]:,}: {positions[model]}', flush=True)
+        rows = {how: f'segment {model} {length} {2 * length} {batch} {how}' for how in ('aligned', 'ragged')}
         medians, _ = compare(rows, few)
         ragged[model] = round(medians['ragged'] / medians['aligned'], 2)
         print(f'{model}: rows of different lengths cost {ragged[model]} times aligned ones', flush=True)
         medians, _ = compare(
-            {how: f'prompt {model} {length} {long} 1 {how}' for how in ('read', 'evaluation')},
+            {how: f'prompt {model} {length} {places[1]} 1 {how}' for how in ('read', 'evaluation')},
             few,
         )
         prompts[model] = round(medians['evaluation'] / medians['read'], 2)
@@ -194,22 +198,26 @@ def main(repetitions: int, quick: bool) -> None:
         curves(repetitions)
 
 
-def new_tokens(repetitions: int, ours: tuple[str, ...]) -> list[dict]:
-    """Returns, for each of `SEGMENTS`, how many times faster a new token is than with the published packages, and how
-    many times as many tokens a batch gets.
+def new_tokens(
+    repetitions: int, ours: tuple[str, ...], segments: tuple[tuple[str, int], ...] = SEGMENTS, batch: int = BATCH
+) -> list[dict]:
+    """Returns, for each model and length of a segment, how many times faster a new token is than with the published
+    packages, and how many times as many tokens a batch gets.
 
     Args:
         repetitions: number of steps of each worker that count.
         ours: how this library runs: 'eager', 'compiled'.
+        segments: the models and lengths. Default: `SEGMENTS`.
+        batch: number of rows of the batch. Default: `BATCH`.
     """
     tokens = []
-    for model, length in SEGMENTS:
+    for model, length in segments:
         at = f'token {model} {length} {length // 2}'
         theirs = ('published', 'published-fastest') if model == 'rmt' else ('published',)
         medians, _ = compare(
             {
                 **{how: f'{at} 1 {how}' for how in (*ours, *theirs)},
-                **{f'{how}, batch': f'{at} {BATCH} {how}' for how in ours},
+                **{f'{how}, batch': f'{at} {batch} {how}' for how in ours},
             },
             repetitions,
         )
@@ -217,7 +225,7 @@ def new_tokens(repetitions: int, ours: tuple[str, ...]) -> list[dict]:
         for how in ours:
             row[f'times_faster_{how}'] = round(medians['published'] / medians[how], 1)
             row[f'times_faster_than_fastest_{how}'] = round(medians[theirs[-1]] / medians[how], 1)
-            row[f'batch_{how}'] = round(BATCH * medians[how] / medians[f'{how}, batch'], 1)
+            row[f'batch_{how}'] = round(batch * medians[how] / medians[f'{how}, batch'], 1)
         tokens.append(row)
         print(row, flush=True)
     return tokens

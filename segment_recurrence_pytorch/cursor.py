@@ -24,7 +24,7 @@ from segment_recurrence_pytorch.backprop import (
     window_of_rank,
 )
 from segment_recurrence_pytorch.checks import can_hold_ids, check_has_weights, check_input, check_whole, is_whole
-from segment_recurrence_pytorch.distributed import check_same_reads
+from segment_recurrence_pytorch.distributed import agree_on_reads
 from segment_recurrence_pytorch.model import SegmentModel
 from segment_recurrence_pytorch.state import State, copied, detach, map_state
 
@@ -150,7 +150,7 @@ def read_segments(
     if model.mesh is not None:
         at_once = segments_per_pass or segments_at_once(model, segment_length, len(tokens))
         plans = (plan_windows(part.shape[1], segment_length, segments_per_pass=at_once) for part, _ in parts)
-        check_same_reads(model, [window for plan in plans for window in plan])
+        agree_on_reads(model, [window for plan in plans for window in plan])
     for part, mask in parts:
         windows = read_windows(
             model, part, state, segment_length, mask=mask, need_hidden=False, segments_per_pass=segments_per_pass

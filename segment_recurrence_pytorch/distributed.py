@@ -317,9 +317,10 @@ def gathered(model: SegmentModel) -> Iterator[None]:
             part.reshard()
 
 
-def check_same_reads(model: SegmentModel, windows: list[Window], rows: int = 0) -> int:
-    """Raises ValueError if the ranks of a sharded model read different numbers of windows, since they would wait for
-    each other for ever. It is a small all-gather for each dimension of the mesh, and nothing without a mesh.
+def agree_on_reads(model: SegmentModel, windows: list[Window], rows: int = 0) -> int:
+    """Tells the ranks of a sharded model what each of them is going to read: all have to gather parameters as often.
+
+    It is a small all-gather for each dimension of the mesh, and nothing without a mesh.
 
     Args:
         model: the model.
@@ -329,6 +330,9 @@ def check_same_reads(model: SegmentModel, windows: list[Window], rows: int = 0) 
     Returns:
         The number of parts in which every rank has to compute the logits of a window, since each part gathers the
         parameters: the largest number that a rank needs. 1 without a mesh.
+
+    Raises:
+        ValueError: if they read different numbers of windows, since they would wait for each other for ever.
     """
     if model.mesh is None:
         return 1
@@ -355,7 +359,7 @@ def of_all_ranks(values: Tensor, group: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def fingerprint(values: Tensor | None) -> Tensor | int:
+def digest_of(values: Tensor | None) -> Tensor | int:
     """Returns a number, as int64 of shape (), that is nearly always another one for other values. 0 for None."""
     if values is None:
         return 0
@@ -399,7 +403,7 @@ class Chain:
             ValueError: on all ranks, if it is not the same on all of them.
         """
         own = torch.empty(1, 3 + len(others), dtype=torch.int64, device=tokens.device)
-        for i, number in enumerate((*tokens.shape[:2], *map(fingerprint, (tokens, *others)))):
+        for i, number in enumerate((*tokens.shape[:2], *map(digest_of, (tokens, *others)))):
             own[0, i] = number
         rows, columns, *_ = found = of_all_ranks(own, self.group).T.tolist()
         if any(len(set(each)) > 1 for each in found):

@@ -36,7 +36,7 @@ from segment_recurrence_pytorch.checks import (
     typed,
 )
 from segment_recurrence_pytorch.cursor import Cursor, as_cursor, no_cursor, read_segments
-from segment_recurrence_pytorch.distributed import check_call, check_same_reads, ranks_of, sum_over_ranks
+from segment_recurrence_pytorch.distributed import agree_on_reads, check_call, ranks_of, sum_over_ranks
 from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.generation import Stream, StreamOptions, open_stream
 from segment_recurrence_pytorch.loss import IGNORE, mean_loss, valid_targets
@@ -205,7 +205,7 @@ class SegmentWrapper(nn.Module):
         batch, state = self._batch(x, state, labels, mask, further)
         batch = batch._replace(per_segment=outside_inference(per_segment or {}))
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        batch = batch._replace(parts=check_same_reads(self.model, windows, batch.targets.shape[0]))
+        batch = batch._replace(parts=agree_on_reads(self.model, windows, batch.targets.shape[0]))
         group = self.process_group
         own = batch.targets[:, windows[0].start : windows[-1].stop] if windows else batch.targets
         num_targets = sum_over_ranks((own != IGNORE).sum(), group)
@@ -288,7 +288,7 @@ class SegmentWrapper(nn.Module):
         x, state, mask = self._checked(x, state, mask=mask, padding_ids=self._padding_ids)
         batch = Batch(x, x[:, :0], mask)
         windows = self._windows(batch, backprop_segments or self.backprop_segments, segment_length)
-        check_same_reads(self.model, windows)
+        agree_on_reads(self.model, windows)
         hidden, state = sequence_hidden(self.model, batch, windows, state, recompute=self.recompute)
         return hidden, self._shared(state)
 
