@@ -272,7 +272,7 @@ def plot(curves: dict[str, dict[int, float]]) -> None:
                   markersize=4)  # fmt: skip
     axes.set(xscale='log', yscale='log', xlabel='position of the token', ylabel='time per token, our eager RMT = 1',
              title='Segments of 256 (RMT) and 512 (Infini) tokens, one CPU thread')  # fmt: skip
-    axes.legend(fontsize=8, loc='center', bbox_to_anchor=(0.5, 0.66))
+    figure.legend(fontsize=8, loc='outside lower center', ncols=2)
     path = Path(__file__).parent / 'results' / 'generation.png'
     figure.savefig(path, dpi=120)
     plt.close(figure)
