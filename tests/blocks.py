@@ -33,7 +33,7 @@ SMALLER = {
     'split(1000': 'split(30',
     'split(1024': 'split(16',
     'segment_length = 1024': 'segment_length = 16',
-    '9980, 2048': '80, 32',
+    'text.shape[1] - 1, 2048': 'text.shape[1] - 1, 32',
     'start + 2049': 'start + 33',
     '9980': '80',
     'length = 2048': 'length = 30',
