@@ -1,12 +1,12 @@
-# make train | test | test-long | test-hf | test-onnx | lint | docs | bench | evidence | release-check: each makes the environment
-# that it needs, once, from constraints.txt
+# make train | test | test-long | test-hf | test-onnx | lint | docs | bench | bench-long | evidence | release-check: each makes the
+# environment that it needs, once, from constraints.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= rmt
 ARGS ?=
 
-.PHONY: train test test-long test-hf test-onnx lint docs bench evidence release-check clean
+.PHONY: train test test-long test-hf test-onnx lint docs bench bench-long evidence release-check clean
 .DEFAULT_GOAL := test
 
 train: $(VENV)/ready
@@ -55,11 +55,19 @@ release-check: .venv-release/ready
 	done
 	rm -rf .venv-installed
 
-# every table and plot of speed; with ARGS=--quick, whether each of them runs, in a minute each
-BENCHMARKS := gradient_reach rmt_training infini_training infini_million scan vocabulary compiled_training full_attention \
-  generation million_evaluation
+# every table and plot of speed, in half an hour, and what takes hours more; with ARGS=--quick, whether each of them runs,
+# in a minute each
+BENCHMARKS := gradient_reach rmt_training infini_training infini_million scan vocabulary full_attention generation
+LONG_BENCHMARKS := compiled_training million_evaluation
 bench: $(VENV)/ready .venv-peer/ready
-	for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS) || exit 1; done
+	for each in $(BENCHMARKS) $(if $(ARGS),$(LONG_BENCHMARKS)); do \
+	  echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS) || exit 1; \
+	done
+
+bench-long: $(VENV)/ready .venv-peer/ready
+	for each in $(LONG_BENCHMARKS) 'generation --curves' 'full_attention --long'; do \
+	  echo "== $$each"; $(BIN)/python -m benchmarks.$$each || exit 1; \
+	done
 
 evidence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.evidence --report

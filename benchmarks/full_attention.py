@@ -1,7 +1,7 @@
 """What full attention costs, and what the models of this library cost instead, by the length of the text.
 
-    python -m benchmarks.full_attention                    # up to 16,384 tokens
-    python -m benchmarks.full_attention --long             # from there to a million tokens: more than an hour
+    python -m benchmarks.full_attention                    # up to 8,192 tokens
+    python -m benchmarks.full_attention --long             # from 16,384 to a million tokens: more than an hour
     python -m benchmarks.full_attention --device cuda      # both, on a GPU
     python -m benchmarks.full_attention --quick            # small models, in a folder of its own: does it all run?
     python -m benchmarks.full_attention --plot             # the plots, from what was measured
@@ -71,22 +71,19 @@ def plan(device: str, part: str) -> Plan:
     elif cuda:
         ours, full = (1, 4, 16, 64, 256, 1024), (1, 2, 4, 8, 16, 32, 64, 128)
     else:
-        ours, full = {'short': ((1, 4, 16), (1, 2, 4, 8, 16)), 'long': ((16, 64, 256, 1024), (16, 32))}[part]
+        ours, full = {'short': ((1, 4, 8), (1, 2, 4, 8)), 'long': ((16, 64, 256, 1024), (16, 32))}[part]
     full_read = (*full, 64) if part == 'long' and not cuda else full
     graph = tuple(n for n in ours if n <= (256 if cuda else 64))  # the activations of more do not fit
     main, second = ('bfloat16', 'float32') if cuda else ('float32', 'bfloat16')
     made = [('training', Line(FULL, 'one graph', main), full)]
     made += [('training', Line(model, 'one graph', main), graph) for model in SEGMENTS]
     made += [('training', Line(model, 'replay', main), ours) for model in SEGMENTS if model != 'no memory']
-    if part != 'long':
-        made += [
-            ('training', Line(FULL, 'recompute', main), full),
-            ('training', Line('Infini', 'recompute', main), graph),
-        ]
+    for model in (FULL, 'Infini'):
+        made.append(('training', Line(model, 'recompute', main), tuple(n for n in full if n <= 16)))
     made += [('reading', Line(FULL, 'eager', main), full_read)]
     made += [('reading', Line(model, 'eager', main), ours) for model in SEGMENTS]
     made += [('decoding', Line(model, 'eager', main), ours) for model in (FULL, *SEGMENTS)]
-    if part != 'long' and (cuda or torch.cpu._is_avx512_bf16_supported()):
+    if cuda or torch.cpu._is_avx512_bf16_supported():
         few = tuple(n for n in full if n in (4, 16))
         for model in (FULL, 'RMT', 'Infini'):
             made.append(('training', Line(model, 'one graph' if model == FULL else 'replay', second), few))

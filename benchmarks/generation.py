@@ -1,6 +1,7 @@
 """Time per new token, against both published packages.
 
     make bench, or: python -m benchmarks.generation
+    python -m benchmarks.generation --curves                # the time by position, and its plot
 
 dim 256, depth 4, heads 4 x 64, float32, one thread. RMT has 32 memory tokens and no XL memories; the published package
 has four residual streams, its default, and as 'fastest' one stream and use_flash_attn=True. Infini has the delta rule.
@@ -156,7 +157,7 @@ def compare(names: dict[str, str], repetitions: int, warmup: int = 1) -> tuple[d
 
 
 def main(repetitions: int, quick: bool) -> None:
-    """Runs all comparisons, and writes the JSON and the plot.
+    """Runs all comparisons but the time by position, and writes the JSON.
 
     Args:
         repetitions: number of steps of each worker that count.
@@ -194,8 +195,8 @@ def main(repetitions: int, quick: bool) -> None:
         'prompt_times_evaluation': prompts,
     }  # fmt: skip
     if not quick:
-        write_results(__file__, results)
-        curves(repetitions)
+        before = stored()
+        write_results(__file__, {**before, **results})
 
 
 def new_tokens(
@@ -252,8 +253,13 @@ def add_results(**new: Any) -> None:
     """Replaces a part of the existing JSON."""
     from benchmarks.interleave import write_results
 
-    before = json.loads((Path(__file__).parent / 'results' / 'generation.json').read_text())
-    write_results(__file__, {**before, **new})
+    write_results(__file__, {**stored(), **new})
+
+
+def stored() -> dict[str, Any]:
+    """Returns the existing JSON."""
+    path = Path(__file__).parent / 'results' / 'generation.json'
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def plot(curves: dict[str, dict[int, float]]) -> None:

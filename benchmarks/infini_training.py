@@ -79,7 +79,7 @@ def main(repetitions: int, quick: bool) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--repetitions', type=int, default=9)
+    parser.add_argument('--repetitions', type=int, default=5)
     parser.add_argument('--quick', action='store_true', help='does it all run? In a minute, and no file is written')
     parser.add_argument('--worker')
     arguments = parser.parse_args()

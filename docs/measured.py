@@ -427,9 +427,16 @@ def crossing(model: str, question: str = 'training') -> str:
     return f'about {round(found["tokens"], -2):,} tokens'  # between lengths that are far apart
 
 
+def both_parts(question: str) -> list[dict[str, Any]]:
+    """Returns the points of a question, short ones and long ones. Where a point was measured in both parts, that of the
+    short one, which was measured more often, counts."""
+    found = [point for part in ('full_attention_long', 'full_attention') for point in read(part)[question]]
+    return list({(p['model'], p['mode'], p['dtype'], p['tokens']): p for p in found}.values())
+
+
 def against_full(question: str) -> str:
     """Returns how many times faster than full attention each line is, by length."""
-    points = read('full_attention')[question]
+    points = both_parts(question)
     full = curve(points, standard(question, 'float32'))
     lines = [line for line in lines_of(points) if line.dtype == 'float32' and line != standard(question, 'float32')]
     curves = {line.short: curve(points, line) for line in lines}
@@ -489,7 +496,7 @@ def full_bfloat16() -> str:
     for model in (FULL, 'RMT', 'Infini'):
         cells = []
         for question in QUESTIONS:
-            points = [point for point in read('full_attention')[question] if point['model'] == model]
+            points = [point for point in both_parts(question) if point['model'] == model]
             [half] = [line for line in lines_of(points) if line.dtype == 'bfloat16']
             seconds = [curve(points, half._replace(dtype=dtype)) for dtype in ('float32', 'bfloat16')]
             cells.append(', '.join(f'{seconds[0][n] / seconds[1][n]:.2f}' for n in lengths))
