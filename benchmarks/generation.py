@@ -164,7 +164,6 @@ def main(repetitions: int, quick: bool) -> None:
         quick: whether one step, short segments and texts, two rows and nothing compiled are enough, and nothing is
             written.
     """
-    from benchmarks.interleave import write_results
 
     segments: tuple[tuple[str, int], ...] = SEGMENTS
     batch, places = BATCH, (NEAR, LONG)
@@ -195,8 +194,7 @@ def main(repetitions: int, quick: bool) -> None:
         'prompt_times_evaluation': prompts,
     }  # fmt: skip
     if not quick:
-        before = stored()
-        write_results(__file__, {**before, **results})
+        add_results(**results)
 
 
 def new_tokens(
@@ -253,13 +251,9 @@ def add_results(**new: Any) -> None:
     """Replaces a part of the existing JSON."""
     from benchmarks.interleave import write_results
 
-    write_results(__file__, {**stored(), **new})
-
-
-def stored() -> dict[str, Any]:
-    """Returns the existing JSON."""
     path = Path(__file__).parent / 'results' / 'generation.json'
-    return json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_results(__file__, {**before, **new})
 
 
 def plot(curves: dict[str, dict[int, float]]) -> None:

@@ -33,6 +33,11 @@ def valid_targets(labels: Tensor, ignore_index: int | None, mask: Tensor | None)
     return labels if mask is None else labels.masked_fill(~mask, IGNORE)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Returns logits in float32, or as they are if their dtype has more digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the negative log likelihood of each target, (b, n), in nats and at least float32.
 
@@ -40,8 +45,9 @@ def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (b, n, num_tokens).
         targets: target ids (b, n). Where a target is `IGNORE`, the result is 0.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction='none')
+    nll = F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction='none'
+    )
     return nll.view_as(targets)
 
 

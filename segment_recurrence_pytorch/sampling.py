@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from segment_recurrence_pytorch.checks import is_number, is_whole
+from segment_recurrence_pytorch.loss import at_least_float32
 
 FilterFn = Callable[..., Tensor]
 
@@ -115,11 +116,6 @@ class Sampler:
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
         return _draw(logits, self.generator), largest
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Returns logits in float32, or as they are if their dtype has more digits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def has_filter(options: Mapping[str, Any]) -> bool:
