@@ -25,6 +25,7 @@ in one process.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -236,12 +237,19 @@ def status(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def give_back() -> None:
+    """Gives memory that was freed back to the system, so that it does not hide a later peak (glibc only)."""
+    if (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)) is not None:
+        trim(0)
+
+
 def first_step(question: str, line: Line, length: int, device: str, folder: Path) -> tuple[Step, dict]:
     """Runs the first step of a point. Returns the step, and what is known now: the seconds of the first step, its
     peak of memory, and what else the question wants."""
     torch.manual_seed(0)
     if question != 'decoding':  # what is imported, chosen or reserved in the first call of all does not count
-        STEPS[question](line, 512, device, folder)[0]()
+        STEPS[question](line, 2 * K, device, folder)[0]()  # several segments: the first scan of all imports for seconds
+        give_back()
     step, about = STEPS[question](line, length, device, folder)
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -262,21 +270,16 @@ def worker(name: str) -> None:
     Args:
         name: the question, the line, the length, the folder of cursors, and the number of threads, as JSON.
     """
-    import ctypes
-
     question, line, length, folder, threads = json.loads(name)
     torch.set_num_threads(threads)
     step, about = first_step(question, Line(*line), length, 'cpu', Path(folder))
-    give_back = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # so that waiting processes hold little (glibc only)
 
     def again() -> float:
         seconds = step()
-        if give_back is not None:
-            give_back(0)
+        give_back()
         return seconds
 
-    if give_back is not None:
-        give_back(0)
+    give_back()  # so that waiting processes hold little
     serve(again, **about)
 
 
