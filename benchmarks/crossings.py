@@ -74,7 +74,7 @@ def crossing(ours: dict[int, float], full: dict[int, float], measured_to: int) -
 
     Returns:
         tokens; whether it lies among extrapolated values; and whether it is the shortest length of all, so that the
-        crossing may lie before. None if `ours` is above at the longest length.
+        crossing may lie before. None if `ours` is above at the longest length, or has no length in common.
     """
 
     def at(curve: dict[int, float], n: int) -> float:
@@ -91,11 +91,11 @@ def crossing(ours: dict[int, float], full: dict[int, float], measured_to: int) -
     low, high = max(min(ours), min(full)), min(max(ours), max(full))
     grid = sorted(n for n in {*ours, *full} if low <= n <= high)
     ahead = [at(full, n) - at(ours, n) for n in grid]
-    if len(grid) < 2 or ahead[-1] <= 0:
+    if not grid or ahead[-1] <= 0:
         return None
     behind = [i for i, each in enumerate(ahead) if each <= 0]
     if not behind:
-        return {'tokens': grid[0], 'extrapolated': False, 'from_the_first_length_on': True}
+        return {'tokens': grid[0], 'extrapolated': grid[0] > measured_to, 'from_the_first_length_on': True}
     i = behind[-1]
     share = -ahead[i] / (ahead[i + 1] - ahead[i])
     tokens = round(math.exp(math.log(grid[i]) + share * math.log(grid[i + 1] / grid[i])))
@@ -158,9 +158,9 @@ def report(results: dict[str, Any]) -> str:
             if each is None:
                 where = 'not below full attention at the longest length'
             else:
-                where = (
-                    f'below full attention from {each["tokens"]:,} tokens on' + ', extrapolated' * each['extrapolated']
-                )
+                first = 'the shortest length on, ' * each['from_the_first_length_on']
+                where = f'below full attention from {first}{each["tokens"]:,} tokens{" on" * (not first)}'
+                where += ', extrapolated' * each['extrapolated']
             said.append(f'{question}: {name}: {where}')
     for question, found in results['slopes'].items():
         for name, each in found.items():

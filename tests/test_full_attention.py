@@ -76,6 +76,8 @@ def test_crossings_and_the_square():
     assert not found['extrapolated']
     assert crossing({n: 1e3 * value for n, value in full.items()}, full, measured_to=16384) is None
     assert crossing({n: value / 2 for n, value in full.items()}, full, measured_to=16384)['from_the_first_length_on']
+    once = crossing({16384: full[16384] / 2}, full, measured_to=16384)  # a line that was measured at one length
+    assert once == {'tokens': 16384, 'extrapolated': False, 'from_the_first_length_on': True}
 
 
 class Pretended:
