@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.at_once import add_processes, at_once
 from benchmarks.evidence.results import as_started, digest_of_start, write
+from benchmarks.evidence.training import COMPILED_FROM
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentModel, SegmentWrapper
@@ -37,6 +38,7 @@ from segment_recurrence_pytorch.data import Piece, Streams, python_source
 from segment_recurrence_pytorch.evaluating import evaluating
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.loss import IGNORE
+from segment_recurrence_pytorch.trainer import compiled_advance, reading_by
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams, warmup_cosine
 
 RESULTS = Path(__file__).parent / 'results' / 'text'
@@ -122,10 +124,13 @@ def train(arm: str, length: int, seed: int, device: str, steps: int, held_out: i
     streams = Streams([corpus.train[i] for i in order], rows, read, loop=True)
     train_step = stepping(wrapper, lambda step: warmup_cosine(step / steps))
     valid = first_bytes(corpus.valid, held_out)
+    # on a GPU the step is recorded as a whole; evaluations read by the model's own `advance`
+    advance = compiled_advance(wrapper.model) if device == 'cpu' and steps >= COMPILED_FROM else None
     state, curve, spent, began = None, {}, 0.0, time.perf_counter()
     wrapper.train()
     for step in (bar := tqdm(range(1, steps + 1), desc=f'{LABELS[arm]}, {length}, seed {seed}', disable=None)):
-        _, state = train_step.read(next(streams), state, has_memory(arm))
+        with reading_by(wrapper.model, advance):
+            _, state = train_step.read(next(streams), state, has_memory(arm))
         if step % max(1, steps // 10) == 0:
             spent += time.perf_counter() - began
             some = first_bytes(valid, held_out // 4)
@@ -137,6 +142,7 @@ def train(arm: str, length: int, seed: int, device: str, steps: int, held_out: i
         'arm': arm, 'segment_length': length, 'seed': seed, 'steps': steps, 'start': start_of(arm, length),
         'corpus': corpus.name,
         'sha256': corpus.sha256, 'parameters': sum(p.numel() for p in wrapper.parameters()), 'device': name_of(device),
+        'compiled': advance is not None,
         'torch': torch.__version__, 'python': platform.python_version(), 'train_seconds': round(spent),
         'curve': curve, 'bits': round(sum(losses) / sum(counts), 4),
         'by_position': [round(loss / count, 4) if count else None for loss, count in zip(losses, counts, strict=True)],
