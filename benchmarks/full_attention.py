@@ -27,12 +27,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from torch import Tensor, nn
 
 from benchmarks.crossings import FULL, QUESTIONS, Line, curve, plot, report, summary
 from benchmarks.full_transformer import FullTransformer, KVCache
-from benchmarks.interleave import Worker, interleaved_medians, machine, serve
+from benchmarks.interleave import interleaved_medians, machine
 from infini_transformer_pytorch import InfiniTransformer
 from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 from segment_recurrence_pytorch import SegmentWrapper
@@ -53,6 +56,7 @@ SMALL: dict = dict(num_tokens=64, dim=32, depth=2, heads=2, dim_head=16)
 SEGMENTS = {'RMT': 256, 'Infini': 512, 'Infini, delta rule': 512, 'no memory': 512}
 ENOUGH = {'training': 5.0, 'reading': 8.0, 'decoding': 15.0}  # seconds: a step that takes longer is measured once
 RESULTS = Path(__file__).parent / 'results'
+LIBRARIES = ('torch._dynamo', 'benchmarks.full_transformer', 'segment_recurrence_pytorch.checkpoint')  # for all points
 K = 1024
 Plan = list[tuple[str, Line, tuple[int, ...]]]
 
@@ -264,23 +268,37 @@ def first_step(question: str, line: Line, length: int, device: str, folder: Path
     return step, {'seconds': seconds, 'megabytes': megabytes, **about}
 
 
-def worker(name: str) -> None:
-    """Serves the steps of one point on the CPU.
-
-    Args:
-        name: the question, the line, the length, the folder of cursors, and the number of threads, as JSON.
-    """
-    question, line, length, folder, threads = json.loads(name)
+def answer(asked: Connection, threads: int, question: str, line: Line, length: int, folder: Path) -> None:
+    """Answers with what is known of a point on the CPU, and then with the seconds of a step each time it is asked."""
     torch.set_num_threads(threads)
-    step, about = first_step(question, Line(*line), length, 'cpu', Path(folder))
-
-    def again() -> float:
-        seconds = step()
-        give_back()
-        return seconds
-
+    step, about = first_step(question, line, length, 'cpu', folder)
     give_back()  # so that waiting processes hold little
-    serve(again, **about)
+    asked.send(about)
+    while asked.recv():
+        asked.send(step())
+        give_back()
+
+
+class Point:
+    """What `interleave.Worker` is, in a process that has the libraries from the start: to import them takes longer than
+    most steps."""
+
+    def __init__(self, context: BaseContext, threads: int, *point: Any):
+        self.asking, asked = context.Pipe()
+        self.process = context.Process(target=answer, args=(asked, threads, *point), daemon=True)  # type: ignore[attr-defined]
+        self.process.start()
+        asked.close()  # only the process has it now: if it fails, waiting for an answer ends
+        self.about = self.asking.recv()
+
+    def step(self) -> float:
+        """Runs one step, and returns its seconds."""
+        self.asking.send(True)
+        return self.asking.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.asking.send(False)
+        self.process.join()
 
 
 class Here:
@@ -315,7 +333,7 @@ def measure(results: dict[str, Any], points: Plan, path: Path, make: Callable[..
         results: what stands in the JSON.
         points: what `plan` returned.
         path: the JSON.
-        make: returns a `Worker` or what does the same, of a question, a line and a length.
+        make: returns a `Point` or what does the same, of a question, a line and a length.
         steps: number of steps of a point whose steps are short.
     """
     for length in sorted({length for _, _, lengths in points for length in lengths}):
@@ -364,13 +382,14 @@ def main(arguments: argparse.Namespace) -> None:
             results |= {key: value for key, value in json.loads(path.read_text()).items() if key not in about}
         # threads that wait sleep: on a machine that does other work, they would else keep each other from working
         os.environ['OMP_WAIT_POLICY'] = 'passive'
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload([*LIBRARIES])
         with tempfile.TemporaryDirectory() as cursors:
 
             def make(question: str, line: Line, length: int) -> Any:
                 if device == 'cuda' or arguments.quick:
                     return Here(question, line, length, device, Path(cursors))
-                name = json.dumps([question, line, length, cursors, arguments.threads])
-                return Worker(sys.executable, __file__, name, ours=True)
+                return Point(context, arguments.threads, question, line, length, Path(cursors))
 
             measure(results, plan(device, part), path, make, 1 if arguments.quick else 3)
         print(f'{report(results)}\nwrote {path}')
@@ -385,9 +404,4 @@ if __name__ == '__main__':
     parser.add_argument('--long', action='store_true', help='the points from 16,384 tokens on. It goes on after a stop')
     parser.add_argument('--plot', action='store_true', help='only plot what was measured')
     parser.add_argument('--threads', type=int, default=2, help='threads of a point on the CPU. Default: 2')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker)
-    else:
-        main(arguments)
+    main(parser.parse_args())

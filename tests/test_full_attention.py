@@ -1,13 +1,15 @@
 """The transformer with full attention that the benchmark compares with: it has to be right before it is timed."""
 
 import json
+import multiprocessing
+import os
 from typing import ClassVar
 
 import pytest
 import torch
 
 from benchmarks import full_attention
-from benchmarks.crossings import FULL, QUESTIONS, crossing, square
+from benchmarks.crossings import FULL, QUESTIONS, Line, crossing, square
 from benchmarks.full_transformer import FullTransformer, KVCache
 
 
@@ -125,3 +127,15 @@ def test_a_run_measures_its_plan_once_and_says_where_curves_cross(device, part, 
     if part == 'long':
         made = full_attention.plot([path, tmp_path / 'missing.json'], tmp_path)
         assert [each.name for each in made] == [f'made_{question}.png' for question in QUESTIONS]
+
+
+def test_a_point_is_measured_in_a_process_of_its_own(tmp_path):
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([*full_attention.LIBRARIES])
+    point = full_attention.Point(context, 1, 'reading', Line('no memory', 'eager', 'float32'), 64, tmp_path)
+    assert point.process.pid != os.getpid()
+    assert point.about.keys() == {'seconds', 'megabytes'}
+    assert point.step() > 0
+    point.close()
+    assert point.process.exitcode == 0
+    assert (tmp_path / 'no_memory_float32_64.safetensors').exists()  # for decoding
