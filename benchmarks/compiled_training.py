@@ -23,7 +23,9 @@ def worker(name: str) -> None:
     Args:
         name: the model, 'compiled' or 'eager', and 'quick' for one layer and two segments, such as 'rmt eager full'.
     """
-    os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1'  # a first training has none
+    model_name, way, size = name.split()
+    if size == 'full':
+        os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1'  # a first training has none
     import torch
 
     from benchmarks.interleave import serve
@@ -34,7 +36,6 @@ def worker(name: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model_name, way, size = name.split()
     rows, segments = (PRESETS[PRESET]['training'][key] for key in ('batch_size', 'segments'))
     if size == 'quick':
         PRESETS[PRESET][model_name]['depth'], segments = 1, 2

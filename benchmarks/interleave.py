@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ PEER_PYTHON = ROOT / '.venv-peer' / 'bin' / 'python'
 
 class Worker:
     """A process that runs `python script --worker name` and answers with the seconds of each step.
+
+    Several get ready at the same time: the first look at `about` waits until this one is.
 
     Args:
         python: the Python interpreter.
@@ -50,11 +53,15 @@ class Worker:
             [str(python), str(script), '--worker', name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=Path(script).parent,
         )  # fmt: skip
-        self.about = json.loads(self._answer())
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return json.loads(self._answer())
 
     def step(self) -> float:
         """Runs one step, and returns its seconds."""
         assert self.process.stdin is not None
+        _ = self.about  # its first answer
         self.process.stdin.write('step\n')
         self.process.stdin.flush()
         return float(self._answer())
@@ -99,6 +106,8 @@ def interleaved_medians(workers: dict[str, Worker], repetitions: int, warmup: in
         warmup: number of steps of each worker before these, which do not count. Default: 2.
     """
     seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for worker in workers.values():
+        _ = worker.about  # all are ready before the first step is timed
     for repetition in tqdm(range(warmup + repetitions), disable=None, desc=', '.join(workers)):
         for name, worker in workers.items():
             taken = worker.step()

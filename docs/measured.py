@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.crossings import FULL, QUESTIONS, curve, lines_of, standard  # noqa: E402
+from benchmarks.crossings import FULL, QUESTIONS, curve, lines_of, standard, summary  # noqa: E402
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, stored  # noqa: E402
 from benchmarks.evidence.report import interval, score  # noqa: E402
 from benchmarks.evidence.rows import ROWS, TITLES, LanguageRow, TaskRow  # noqa: E402
@@ -419,7 +419,8 @@ def crossing(model: str, question: str = 'training') -> str:
     """Returns the length from which on a model takes less time than full attention: between two lengths that were
     measured, or the shortest of them."""
     line = standard(question, 'float32')._replace(model=model)
-    found = read('full_attention')['crossings'][question][f'{line}, seconds']
+    parts = {each: both_parts(each) for each in QUESTIONS}
+    found = summary(parts)['crossings'][question][f'{line}, seconds']
     if found is None:
         return 'no length that was measured'
     if found['from_the_first_length_on']:
