@@ -231,7 +231,7 @@ HALF = SOME if LONG else SOME[::2]  # plain, xl, default and above
 GROUPED = ['rmt gqa', 'infini delta, gqa', 'infini deltanet, decay, gqa']
 KINDS = {
     'training': (training, MORE if LONG else SOME), 'evaluation': (evaluation, HALF),
-    'random states': (random_states, SOME[::3]), 'decoding': (decoding, HALF), 'autocast': (autocast, HALF),
+    'random states': (random_states, SOME[::3]), 'decoding': (decoding, HALF), 'autocast': (autocast, SOME),
     'reported': (reported, SOME[::2]),
     'kernels': (kernels, GROUPED), 'reset': (reset, SOME), 'ends together': (ends_together, SOME[::4]),
     'lengths from the device': (lengths_from_the_device, SOME[::4]),
