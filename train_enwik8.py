@@ -16,17 +16,21 @@ docs/reliability.md tells what happens when something fails.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
+# threads that wait sleep, which is read when torch is loaded: else a step takes many times as long while another
+# program keeps one of the cores busy
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse
 import io
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable

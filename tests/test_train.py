@@ -358,3 +358,17 @@ def test_what_cannot_be_compiled_is_refused(at_work, monkeypatch):
     assert done.code == 2
     assert '--compile cannot be used here: no compiler. Install a C++ compiler, or leave it out' in done.err
     assert not (at_work / 'runs' / 'refused').exists()
+
+
+@pytest.mark.parametrize('given', [None, 'active'])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given):
+    """Threads that spin made a step fifty times slower while another program kept one of two cores busy."""
+    code = (
+        "import os, runpy, sys\nsys.argv = ['train_enwik8.py', '--help']\n"
+        "try:\n    runpy.run_path('train_enwik8.py', run_name='__main__')\n"
+        "except SystemExit:\n    print('policy', os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    environment |= {'OMP_WAIT_POLICY': given} if given else {}
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f'policy {given or "passive"}' in run.stdout, run.stderr
