@@ -20,11 +20,11 @@ import os
 import signal
 import sys
 
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
-# threads that wait sleep, which is read when torch is loaded: else a step takes many times as long while another
-# program keeps one of the cores busy
 if __name__ == '__main__':
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load ends without a traceback
+    # threads that wait sleep, which is read when torch is loaded: else a step takes many times as long while another
+    # program keeps one of the cores busy
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse

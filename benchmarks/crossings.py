@@ -158,9 +158,10 @@ def report(results: dict[str, Any]) -> str:
             if each is None:
                 where = 'not below full attention at the longest length'
             else:
-                first = 'the shortest length on, ' * each['from_the_first_length_on']
-                where = f'below full attention from {first}{each["tokens"]:,} tokens{" on" * (not first)}'
-                where += ', extrapolated' * each['extrapolated']
+                since = f'{each["tokens"]:,} tokens on'
+                if each['from_the_first_length_on']:
+                    since = f'the shortest length on, {each["tokens"]:,} tokens'
+                where = f'below full attention from {since}' + ', extrapolated' * each['extrapolated']
             said.append(f'{question}: {name}: {where}')
     for question, found in results['slopes'].items():
         for name, each in found.items():

@@ -35,7 +35,6 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +282,12 @@ class Point:
     """What `interleave.Worker` is, in a process that has the libraries from the start: to import them takes longer than
     most steps."""
 
-    def __init__(self, context: BaseContext, threads: int, *point: Any):
+    def __init__(self, threads: int, question: str, line: Line, length: int, folder: Path):
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload([*LIBRARIES])
         self.asking, asked = context.Pipe()
-        self.process = context.Process(target=answer, args=(asked, threads, *point), daemon=True)  # type: ignore[attr-defined]
+        point = asked, threads, question, line, length, folder
+        self.process = context.Process(target=answer, args=point, daemon=True)
         self.process.start()
         asked.close()  # only the process has it now: if it fails, waiting for an answer ends
         self.about = self.asking.recv()
@@ -382,14 +384,12 @@ def main(arguments: argparse.Namespace) -> None:
             results |= {key: value for key, value in json.loads(path.read_text()).items() if key not in about}
         # threads that wait sleep: on a machine that does other work, they would else keep each other from working
         os.environ['OMP_WAIT_POLICY'] = 'passive'
-        context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload([*LIBRARIES])
         with tempfile.TemporaryDirectory() as cursors:
 
             def make(question: str, line: Line, length: int) -> Any:
                 if device == 'cuda' or arguments.quick:
                     return Here(question, line, length, device, Path(cursors))
-                return Point(context, arguments.threads, question, line, length, Path(cursors))
+                return Point(arguments.threads, question, line, length, Path(cursors))
 
             measure(results, plan(device, part), path, make, 1 if arguments.quick else 3)
         print(f'{report(results)}\nwrote {path}')

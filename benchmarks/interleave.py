@@ -36,9 +36,6 @@ class Worker:
         script: the benchmark, which calls `serve` when it is run with --worker.
         name: tells the script what to run.
         ours: whether the process imports this library instead of a published package.
-
-    Attributes:
-        about: what the process says of itself, the keyword arguments of `serve`.
     """
 
     def __init__(self, python: str | Path, script: str | Path, name: str, *, ours: bool):
@@ -56,6 +53,7 @@ class Worker:
 
     @cached_property
     def about(self) -> dict[str, Any]:
+        """What the process says of itself, the keyword arguments of `serve`."""
         return json.loads(self._answer())
 
     def step(self) -> float:

@@ -1,7 +1,6 @@
 """The transformer with full attention that the benchmark compares with: it has to be right before it is timed."""
 
 import json
-import multiprocessing
 import os
 from typing import ClassVar
 
@@ -130,9 +129,7 @@ def test_a_run_measures_its_plan_once_and_says_where_curves_cross(device, part, 
 
 
 def test_a_point_is_measured_in_a_process_of_its_own(tmp_path):
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([*full_attention.LIBRARIES])
-    point = full_attention.Point(context, 1, 'reading', Line('no memory', 'eager', 'float32'), 64, tmp_path)
+    point = full_attention.Point(1, 'reading', Line('no memory', 'eager', 'float32'), 64, tmp_path)
     assert point.process.pid != os.getpid()
     assert point.about.keys() == {'seconds', 'megabytes'}
     assert point.step() > 0
