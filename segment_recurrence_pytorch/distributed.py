@@ -248,6 +248,8 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    for block in blocks:
+        block.register_forward_pre_hook(_gather_again)
     model.mesh = mesh
     stored = model.dtype
 
@@ -263,10 +265,28 @@ def shard(
         _gather_in(model, name, as_stored)
 
 
+def _gather_again(module: Any, *_: Any) -> None:
+    """Gathers the parameters of a sharded module, unless they are. A forward that is recomputed in the backward finds
+    them freed by the backward of a later segment, and FSDP2 of PyTorch 2.9 and 2.10 leaves them so.
+
+    Args:
+        module: a module that `fully_shard` was called with, while it computes.
+    """
+    module.unshard()
+
+
 def _gather_in(model: SegmentModel, name: str, as_stored: Callable[[State], State]) -> None:
     """Lets FSDP2 gather the parameters of the model itself when a method is called, as it does for `forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
+    computed = getattr(model, name)
+
+    @functools.wraps(computed)
+    def computing(*args: Any, **kwargs: Any) -> Any:
+        _gather_again(model)
+        return computed(*args, **kwargs)
+
+    setattr(model, name, computing)
     register_fsdp_forward_method(model, name)
     method = getattr(model, name)
 
