@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,7 +70,7 @@ def test_the_format_is_that_of_the_mixin(name, tmp_path):
     assert all(torch.equal(weights[0][each], weights[1][each]) for each in weights[0])
     tokens = ids(2, 5)
     for again in (cls.from_pretrained(tmp_path / 'theirs'), mixed_cls.from_pretrained(tmp_path / 'ours')):
-        assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+        assert torch.equal(logits(again.eval(), tokens), logits(model.eval(), tokens))
     cards = [ModelCard.load(tmp_path / which / 'README.md').data for which in ('ours', 'theirs')]
     assert sorted(cards[0].tags) == sorted(cards[1].tags)
 
@@ -221,7 +221,7 @@ def test_a_name_is_loaded_from_the_hub(tmp_path, monkeypatch):
 
     fail(OSError('why'))
     fail(HFValidationError('why'))
-    fail(RemoteEntryNotFoundError('why', response=SimpleNamespace(headers={}, request=None)))
+    fail(HfHubHTTPError('why', response=SimpleNamespace(headers={}, request=None)))
 
 
 def test_folders_need_no_further_package(tmp_path, monkeypatch):

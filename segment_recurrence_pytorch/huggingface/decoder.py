@@ -233,7 +233,14 @@ class PretrainedLM(SegmentModel):
         Raises:
             ValueError: if a newer version of transformers made it.
         """
-        return {**saved, 'lm': plain_config(config_of(saved['lm']))} if isinstance(saved.get('lm'), dict) else saved
+        if not isinstance(saved.get('lm'), dict):
+            return saved
+        read = plain_config(config_of(saved['lm']))
+        # transformers 4.57 leaves out an id that is the default of its config: `recorded_argument` tells it always
+        for told, part in [(saved['lm'], read), *((saved['lm'].get(name), part) for name, part in read.items())]:
+            if isinstance(told, dict) and isinstance(part, dict) and 'pad_token_id' in told:
+                part['pad_token_id'] = told['pad_token_id']
+        return {**saved, 'lm': read}
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if a segment is longer than the model can read.
