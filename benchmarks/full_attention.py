@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import check_plots
 from benchmarks.crossings import FULL, QUESTIONS, Line, curve, plot, report, summary
 from benchmarks.full_transformer import FullTransformer, KVCache
 from benchmarks.interleave import interleaved_medians, machine
@@ -404,4 +405,6 @@ if __name__ == '__main__':
     parser.add_argument('--long', action='store_true', help='the points from 16,384 tokens on. It goes on after a stop')
     parser.add_argument('--plot', action='store_true', help='only plot what was measured')
     parser.add_argument('--threads', type=int, default=2, help='threads of a point on the CPU. Default: 2')
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    check_plots()
+    main(arguments)

@@ -232,6 +232,9 @@ def new_tokens(
 
 def curves(repetitions: int) -> None:
     """Measures the time per token at several positions, adds it to the existing JSON, and plots it."""
+    from benchmarks import check_plots
+
+    check_plots()
     seconds: dict[str, dict[int, float]] = {}
     for model, length in (('rmt', 256), ('infini', 512)):
         for segments in POSITIONS[model]:

@@ -33,6 +33,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import check_plots
 from benchmarks.at_once import add_processes
 from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.report import load, report
@@ -57,6 +58,7 @@ def main() -> None:
     add_processes(parser)
     parser.add_argument('--out', type=Path, help='folder of the JSON')
     arguments = parser.parse_args()
+    check_plots()
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else RESULTS)
     names = [*ROWS, *EXPERIMENTS] if arguments.all else arguments.names
     unknown = [name for name in names if name not in ROWS and name not in EXPERIMENTS]

@@ -27,8 +27,8 @@ def report(folder: Path, page: Path) -> None:
     """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    texts = text_runs(folder.parent / 'text')
-    parts = [prose('introduction'), *summary(results, texts), prose('reading')]
+    texts, earlier = (text_runs(folder.parent / path) for path in ('text', 'text/earlier'))
+    parts = [prose('introduction'), *summary(results, texts, earlier), prose('reading')]
     head = ['claim', 'at', 'measured (worst seed)', 'asked for', 'seeds']
     parts += ['## Every target\n', table(head, targets(results)), *start_section(folder.parent / 'search', results)]
     for name, row in ROWS.items():
@@ -44,7 +44,7 @@ def report(folder: Path, page: Path) -> None:
             parts.append(language_table(row, results[name]))
         if remark := prose(f'remarks/{name}'):
             parts.append(remark)
-    parts += text_section(texts, page.parent)
+    parts += text_section(texts, earlier, page.parent)
     parts += million_section(folder.parent / 'million_evaluation.json')
     if retrofits := retrofit_section(folder.parent / 'retrofit'):
         parts.append(retrofits)
@@ -214,15 +214,32 @@ def text_runs(folder: Path) -> Texts:
     return dict(sorted(runs.items(), key=lambda each: each[0][0]))
 
 
-def text_section(runs: Texts, plots: Path) -> list[str]:
+def text_section(runs: Texts, earlier: Texts, plots: Path) -> list[str]:
     """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
 
     Args:
         runs: see `text_runs`.
+        earlier: the same of runs with the initial weights of an earlier version, which have a table of their own.
         plots: the folder of the plot.
     """
-    if not runs:
+    if not runs and not earlier:
         return []
+    one = next(iter((runs or earlier).values()))[0]
+    plot_text(runs or earlier, plots / 'text.png')
+    about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
+    about += f'over segments alone is paired by seed. {about_runs(runs)}'
+    older = 'Runs with the initial weights of an earlier version of the library, paired with each other:\n'
+    return [
+        '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '
+        f'written before the first run. {about}\n',
+        *text_tables(runs),
+        '![Bits per byte against bytes read](text.png)\n',
+        *([older, *text_tables(earlier)] if earlier else []),
+    ]
+
+
+def text_tables(runs: Texts) -> list[str]:
+    """Returns the tables of the runs of `benchmarks.text`: bits per byte with what is gained, and by position."""
     lines, positions = [], []
     for (length, arm), found in runs.items():
         gains = gains_on_text(runs, length, arm)
@@ -233,21 +250,11 @@ def text_section(runs: Texts, plots: Path) -> list[str]:
         )
         columns = zip(*(run['by_position'] for run in found), strict=True)
         positions.append([f'{length}', text.LABELS[arm], *(f'{mean(each):.3f}' for each in columns)])
-    one = next(iter(runs.values()))[0]
     borders = ['0', *map(str, text.BORDERS)]
     ranges = [f'{first} to {int(last) - 1}' for first, last in pairwise(borders)] + [f'from {borders[-1]} on']
-    plot_text(runs, plots / 'text.png')
-    about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
-    about += f'over segments alone is paired by seed. {about_runs(runs)}'
     head = ['segments of', 'model', 'parameters', 'bits per byte', 'gain', 'seeds']
-    return [
-        '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '
-        f'written before the first run. {about}\n',
-        table(head, lines),
-        '![Bits per byte against bytes read](text.png)\n',
-        'By the position of a byte in its document:\n',
-        table(['segments of', 'model', *ranges], positions),
-    ]
+    by_position = 'By the position of a byte in its document:\n'
+    return [table(head, lines), by_position, table(['segments of', 'model', *ranges], positions)] if runs else []
 
 
 def plot_text(runs: Texts, path: Path) -> None:

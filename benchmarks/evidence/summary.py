@@ -15,18 +15,20 @@ BYTES = [row for row in ROWS.values() if isinstance(row, LanguageRow)]
 LENGTHS = sorted({row.segment_length for row in BYTES})
 
 
-def summary(results: dict[str, list[dict[str, Any]]], texts: Texts) -> list[str]:
+def summary(results: dict[str, list[dict[str, Any]]], texts: Texts, earlier: Texts) -> list[str]:
     """Returns the parts of the first screen. What has no results is left out.
 
     Args:
         results: the results of each row, by its name.
         texts: the runs of `benchmarks.text`.
+        earlier: those with the initial weights of an earlier version, for lengths at which the others have no gain.
     """
     parts = []
     if gains := gains_on_bytes(results):
         parts += [prose('text'), table(['model', 'training', *(f'segments of {length}' for length in LENGTHS)], gains)]
         parts.append(f'{longest_gain(results)}\n')
-    if longer := [told for length in sorted({at for at, _ in texts}) if (told := gains_at(texts, length))]:
+    lengths = sorted({at for at, _ in (*texts, *earlier)})
+    if longer := [told for at in lengths if (told := gains_at(texts, at) or gains_at(earlier, at, EARLIER))]:
         parts.append(f'{prose("longer").strip()} {" ".join(longer)} {about_runs(texts)}\n')
     if facts := after_a_million(results):
         parts.append(prose('fact') + '\n' + ''.join(f'- {fact}\n' for fact in facts))
@@ -78,20 +80,21 @@ def gains_on_text(texts: Texts, length: int, arm: str) -> list[float]:
     return [alone[run['seed']] - run['bits'] for run in own if run['seed'] in alone]
 
 
-def gains_at(texts: Texts, length: int) -> str:
+EARLIER = ', initial weights of an earlier version of the library'
+
+
+def gains_at(texts: Texts, length: int, note: str = '') -> str:
     """Returns a sentence on the gains of all arms of `benchmarks.text` at a length of segments, if there are any."""
     found = {arm: gains_on_text(texts, at, arm) for at, arm in texts if at == length}
     each = [f'{text.LABELS[arm]} {interval(gains)} ({of_seeds(gains)})' for arm, gains in found.items() if gains]
-    return f'Segments of {length}: {"; ".join(each)}.' if each else ''
+    return f'Segments of {length}{note}: {"; ".join(each)}.' if each else ''
 
 
 def about_runs(texts: Texts) -> str:
     """Returns how many runs of `benchmarks.text` there are, and what that means."""
     done = sum(map(len, texts.values()))
-    older = sum(run.get('start') != text.start_of(arm, at) for (at, arm), runs in texts.items() for run in runs)
-    about = f'{done} of {len(text.RUNS)} runs are done.'
-    about += '' if done == len(text.RUNS) else ' What one seed says is not decided.'
-    return about + f' {older} of them had initial weights of an earlier version of the library.' * (older > 0)
+    about = f'{done} of {len(text.RUNS)} runs {"is" if done == 1 else "are"} done.'
+    return about + ('' if done == len(text.RUNS) else ' What one seed says is not decided.')
 
 
 def not_reached(results: dict[str, list[dict[str, Any]]]) -> list[str]:
