@@ -289,7 +289,8 @@ def _write_deltanet(
     keys, values, strength, log_decay, mask, _ = writes
     strength = keys.new_ones(keys.shape[:-1]) if strength is None else strength
     segments, n = keys.shape[0], keys.shape[3]
-    size = n if _is_exporting() else min(n, DELTANET_CHUNK)  # one chunk: `torch.export` fixes the number of chunks
+    # `torch.export` would fix the number of chunks: one
+    size = n if torch.compiler.is_exporting() else min(n, DELTANET_CHUNK)
     chunks = -(-n // size)
     strength = strength[..., None]
     # the keys that fill up the last chunk are 0, so they write nothing
@@ -378,7 +379,7 @@ def affine_scan(
     if backend not in SCAN_BACKENDS:
         raise ValueError(f'backend is {backend!r}: give one of {", ".join(SCAN_BACKENDS)}')
     if chain is None:
-        if write.shape[0] == 1 and _is_exporting():
+        if write.shape[0] == 1 and torch.compiler.is_exporting():
             return _one_step(write, start, erase, decay)
         if erase is None and decay is None and write.device.type != 'cpu' and backend != 'triton':
             # a sum of all segments before: one kernel, not one for each segment. On a CPU the loop is ten times faster
@@ -388,12 +389,6 @@ def affine_scan(
         # all ranks must run backward, even if only another one has something to learn
         start = start.detach().requires_grad_()
     return _ChainedScan.apply(write, start, erase, decay, chain, cuts, backend)
-
-
-def _is_exporting() -> bool:
-    """Returns whether `torch.export` or `torch.onnx` is tracing the call. PyTorch 2.5 cannot tell: it exports the
-    custom operator."""
-    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 def _one_step(write: Tensor, start: Tensor, erase: Tensor | None, decay: Tensor | None) -> Tensor:

@@ -277,7 +277,7 @@ def test_what_is_trained_without_an_influence_gets_zeros():
 @BOTH
 @pytest.mark.parametrize('options', [{'qk_norm': True}, {'qk_norm': True, 'heads': 4, 'kv_heads': 2}])
 def test_queries_keys_and_values_share_the_dtype_of_autocast(make, options, monkeypatch, always_warned):
-    """A norm whose gain has another dtype than its input gives float32, or since PyTorch 2.6 a warning to be slow."""
+    """A norm whose gain has another dtype than its input gives float32, or a warning to be slow."""
     wrapper = SegmentWrapper(make(**options).float(), segment_length=6)
     dtypes, attention = [], F.scaled_dot_product_attention
 
