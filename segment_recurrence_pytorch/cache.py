@@ -167,7 +167,8 @@ class OpenSegment(ABC):
         """
 
     def enter(self, model: Any) -> None:  # noqa: B027  most segments have nothing to prepare
-        """Prepares what depends only on the state. It is called after each border. The default does nothing.
+        """Prepares what depends only on the state. It is called after each border, of any row: other rows may be in the
+        middle of a segment, so their positions must stay. The default does nothing.
 
         Args:
             model: the model that opened the segment.
