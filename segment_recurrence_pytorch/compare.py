@@ -87,7 +87,7 @@ def table(runs: Sequence[Run]) -> str:
     Args:
         runs: the runs. Differences are to the first one.
     """
-    rows = [('run', 'model', 'memory', 'steps', 'bits per byte', '')]
+    rows = [('run', 'model', 'memory', 'steps', 'bits per byte', 'to the first')]
     for run in runs:
         difference = f'{run.validation - runs[0].validation:+.3f}' if run is not runs[0] else ''
         model, memory, step = (str(run.about[name]) for name in ('model', 'memory', 'step'))
