@@ -51,7 +51,7 @@ def test_in_what_else_runs_differ_is_said(at_work):
     about['sizes']['dim'], about['training']['lr'] = 8, 1
     Path('runs/other/run.json').write_text(json.dumps(about))
     said = table([read_ended(Path('runs/rmt')), read_ended(Path('runs/other'))])
-    assert said.splitlines()[0].split() == 'run model memory steps bits per byte to the first'.split()
+    assert ' '.join(said.splitlines()[0].split()) == 'run model memory steps bits per byte to the first'
     assert said.splitlines()[3:] == [
         f'They also differ in corpus and --seed (0, 7) and --precision ({one}, {other}) and the sizes of the model '
         'and how they were trained.'
