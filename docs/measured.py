@@ -541,6 +541,11 @@ def text_rmt() -> str:
 
 
 @number
+def text_infini() -> str:
+    return text_gain('infini')
+
+
+@number
 def text_both() -> str:
     return text_gain('rmt_xl')
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import text
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment, stored
 from benchmarks.evidence.rows import CHECKS, MILLION, ROWS, TITLES, LanguageRow, TaskRow
-from benchmarks.evidence.summary import Texts, about_runs, gains_on_text, summary
+from benchmarks.evidence.summary import Texts, about_runs, gains_on_text, of_seeds, summary
 from benchmarks.evidence.tables import asked_gain, asked_of, interval, mean_and_worst, prose, table, targets
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval
 
@@ -228,7 +228,8 @@ def text_section(runs: Texts, earlier: Texts, plots: Path) -> list[str]:
     plot_text(runs or earlier, plots / 'text.png')
     about = f'{one["steps"]:,} steps of {text.ROWS * text.LENGTH:,} bytes. Bits per byte of held-out text; the gain '
     about += f'over segments alone is paired by seed. {about_runs(runs)}'
-    older = 'Runs with the initial weights of an earlier version of the library, paired with each other:\n'
+    older = 'Runs with the initial weights of an earlier version of the library, and its learning rate of embeddings, '
+    older += f'paired with each other. {changes(runs, earlier)}\n'
     return [
         '## What a memory buys on text\n\n`python -m benchmarks.text`. [Rules](../benchmarks/results/text/rules.md), '
         f'written before the first run. {about}\n',
@@ -236,6 +237,16 @@ def text_section(runs: Texts, earlier: Texts, plots: Path) -> list[str]:
         '![Bits per byte against bytes read](text.png)\n',
         *([older, *text_tables(earlier)] if earlier else []),
     ]
+
+
+def changes(runs: Texts, earlier: Texts) -> str:
+    """Returns a sentence on how many bits per byte the present runs need more than those of before, by seed."""
+    told = []
+    for (length, arm), found in runs.items():
+        before = {run['seed']: run['bits'] for run in earlier.get((length, arm), [])}
+        if more := [run['bits'] - before[run['seed']] for run in found if run['seed'] in before]:
+            told.append(f'{text.LABELS[arm]}, {length}: {interval(more)} ({of_seeds(more)})')
+    return f'What the present ones need more: {"; ".join(told)}. Why is not known.' if told else ''
 
 
 def text_tables(runs: Texts) -> list[str]:

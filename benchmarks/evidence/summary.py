@@ -21,14 +21,16 @@ def summary(results: dict[str, list[dict[str, Any]]], texts: Texts, earlier: Tex
     Args:
         results: the results of each row, by its name.
         texts: the runs of `benchmarks.text`.
-        earlier: those with the initial weights of an earlier version, for lengths at which the others have no gain.
+        earlier: those with the initial weights of an earlier version, for what the others do not have.
     """
     parts = []
     if gains := gains_on_bytes(results):
         parts += [prose('text'), table(['model', 'training', *(f'segments of {length}' for length in LENGTHS)], gains)]
         parts.append(f'{longest_gain(results)}\n')
-    lengths = sorted({at for at, _ in (*texts, *earlier)})
-    if longer := [told for at in lengths if (told := gains_at(texts, at) or gains_at(earlier, at, EARLIER))]:
+    older = {(at, arm): runs for (at, arm), runs in earlier.items() if arm == 'segments' or (at, arm) not in texts}
+    lengths = sorted({at for at, _ in (*texts, *older)})
+    cases = [(runs, at, note) for at in lengths for runs, note in ((texts, ''), (older, EARLIER))]
+    if longer := [told for runs, at, note in cases if (told := gains_at(runs, at, note))]:
         parts.append(f'{prose("longer").strip()} {" ".join(longer)} {about_runs(texts)}\n')
     if facts := after_a_million(results):
         parts.append(prose('fact') + '\n' + ''.join(f'- {fact}\n' for fact in facts))
