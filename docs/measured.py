@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.crossings import FULL, QUESTIONS, curve, lines_of, standard, summary  # noqa: E402
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS, stored  # noqa: E402
-from benchmarks.evidence.report import interval, score  # noqa: E402
+from benchmarks.evidence.report import interval, score, text_runs  # noqa: E402
 from benchmarks.evidence.rows import ROWS, TITLES, LanguageRow, TaskRow  # noqa: E402
+from benchmarks.evidence.summary import gains_on_text as gains_of_runs  # noqa: E402
 from benchmarks.intervals import bounds  # noqa: E402
 from segment_recurrence_pytorch.tasks import AssociativeRetrieval  # noqa: E402
 
@@ -520,14 +521,13 @@ def crossing_infini() -> str:
 def text_gain(arm: str, length: int = 128) -> str:
     """Returns what an arm of `benchmarks.text` gains over segments alone, and over how many seeds. Until there are runs
     of both with the present initial weights, those of an earlier version count, and the text says so."""
-    for folder, note in (('text', ''), ('text/earlier', ', with earlier initial weights')):
-        runs = [json.loads(path.read_text()) for path in (RESULTS / folder).glob(f'*-{length}-*.json')]
-        bits = {(run['arm'], run['seed']): run['bits'] for run in runs}
-        gains = [bits['segments', seed] - own for (name, seed), own in bits.items()
-                 if name == arm and ('segments', seed) in bits]  # fmt: skip
-        if gains:
-            return f'{short(mean(gains))} bits per byte ({seeds(len(gains))}{note})'
-    return 'not measured yet'
+    notes = '', ', with earlier initial weights'
+    gains, note = next(
+        (gains, note)
+        for runs, note in zip(text_runs(RESULTS / 'text'), notes, strict=True)
+        if (gains := gains_of_runs(runs, length, arm))
+    )
+    return f'{short(mean(gains))} bits per byte ({seeds(len(gains))}{note})'
 
 
 @number

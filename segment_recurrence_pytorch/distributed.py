@@ -283,7 +283,7 @@ def _gather_in(model: SegmentModel, name: str, as_stored: Callable[[State], Stat
 
     @functools.wraps(computed)
     def computing(*args: Any, **kwargs: Any) -> Any:
-        _gather_again(model)
+        _gather_again(model)  # inside of what FSDP2 does, which makes the model its root at the first call
         return computed(*args, **kwargs)
 
     setattr(model, name, computing)

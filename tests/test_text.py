@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import text
 from benchmarks.evidence import results as evidence
+from benchmarks.evidence.report import text_runs
 from segment_recurrence_pytorch import SegmentWrapper
 from segment_recurrence_pytorch.graphs import TrainingStep
 from segment_recurrence_pytorch.training import bits_per_byte, first_bytes, valid_streams
@@ -60,6 +61,11 @@ def test_a_run_with_other_initial_weights_counts_as_missing(tmp_path):
     for start in ('0123456789abcdef', None):
         evidence.write(tmp_path / 'rmt-128-0.json', {**result, 'start': start})
         assert text.stored(tmp_path, 'rmt', 128, 0) is None
+        assert [runs.keys() for runs in text_runs(tmp_path)] == [set(), {(128, 'rmt')}]
+    evidence.write(tmp_path / 'earlier' / 'rmt-128-0.json', {**result, 'start': None})
+    evidence.write(tmp_path / 'rmt-128-0.json', result)
+    present, earlier = (runs[128, 'rmt'][0]['start'] for runs in text_runs(tmp_path))
+    assert (present, earlier) == (result['start'], None)
 
 
 @pytest.mark.parametrize('length', [20, 10])

@@ -27,7 +27,7 @@ def report(folder: Path, page: Path) -> None:
     """
     results = {name: load(folder, name) for name in ROWS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    texts, earlier = (text_runs(folder.parent / path) for path in ('text', 'text/earlier'))
+    texts, earlier = text_runs(folder.parent / 'text')
     parts = [prose('introduction'), *summary(results, texts, earlier), prose('reading')]
     head = ['claim', 'at', 'measured (worst seed)', 'asked for', 'seeds']
     parts += ['## Every target\n', table(head, targets(results)), *start_section(folder.parent / 'search', results)]
@@ -204,22 +204,30 @@ def retrofit_section(folder: Path) -> str:
     return '\n'.join(parts)
 
 
-def text_runs(folder: Path) -> Texts:
-    """Returns the runs of `benchmarks.text` in a folder, by the length of a segment and the name of the arm."""
-    runs: Texts = {}
-    for arm, length, seed in text.RUNS:
-        path = folder / f'{arm}-{length}-{seed}.json'
-        if path.exists():
-            runs.setdefault((length, arm), []).append(json.loads(path.read_text()))
-    return dict(sorted(runs.items(), key=lambda each: each[0][0]))
+def text_runs(folder: Path) -> tuple[Texts, Texts]:
+    """Returns the runs of `benchmarks.text`, by the length of a segment and the name of the arm: those with the initial
+    weights of the library as it is, and those with others, of an earlier version.
+
+    Args:
+        folder: the folder of the results, with a folder `earlier` in it.
+    """
+    present: Texts = {}
+    earlier: Texts = {}
+    for arm, length, seed in sorted(text.RUNS, key=lambda each: each[1]):
+        name = f'{arm}-{length}-{seed}.json'
+        for path in filter(Path.exists, (folder / name, folder / 'earlier' / name)):
+            run = json.loads(path.read_text())
+            runs = present if run.get('start') == text.start_of(arm, length) else earlier
+            runs.setdefault((length, arm), []).append(run)
+    return present, earlier
 
 
 def text_section(runs: Texts, earlier: Texts, plots: Path) -> list[str]:
     """Returns the section on what a memory is worth on text, and draws its plot; nothing if there are no runs.
 
     Args:
-        runs: see `text_runs`.
-        earlier: the same of runs with the initial weights of an earlier version, which have a table of their own.
+        runs: those with the present initial weights, see `text_runs`.
+        earlier: those with earlier ones, which have a table of their own.
         plots: the folder of the plot.
     """
     if not runs and not earlier:

@@ -11,6 +11,7 @@ from benchmarks.evidence.tables import interval, mean_and_worst, prose, table, t
 from benchmarks.intervals import bounds
 
 Texts = dict[tuple[int, str], list[dict[str, Any]]]  # runs of `benchmarks.text`, by length of a segment and arm
+EARLIER = ', initial weights of an earlier version of the library'
 BYTES = [row for row in ROWS.values() if isinstance(row, LanguageRow)]
 LENGTHS = sorted({row.segment_length for row in BYTES})
 
@@ -78,15 +79,18 @@ def gains_on_text(texts: Texts, length: int, arm: str) -> list[float]:
         arm: a name of `text.LABELS`.
     """
     alone = {run['seed']: run['bits'] for run in texts.get((length, 'segments'), [])}
-    own = [] if arm == 'segments' else texts[length, arm]
+    own = [] if arm == 'segments' else texts.get((length, arm), [])
     return [alone[run['seed']] - run['bits'] for run in own if run['seed'] in alone]
 
 
-EARLIER = ', initial weights of an earlier version of the library'
-
-
 def gains_at(texts: Texts, length: int, note: str = '') -> str:
-    """Returns a sentence on the gains of all arms of `benchmarks.text` at a length of segments, if there are any."""
+    """Returns a sentence on the gains of all arms of `benchmarks.text` at a length of segments, if there are any.
+
+    Args:
+        texts: see `summary`.
+        length: number of bytes of a segment.
+        note: what is said of the runs behind the length. Default: '', nothing.
+    """
     found = {arm: gains_on_text(texts, at, arm) for at, arm in texts if at == length}
     each = [f'{text.LABELS[arm]} {interval(gains)} ({of_seeds(gains)})' for arm, gains in found.items() if gains]
     return f'Segments of {length}{note}: {"; ".join(each)}.' if each else ''
@@ -95,7 +99,7 @@ def gains_at(texts: Texts, length: int, note: str = '') -> str:
 def about_runs(texts: Texts) -> str:
     """Returns how many runs of `benchmarks.text` there are, and what that means."""
     done = sum(map(len, texts.values()))
-    about = f'{done} of {len(text.RUNS)} runs {"is" if done == 1 else "are"} done.'
+    about = f'{done} of {len(text.RUNS)} runs are done.'
     return about + ('' if done == len(text.RUNS) else ' What one seed says is not decided.')
 
 

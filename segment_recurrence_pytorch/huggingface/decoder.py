@@ -236,10 +236,7 @@ class PretrainedLM(SegmentModel):
         if not isinstance(saved.get('lm'), dict):
             return saved
         read = plain_config(config_of(saved['lm']))
-        # transformers 4.57 leaves out an id that is the default of its config: `recorded_argument` tells it always
-        for told, part in [(saved['lm'], read), *((saved['lm'].get(name), part) for name, part in read.items())]:
-            if isinstance(told, dict) and isinstance(part, dict) and 'pad_token_id' in told:
-                part['pad_token_id'] = told['pad_token_id']
+        keep_padding(saved['lm'], read)
         return {**saved, 'lm': read}
 
     def check_length(self, length: int) -> None:
@@ -477,6 +474,21 @@ def plain_config(config: Any) -> dict[str, Any]:
     known = config.__class__().to_dict()
     told = json.loads(config.to_json_string())
     return {name: value for name, value in told.items() if name in known and name not in NOT_RECORDED}
+
+
+def keep_padding(told: dict[str, Any], read: dict[str, Any]) -> None:
+    """Puts the padding ids that were recorded into what was read of them: `recorded_argument` always tells the id, and
+    transformers 4.57 leaves one out that is the default of its config.
+
+    Args:
+        told: the recorded config, with the configs inside it.
+        read: the same as `plain_config` gives it, which is changed.
+    """
+    if 'pad_token_id' in told:
+        read['pad_token_id'] = told['pad_token_id']
+    for name, part in read.items():
+        if isinstance(part, dict) and isinstance(told.get(name), dict):
+            keep_padding(told[name], part)
 
 
 def plain_adapters(lm: Any) -> dict[str, Any]:
